@@ -1,0 +1,94 @@
+"""Stage 1: fine-tune a causal language model on the responses of the data's first part.
+
+    bash scripts/step1_sft.sh CONFIG.json [key.path=value ...]
+
+Writes `model/` (AutoModelForCausalLM, tokenizer included), `metrics.jsonl` and `config.json`.
+"""
+
+import math
+
+import torch
+from datasets import Dataset
+
+from step1_sft.config import SFTConfig
+from training import engine, fitting
+from training.checkpoint import export
+from training.cli import prepare_output, run_stage
+from training.data import SequenceBatch, collate_texts, read_records, tokenize
+from training.models import load_policy, load_tokenizer
+from training.tracking import say
+
+
+class ResponseModelling:
+    """Cross-entropy of the response's tokens, EOS included, in nats per token."""
+
+    def __init__(
+        self,
+        trained: engine.TrainedModule,
+        train: Dataset,
+        held_out: Dataset,
+        config: SFTConfig,
+        pad_token_id: int,
+    ) -> None:
+        self.policy = trained
+        self.train = train
+        self.held_out = held_out
+        self.eval_batch_size = config.per_device_eval_batch_size
+        self.pad_token_id = pad_token_id
+
+    def collate(self, rows: list[int], training: bool) -> SequenceBatch:
+        data = self.train if training else self.held_out
+        return collate_texts(data, rows, self.pad_token_id).to(engine.device())
+
+    def items(self, batch: SequenceBatch) -> int:
+        return int(batch.response_mask.sum())
+
+    def loss_sum(self, batch: SequenceBatch) -> torch.Tensor:
+        logp, _ = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        return -logp.sum()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        total, tokens = 0.0, 0
+        for rows in fitting.evaluation_batches(len(self.held_out), self.eval_batch_size):
+            batch = self.collate(rows, training=False)
+            total += self.loss_sum(batch).item()
+            tokens += self.items(batch)
+        loss = fitting.mean_over_ranks(total, tokens)
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+
+
+def main(config: SFTConfig) -> None:
+    records = read_records(config.data, "sft")
+    fitting.require_evaluation(records)
+    output = prepare_output(config)
+    say(str(records.report))
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    with engine.rank_zero_first():
+        data = tokenize(records, tokenizer, config.data, "sft")
+    say(str(data.report))
+
+    policy = load_policy(
+        config.model_name_or_path,
+        tokenizer,
+        engine.precision(config),
+        dropout=True,
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+    )
+    steps = fitting.total_steps(config, len(data.train))
+    trained = engine.TrainedModule(policy, config, config, steps)
+    task = ResponseModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
+    final = fitting.fit(
+        config, trained, task, len(data.train), fitting.EarlyStopping(), description="SFT"
+    )
+    export(policy.model, tokenizer, output / "model")
+    say(
+        f"SFT is done: evaluation loss {final['eval/loss']:.4f} nats per token, perplexity "
+        f"{final['eval/perplexity']:.3f}\n  model:   {output / 'model'}\n"
+        f"  metrics: {output / 'metrics.jsonl'}"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(SFTConfig, main)

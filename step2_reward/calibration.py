@@ -1,0 +1,109 @@
+"""How well a reward model's probabilities agree with the choices that people made.
+
+Preference matching reproduces the reward model's probabilities, so a miscalibrated reward model is
+a wrong target. All functions take margins m = r(x, y_w) − r(x, y_l) of the recorded choices.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Pairs whose predicted probability for the preferred response lies in [low, high)."""
+
+    low: float
+    high: float
+    pairs: int
+    confidence: float
+    """Mean predicted probability of the response that the model prefers."""
+    accuracy: float
+    """Fraction of pairs in which that response was chosen."""
+
+
+def accuracy(margins: Tensor) -> float:
+    """Fraction of pairs with m > 0; a tie (m = 0) counts one half."""
+    return ((margins > 0).double() + 0.5 * (margins == 0).double()).mean().item()
+
+
+def log_loss(margins: Tensor) -> float:
+    """Mean of −log σ(m), in nats."""
+    return -logsigmoid(margins.double()).mean().item()
+
+
+def reliability(margins: Tensor, bins: int) -> list[Bin]:
+    """Equally wide bins of confidence σ(|m|) over [1/2, 1]; empty bins are left out."""
+    confidence = margins.double().abs().sigmoid()
+    correct = (margins > 0).double() + 0.5 * (margins == 0).double()
+    width = 0.5 / bins
+    index = ((confidence - 0.5) / width).long().clamp(max=bins - 1)
+    found = []
+    for number in range(bins):
+        inside = index == number
+        if inside.any():
+            low = 0.5 + number * width
+            found.append(
+                Bin(
+                    low,
+                    low + width,
+                    int(inside.sum()),
+                    confidence[inside].mean().item(),
+                    correct[inside].mean().item(),
+                )
+            )
+    return found
+
+
+def expected_calibration_error(bins: list[Bin]) -> float:
+    """Σ_b (n_b / n) · |accuracy_b − confidence_b| (Guo et al., 2017)."""
+    pairs = sum(b.pairs for b in bins)
+    return sum(b.pairs / pairs * abs(b.accuracy - b.confidence) for b in bins)
+
+
+def calibration_report(margins: Tensor, bins: int) -> dict[str, Any]:
+    """Accuracy, log-loss, ECE and the reliability diagram's bins."""
+    found = reliability(margins, bins)
+    return {
+        "pairs": len(margins),
+        "accuracy": accuracy(margins),
+        "log_loss": log_loss(margins),
+        "ece": expected_calibration_error(found),
+        "reliability": [asdict(b) for b in found],
+    }
+
+
+def draw_reliability(report: dict[str, Any], path: Path) -> None:
+    """The reliability diagram: accuracy against confidence, with each bin's share of the pairs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bins = report["reliability"]
+    figure, axes = plt.subplots(figsize=(4.5, 4.2), layout="constrained")
+    width = bins[0]["high"] - bins[0]["low"]
+    axes.bar(
+        [b["low"] for b in bins],
+        [b["pairs"] / report["pairs"] for b in bins],
+        width=width,
+        align="edge",
+        color="#d9dde3",
+        label="share of pairs",
+    )
+    axes.plot([0.5, 1], [0.5, 1], color="#888888", linestyle="--", label="perfectly calibrated")
+    axes.plot(
+        [b["confidence"] for b in bins],
+        [b["accuracy"] for b in bins],
+        marker="o",
+        color="#1f5fa8",
+        label=f"reward model (ECE {report['ece']:.3f})",
+    )
+    axes.set(xlabel="predicted probability", ylabel="how often it was chosen")
+    axes.set(xlim=(0.5, 1), ylim=(0, 1))
+    axes.legend(loc="upper left", fontsize="small", frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

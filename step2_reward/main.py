@@ -1,0 +1,143 @@
+"""Stage 2: a reward model from comparisons or rankings of the data's second part.
+
+    bash scripts/step2_reward.sh CONFIG.json [key.path=value ...]
+
+Writes `model/` (AutoModelForSequenceClassification with one label, tokenizer included),
+`metrics.jsonl`, `evaluation.json` (accuracy, log-loss, calibration) and `config.json`.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from step2_reward.calibration import calibration_report, draw_reliability
+from step2_reward.config import RewardConfig
+from step2_reward.losses import plackett_luce_loss
+from training import engine, fitting
+from training.checkpoint import export
+from training.cli import prepare_output, run_stage
+from training.data import GroupedBatch, collate_groups, read_records, tokenize
+from training.models import last_token, load_scalar_model, load_tokenizer
+from training.tracking import say
+
+
+class PreferenceModelling:
+    """Negative log-likelihood of the recorded choices, in nats per comparison."""
+
+    def __init__(
+        self,
+        trained: engine.TrainedModule,
+        train: Dataset,
+        held_out: Dataset,
+        config: RewardConfig,
+        pad_token_id: int,
+    ) -> None:
+        self.model = trained
+        self.train = train
+        self.held_out = held_out
+        self.config = config
+        self.pad_token_id = pad_token_id
+        self.report: dict[str, Any] = {}
+
+    def collate(self, rows: list[int], training: bool) -> GroupedBatch:
+        data = self.train if training else self.held_out
+        return collate_groups(data, rows, self.pad_token_id).to(engine.device())
+
+    def items(self, batch: GroupedBatch) -> int:
+        return int(batch.group_mask.sum())
+
+    def loss_sum(self, batch: GroupedBatch) -> torch.Tensor:
+        return plackett_luce_loss(*self._rewards(batch)).sum()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        total, rankings = 0.0, 0
+        margins: list[float] = []
+        batch_size = self.config.per_device_eval_batch_size
+        for rows in fitting.evaluation_batches(len(self.held_out), batch_size):
+            batch = self.collate(rows, training=False)
+            rewards, present = self._rewards(batch)
+            total += plackett_luce_loss(rewards, present).sum().item()
+            rankings += self.items(batch)
+            margins += pair_margins(rewards, present)
+        loss = fitting.mean_over_ranks(total, rankings)
+        everywhere = torch.tensor(engine.gather_objects(margins))
+        self.report = calibration_report(everywhere, self.config.calibration_bins)
+        figures = ("accuracy", "log_loss", "ece")
+        return {"eval/loss": loss} | {f"eval/{name}": self.report[name] for name in figures}
+
+    def _rewards(self, batch: GroupedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """[groups, responses] rewards, best response first, and which of them there are."""
+        sequences = batch.sequences
+        values = self.model(sequences.input_ids, sequences.attention_mask)
+        return by_group(last_token(values, sequences.attention_mask), batch)
+
+
+def by_group(rewards: torch.Tensor, batch: GroupedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards [rows] as [groups, responses], and which entries count; filler groups do not."""
+    sizes = batch.group_sizes
+    starts = sizes.cumsum(0) - sizes
+    place = torch.arange(len(rewards), device=rewards.device) - starts[batch.group_index]
+    grid = rewards.new_zeros(len(sizes), int(sizes.max()))
+    grid = grid.index_put((batch.group_index, place), rewards)
+    columns = torch.arange(grid.shape[1], device=rewards.device)
+    return grid, (columns < sizes[:, None]) & batch.group_mask[:, None]
+
+
+def pair_margins(rewards: torch.Tensor, present: torch.Tensor) -> list[float]:
+    """r(better) − r(worse) of every pair that a ranking (best first) implies."""
+    better, worse = torch.triu_indices(present.shape[1], present.shape[1], offset=1)
+    both = present[:, better] & present[:, worse]
+    return (rewards[:, better] - rewards[:, worse])[both].double().tolist()
+
+
+def main(config: RewardConfig) -> None:
+    records = read_records(config.data, "reward")
+    fitting.require_evaluation(records)
+    output = prepare_output(config)
+    say(str(records.report))
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    with engine.rank_zero_first():
+        data = tokenize(records, tokenizer, config.data, "reward")
+    say(str(data.report))
+
+    model = load_scalar_model(
+        config.model_name_or_path,
+        tokenizer,
+        engine.precision(config),
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+    )
+    steps = fitting.total_steps(config, len(data.train))
+    trained = engine.TrainedModule(model, config, config, steps)
+    task = PreferenceModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
+    stopping = fitting.EarlyStopping(config.early_stopping_patience)
+
+    def save_best(metrics: dict[str, float]) -> None:
+        export(model.model, tokenizer, output / "model")
+        if engine.rank() == 0:
+            write_report(task.report, output)
+
+    fitting.fit(config, trained, task, len(data.train), stopping, save_best, "reward model")
+    best = stopping.best
+    say(
+        f"The reward model is done: accuracy {best['eval/accuracy']:.3f}, log-loss "
+        f"{best['eval/log_loss']:.4f} nats, expected calibration error {best['eval/ece']:.3f}\n"
+        f"  model:       {output / 'model'}\n"
+        f"  calibration: {output / 'evaluation.json'}\n"
+        f"  metrics:     {output / 'metrics.jsonl'}"
+    )
+
+
+def write_report(report: dict[str, Any], output: Path) -> None:
+    (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        draw_reliability(report, output / "reliability.png")
+
+
+if __name__ == "__main__":
+    run_stage(RewardConfig, main)

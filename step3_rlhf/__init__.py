@@ -1,0 +1,1 @@
+"""Stage 3: reinforcement learning from human feedback with a pluggable regularizer."""

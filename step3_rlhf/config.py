@@ -1,0 +1,229 @@
+"""Settings of stage 3: PPO, rollouts, reward sources, the regularizer, evaluation."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from step3_rlhf.ppo import AdvantageNormalization
+from step3_rlhf.regularizers import RegularizerField
+from training.config import Count, Fraction, NonNegative, Positive, StrictModel
+from training.data.settings import DataSettings
+from training.stage_config import (
+    OptimizerSettings,
+    StageConfig,
+    deepspeed_faults,
+    model_path_faults,
+)
+
+
+class RewardModelSettings(StrictModel):
+    """One sequence-classification model with one label, and its weight in the sum of rewards."""
+
+    model_name_or_path: str
+    weight: float = 1.0
+
+    def faults(self) -> list[str]:
+        return model_path_faults("model_name_or_path", self.model_name_or_path)
+
+
+class RewardSettings(StrictModel):
+    """Where rewards come from: one model, several with weights, or a Python function."""
+
+    model_name_or_path: str | None = None
+    models: tuple[RewardModelSettings, ...] = ()
+    function: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
+    """`module:callable` with callable(prompts: list[str], responses: list[str]) -> list[float]."""
+
+    def faults(self) -> list[str]:
+        given = [bool(self.model_name_or_path), bool(self.models), bool(self.function)]
+        if sum(given) != 1:
+            return ["give exactly one of model_name_or_path, models, function"]
+        found = super().faults()
+        if self.model_name_or_path:
+            found += model_path_faults("model_name_or_path", self.model_name_or_path)
+        return found
+
+    @property
+    def weighted_models(self) -> list[RewardModelSettings]:
+        if self.model_name_or_path:
+            return [RewardModelSettings(model_name_or_path=self.model_name_or_path)]
+        return list(self.models)
+
+
+class SamplingSettings(StrictModel):
+    """How responses are drawn. PPO's mathematics holds for temperature 1, top_p 1 and top_k 0."""
+
+    response_length: Count = 256
+    """Tokens after which a response is cut."""
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw from the k likeliest tokens only; 0 draws from all."""
+    rollout_batch_size: Count = 64
+    """Prompts for which one process generates at the same time."""
+
+    def warnings(self) -> list[str]:
+        """Why the sampled policy would not be the scored policy."""
+        off = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        return [
+            f"{name}={getattr(self, name)}: responses are drawn from another distribution than the "
+            f"one that is scored and trained, which moves the optimum; {name}={value} does not"
+            for name, value in off.items()
+            if getattr(self, name) != value
+        ]
+
+
+class EvaluationSettings(StrictModel):
+    """What is measured after training, and by `scripts/evaluate.sh`."""
+
+    response_sets: str | None = None
+    """JSONL of prompts with their finite set of responses, for the exact metrics."""
+    max_prompts: Count | None = None
+    """Prompts of the evaluation data that are used; null is all."""
+    sampling: SamplingSettings | None = None
+    """How evaluation draws responses; null draws as training does."""
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.response_sets and not Path(self.response_sets).is_file():
+            found.append(f"response_sets: {self.response_sets} does not exist")
+        return found
+
+
+class PPOConfig(StageConfig, SamplingSettings):
+    """Aligns the policy with the reward model under a regularizer."""
+
+    reference_model_name_or_path: str | None = None
+    """π_ref; null is the policy that training starts from."""
+    critic_model_name_or_path: str | None = None
+    """What the critic starts from; null is the reward model, or the policy where there is none."""
+    reward: RewardSettings
+    regularizer: RegularizerField
+    data: DataSettings
+    actor: OptimizerSettings
+    critic: OptimizerSettings
+    frozen_deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed section of reference and reward models: empty keeps a whole copy on each process,
+    ZeRO stage 3 divides them over the processes."""
+
+    num_train_epochs: Positive = 1.0
+    """Passes over the prompts."""
+    total_episodes: Count | None = None
+    """Responses in all; overrides num_train_epochs."""
+    num_ppo_epochs: Count = 1
+    """Passes over each rollout."""
+    num_mini_batches: Count = 1
+    """Optimizer steps into which each pass over a rollout is divided."""
+    cliprange: Positive = 0.2
+    cliprange_value: Positive = 0.2
+    vf_coef: Positive = 0.5
+    gamma: Fraction = 1.0
+    """Discount; only 1 makes token penalties add up to the sequence's."""
+    lam: Fraction = 0.95
+    """GAE's λ."""
+    advantage_normalization: AdvantageNormalization = "none"
+
+    reward_centering: Literal["none", "reference_mean"] = "none"
+    """C_1 of Example 2: subtract the mean reward of the reference policy. The optimum stays."""
+    reward_centering_samples: Count = 256
+    reward_clip: Positive | None = None
+    """Clip rewards to ±this. Moves the optimum wherever it binds; null is off."""
+    missing_eos_penalty: NonNegative | None = None
+    """Subtracted from the reward of a response that was cut before its EOS. Null is off."""
+    eval_steps: Annotated[int, Field(ge=0)] = 0
+    """Iterations between evaluations; 0 evaluates at the end only."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        return SamplingSettings(**{name: getattr(self, name) for name in _SAMPLING_FIELDS})
+
+    def local_rollout_size(self) -> int:
+        """Responses that one process draws in one iteration."""
+        return (
+            self.per_device_train_batch_size
+            * self.gradient_accumulation_steps
+            * self.num_mini_batches
+        )
+
+    @property
+    def uses_rollout_once(self) -> bool:
+        """Whether one forward pass can both score and train."""
+        whole_batch = self.gradient_accumulation_steps == 1
+        return (
+            self.num_ppo_epochs == 1
+            and self.num_mini_batches == 1
+            and (self.advantage_normalization == "none" or whole_batch)
+        )
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        found += [f"frozen_deepspeed.{f}" for f in deepspeed_faults(self.frozen_deepspeed)]
+        for name in ("reference_model_name_or_path", "critic_model_name_or_path"):
+            if getattr(self, name):
+                found += model_path_faults(name, getattr(self, name))
+        rollout = self.local_rollout_size()
+        if rollout % self.rollout_batch_size and self.rollout_batch_size < rollout:
+            found.append(
+                f"rollout_batch_size: {self.rollout_batch_size} does not divide the {rollout} "
+                "responses of an iteration (per_device_train_batch_size x "
+                "gradient_accumulation_steps x num_mini_batches)"
+            )
+        return found
+
+    def warnings(self) -> list[str]:
+        found = super().warnings()
+        if self.gamma != 1.0:
+            found.append(f"gamma={self.gamma}: token penalties no longer add up to the sequence's")
+        if self.reward_clip is not None:
+            found.append(f"reward_clip={self.reward_clip}: moves the optimum wherever it binds")
+        if self.missing_eos_penalty:
+            found.append("missing_eos_penalty: responses that were cut get another reward")
+        if self.advantage_normalization == "full":
+            found.append("advantage_normalization=full: blows up noise near the optimum")
+        return found
+
+
+class EvaluationConfig(SamplingSettings):
+    """What `scripts/evaluate.sh` needs to know; a stage-3 run's config.json has all of it."""
+
+    model_name_or_path: str
+    """The policy that is measured."""
+    reference_model_name_or_path: str | None = None
+    """π_ref; null is the policy itself."""
+    reward: RewardSettings
+    regularizer: RegularizerField | None = None
+    """Whose optimum the policy is compared with on finite sets; null compares with none."""
+    data: DataSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+    output_dir: str
+    seed: Annotated[int, Field(ge=0)] = 42
+    trust_remote_code: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    per_device_eval_batch_size: Count = 8
+    frozen_deepspeed: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: PPOConfig) -> "EvaluationConfig":
+        """The evaluation of a training run."""
+        shared = {name: getattr(config, name) for name in cls.model_fields}
+        if config.evaluation.sampling is not None:
+            shared |= dict(config.evaluation.sampling)
+        return cls(**shared)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        return SamplingSettings(**{name: getattr(self, name) for name in _SAMPLING_FIELDS})
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        found += [f"frozen_deepspeed.{f}" for f in deepspeed_faults(self.frozen_deepspeed)]
+        for name in ("model_name_or_path", "reference_model_name_or_path"):
+            if getattr(self, name):
+                found += model_path_faults(name, getattr(self, name))
+        return found
+
+
+_SAMPLING_FIELDS = tuple(SamplingSettings.model_fields)

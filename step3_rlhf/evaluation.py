@@ -1,0 +1,424 @@
+"""Measures an aligned policy: sampled metrics on held-out prompts, exact ones on finite sets.
+
+    bash scripts/evaluate.sh RUN_DIR [key.path=value ...]
+
+RUN_DIR is what stage 3 wrote (its actor, reference, reward and regularizer are taken from its
+config.json), or what stage 1 wrote, or any directory for which the overrides name the models.
+Writes `evaluation.json` and, one line per prompt, `instances.jsonl` into RUN_DIR.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from step3_rlhf.config import EvaluationConfig
+from step3_rlhf.metrics import (
+    Estimate,
+    estimate,
+    kl_divergence,
+    pm_divergence,
+    response_perplexity,
+    text_perplexity,
+    total_variation,
+)
+from step3_rlhf.optimum import NoOptimumError, ResponseSet, optimum
+from step3_rlhf.prompts import EVALUATION
+from step3_rlhf.regularizers import Regularizer
+from step3_rlhf.response_sets import FiniteSet, read_response_sets
+from step3_rlhf.rewards import RewardSource, load_reward
+from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts, sample
+from training import engine
+from training.cli import add_common_options, start, user_errors_end_cleanly
+from training.config import apply_overrides, check_config, read_mapping
+from training.data import encode_responses, read_records, tokenize
+from training.errors import UserError
+from training.models import load_policy, load_tokenizer
+from training.tracking import say
+
+
+@dataclass(frozen=True)
+class Models:
+    """The triple that is measured, and the tokenizer of policy and reference."""
+
+    policy: nn.Module
+    reference: nn.Module
+    reward: RewardSource
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a policy is measured on."""
+
+    prompt_ids: list[list[int]]
+    prompts: list[str]
+    texts: list[tuple[list[int], list[int]]]  # prompt and response ids of held-out text
+    sets: list[FiniteSet]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """One response to each prompt, as all three models see it; [prompts] each."""
+
+    texts: list[str]
+    logp: Tensor
+    ref_logp: Tensor
+    rewards: Tensor
+    lengths: Tensor
+    ended: Tensor
+
+
+def evaluate(
+    models: Models, held_out: HeldOut, regularizer: Regularizer | None, config: EvaluationConfig
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Every metric, and the per-prompt values behind the sampled ones; the same on every rank.
+
+    Args:
+        regularizer: whose optimum the policy is compared with on finite sets; None skips that.
+    """
+    temperature = regularizer.preference_temperature if regularizer else 1.0
+    first, second = (respond(models, held_out, config, draw) for draw in (0, 1))
+    report, instances = sampled_metrics(held_out.prompts, first, second, temperature)
+    if held_out.texts:
+        report["held_out_text"] = held_out_perplexity(models, held_out, config)
+    if held_out.sets:
+        report["exact"] = exact_metrics(models, held_out.sets, regularizer, temperature, config)
+    return report, instances
+
+
+def sampled_metrics(
+    prompts: list[str], first: Responses, second: Responses, temperature: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Section 6.1 from two independent responses to each prompt; intervals are over prompts."""
+    divergence = pm_divergence(first.logp, second.logp, first.rewards, second.rewards, temperature)
+
+    def both(value: Callable[[Responses], Tensor]) -> Estimate:
+        return estimate((value(first).double() + value(second).double()) / 2)
+
+    figures = {
+        "pm_divergence": estimate(divergence),
+        "reward": both(lambda y: y.rewards),
+        "length": both(lambda y: y.lengths),
+        "ended_fraction": both(lambda y: y.ended),
+        "perplexity": both(lambda y: response_perplexity(y.logp, y.lengths)),
+        "reference_perplexity": both(lambda y: response_perplexity(y.ref_logp, y.lengths)),
+        "entropy": both(lambda y: -y.logp),
+        "entropy_per_token": both(lambda y: -y.logp / y.lengths),
+        "kl": both(lambda y: y.logp - y.ref_logp),
+        "kl_per_token": both(lambda y: (y.logp - y.ref_logp) / y.lengths),
+    }
+    report = {"prompts": len(prompts), "preference_temperature": temperature}
+    report |= {name: asdict(figure) for name, figure in figures.items()}
+    instances = [
+        {
+            "prompt": prompt,
+            "pm_divergence": divergence[i].item(),
+            "responses": [
+                {
+                    "text": y.texts[i],
+                    "logp": y.logp[i].item(),
+                    "ref_logp": y.ref_logp[i].item(),
+                    "reward": y.rewards[i].item(),
+                    "length": int(y.lengths[i]),
+                    "ended": bool(y.ended[i]),
+                }
+                for y in (first, second)
+            ],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    return report, instances
+
+
+def respond(models: Models, held_out: HeldOut, config: EvaluationConfig, draw: int) -> Responses:
+    """One seeded response to every prompt, the work divided over the ranks."""
+
+    def measure(rows: list[int]) -> list[tuple[Any, ...]]:
+        rollout = sample(
+            models.policy,
+            models.tokenizer,
+            [list(held_out.prompt_ids[row]) for row in rows],
+            [held_out.prompts[row] for row in rows],
+            [(config.seed, EVALUATION, row, draw) for row in rows],
+            config.sampling,
+        )
+        logp, ref_logp = (
+            sequence_logps(models.policy, rollout, config),
+            sequence_logps(models.reference, rollout, config),
+        )
+        columns = (logp, ref_logp, models.reward(rollout), rollout.lengths, rollout.ended)
+        return list(zip(rollout.responses, *(column.tolist() for column in columns), strict=True))
+
+    rows = over_ranks(len(held_out.prompts), config.sampling.rollout_batch_size, measure)
+    texts, *columns = zip(*rows, strict=True)
+    return Responses(list(texts), *(torch.tensor(column).double() for column in columns))
+
+
+def over_ranks(count: int, batch_size: int, measure: Callable[[list[int]], list[Any]]) -> list[Any]:
+    """`measure` of 0 … count − 1 in batches, divided over the ranks; all ranks get all results.
+
+    Every rank makes the same number of calls, so that collectives inside are reached by all; what
+    a rank measures only to keep step is left out.
+    """
+    ranks, results = engine.world_size(), []
+    for first in range(0, count, batch_size * ranks):
+        mine = range(first + engine.rank() * batch_size, first + (engine.rank() + 1) * batch_size)
+        rows = [row for row in mine if row < count]
+        measured = measure(rows or [0])
+        results += engine.gather_objects(measured if rows else [])
+    return results
+
+
+@torch.no_grad()
+def sequence_logps(model: nn.Module, rollout: Rollout, config: EvaluationConfig) -> Tensor:
+    """[B] float64 log-probability of each whole response."""
+    size = config.per_device_eval_batch_size
+    parts = []
+    for first in range(0, len(rollout), size):
+        rows = rollout.rows(first, first + size)
+        parts.append(
+            model(rows.input_ids, rows.attention_mask, rows.scored_mask)[0].double().sum(-1)
+        )
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def token_logps(model: nn.Module, rollout: Rollout) -> Tensor:
+    """[B, R] float64 log-probability of each response token."""
+    logp, _ = model(rollout.input_ids, rollout.attention_mask, rollout.scored_mask)
+    return rollout.response_part(logp).double().cpu()
+
+
+def held_out_perplexity(
+    models: Models, held_out: HeldOut, config: EvaluationConfig
+) -> dict[str, float]:
+    """Perplexity per token of people's own texts under policy and reference."""
+
+    def measure(rows: list[int]) -> list[tuple[float, float, int]]:
+        texts = [held_out.texts[row] for row in rows]
+        rollout = assemble(
+            [list(prompt) for prompt, _ in texts],
+            [list(response) for _, response in texts],
+            [""] * len(texts),
+            models.tokenizer,
+            engine.device(),
+        )
+        columns = (
+            sequence_logps(models.policy, rollout, config),
+            sequence_logps(models.reference, rollout, config),
+            rollout.lengths,
+        )
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    rows = over_ranks(len(held_out.texts), config.per_device_eval_batch_size, measure)
+    logp, ref_logp, lengths = (torch.tensor(column).double() for column in zip(*rows, strict=True))
+    return {
+        "texts": len(rows),
+        "perplexity": text_perplexity(logp, lengths),
+        "reference_perplexity": text_perplexity(ref_logp, lengths),
+    }
+
+
+def exact_metrics(
+    models: Models,
+    sets: list[FiniteSet],
+    regularizer: Regularizer | None,
+    temperature: float,
+    config: EvaluationConfig,
+) -> dict[str, Any]:
+    """Distances between whole distributions on finite response sets, means over prompts.
+
+    Distances are between distributions conditional on the set; `outside_mass` is the policy's
+    probability of everything else.
+    """
+
+    def measure(rows: list[int]) -> list[dict[str, Any]]:
+        return [measure_set(models, sets[row], regularizer, temperature) for row in rows]
+
+    per_prompt = over_ranks(len(sets), 1, measure)
+    report: dict[str, Any] = {"prompts": len(per_prompt)}
+    for name in EXACT_FIGURES:
+        values = [entry[name] for entry in per_prompt if entry.get(name) is not None]
+        report[name] = asdict(estimate(torch.tensor(values))) if values else None
+    return report | {"per_prompt": per_prompt}
+
+
+EXACT_FIGURES = (
+    "tv_to_reward",
+    "tv_to_population",
+    "tv_to_optimum",
+    "kl_to_reward",
+    "kl_to_population",
+    "kl_to_optimum",
+    "outside_mass",
+)
+
+
+def measure_set(
+    models: Models, finite: FiniteSet, regularizer: Regularizer | None, temperature: float
+) -> dict[str, Any]:
+    """Everything exact about one prompt."""
+    count = len(finite.responses)
+    rollout = assemble(
+        encode_prompt_texts([finite.prompt], models.tokenizer) * count,
+        encode_responses(list(finite.responses), models.tokenizer),
+        [finite.prompt] * count,
+        models.tokenizer,
+        engine.device(),
+    )
+    logp = token_logps(models.policy, rollout).sum(-1)
+    ref_logp = token_logps(models.reference, rollout)
+    rewards = models.reward(rollout).double().cpu()
+    policy = logp.log_softmax(0)
+    targets = {"reward": (rewards / temperature).log_softmax(0)}
+    if finite.population is not None:
+        targets["population"] = torch.tensor(finite.population).double().log()
+    best = optimum_on(rollout, rewards, ref_logp, regularizer)
+    if best is not None:
+        targets["optimum"] = best
+    entry: dict[str, Any] = {
+        "prompt": finite.prompt,
+        "topic": finite.topic,
+        "responses": list(finite.responses),
+        "outside_mass": max(0.0, 1.0 - logp.exp().sum().item()),
+        "policy": policy.exp().tolist(),
+        "reference": ref_logp.sum(-1).log_softmax(0).exp().tolist(),
+        "rewards": rewards.tolist(),
+    }
+    for name, target in targets.items():
+        entry[name] = target.exp().tolist()
+        entry[f"tv_to_{name}"] = total_variation(policy, target).item()
+        entry[f"kl_to_{name}"] = kl_divergence(policy, target).item()
+    return entry
+
+
+def optimum_on(
+    rollout: Rollout, rewards: Tensor, ref_logp: Tensor, regularizer: Regularizer | None
+) -> Tensor | None:
+    """log π* on the set, or None where there is no regularizer or it has no optimum there."""
+    if regularizer is None:
+        return None
+    tokens = rollout.input_ids[:, rollout.prompt_length :].cpu()
+    responses = ResponseSet(tokens, ref_logp, rollout.response_mask.cpu(), rewards)
+    try:
+        return optimum(regularizer, responses)
+    except NoOptimumError:
+        return None
+
+
+def write_evaluation(
+    report: dict[str, Any], instances: list[dict[str, Any]], directory: Path
+) -> None:
+    """`evaluation.json` and `instances.jsonl`, by rank 0."""
+    if engine.rank() == 0:
+        (directory / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in instances)
+        (directory / "instances.jsonl").write_text(lines, encoding="utf-8")
+    engine.barrier()
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The headline figures, one line each."""
+    lines = [
+        f"  {name + ':':<24}{report[name]['mean']:10.4f} ± {report[name]['ci95']:.4f}"
+        for name in ("pm_divergence", "length", "perplexity", "entropy", "kl")
+    ]
+    for name in ("tv_to_reward", "tv_to_population", "tv_to_optimum", "outside_mass"):
+        figure = report.get("exact", {}).get(name)
+        if figure:
+            lines.append(f"  {name + ':':<24}{figure['mean']:10.4f} ± {figure['ci95']:.4f}")
+    return "\n".join(lines)
+
+
+def load_held_out(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """The evaluation prompts and texts of stage 3's data, and the finite sets."""
+    records = read_records(config.data, "ppo")
+    limit = config.evaluation.max_prompts
+    with engine.rank_zero_first():
+        prompts = tokenize(records, tokenizer, config.data, "ppo").eval[:limit]
+        texts = held_out_texts(config, tokenizer)
+    return HeldOut(
+        prompts["prompt_ids"],
+        prompts["prompt"],
+        texts[:limit],
+        read_response_sets(config.evaluation.response_sets),
+    )
+
+
+def held_out_texts(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response ids that people wrote and no stage trained on, where the data has any."""
+    try:
+        records = read_records(config.data, "sft")
+    except UserError as error:
+        say(f"No held-out text for perplexity: {error}")
+        return []
+    texts = tokenize(records, tokenizer, config.data, "sft").eval[:]
+    return list(zip(texts["prompt_ids"], texts["response_ids"], strict=True))
+
+
+def run(config: EvaluationConfig) -> None:
+    read_records(config.data, "ppo")  # faults in the data end here, before any model is loaded
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    held_out = load_held_out(config, tokenizer)
+    dtype = engine.precision(config)
+
+    def load(path: str) -> nn.Module:
+        policy = load_policy(path, tokenizer, dtype, trust_remote_code=config.trust_remote_code)
+        return engine.frozen(policy, config.frozen_deepspeed, dtype)
+
+    policy = load(config.model_name_or_path)
+    reference_path = config.reference_model_name_or_path or config.model_name_or_path
+    same = reference_path == config.model_name_or_path
+    reference = policy if same else load(reference_path)
+    models = Models(policy, reference, load_reward(config.reward, tokenizer, config), tokenizer)
+    report, instances = evaluate(models, held_out, config.regularizer, config)
+    write_evaluation(report, instances, Path(config.output_dir))
+    say(f"{summary(report)}\n  written to: {Path(config.output_dir) / 'evaluation.json'}")
+
+
+def run_settings(run_dir: str) -> dict[str, Any]:
+    """The evaluation's settings as far as RUN_DIR knows them."""
+    directory = Path(run_dir)
+    if not directory.is_dir():
+        raise UserError(f"{run_dir}: no such directory")
+    known: dict[str, Any] = {"output_dir": run_dir}
+    saved: dict[str, Any] = {}
+    if (directory / "config.json").is_file():
+        saved = read_mapping(str(directory / "config.json"))
+    if (directory / "actor").is_dir():
+        known |= {name: saved[name] for name in EvaluationConfig.model_fields if name in saved}
+        known["reference_model_name_or_path"] = (
+            saved.get("reference_model_name_or_path") or saved["model_name_or_path"]
+        )
+        known["model_name_or_path"] = str(directory / "actor")
+    elif (directory / "model").is_dir():
+        known["model_name_or_path"] = str(directory / "model")
+    known["output_dir"] = run_dir
+    return known
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", help="what a stage wrote, and where the results go")
+    parser.add_argument("overrides", nargs="*", help="key.path=value, over the run's own settings")
+    add_common_options(parser)
+    options = parser.parse_args(arguments)
+    with user_errors_end_cleanly(options.debug):
+        settings = run_settings(options.run_dir)
+        faults = apply_overrides(settings, options.overrides)
+        heading = f"{options.run_dir} cannot be evaluated:"
+        config = check_config(EvaluationConfig, settings, heading, faults)
+        start(lambda: run(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The generalized Plackett–Luce model, P(y) ∝ g(r(y)): Theorem 3 and its link functions g.
+
+Each g is positive and increasing. Arguments are log π (nats, any shape), so that the probability
+of a long response never underflows.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from step3_rlhf.optimum import ResponseSet, decreasing_root
+from step3_rlhf.regularization import (
+    Marginal,
+    Regularizer,
+    on_last_token,
+    response_sum,
+    unbound,
+)
+from training.config import Positive
+
+
+class Link(ABC):
+    """One g, with G(r) = ∫_{-∞}^r g."""
+
+    @abstractmethod
+    def inverse(self, log_pi: Tensor) -> Tensor:
+        """g^{-1}(π)."""
+
+    @abstractmethod
+    def integral_ratio(self, log_pi: Tensor) -> Tensor:
+        """G(g^{-1}(π))/π of eq. (3.14)."""
+
+    @abstractmethod
+    def log_link(self, score: Tensor) -> Tensor:
+        """log g(score), −inf where g has no more to give (score outside its domain)."""
+
+    def optimum(self, scores: Tensor) -> Tensor:
+        """log of π_i = g(scores_i + λ), λ such that Σπ = 1; `scores` is [K] float64, r/β."""
+        if len(scores) == 1:
+            return torch.zeros_like(scores)
+        gap = scores.max() - scores
+        # At `equal` no response exceeds 1/K; `gap.max()` later none falls short of it.
+        equal = self.inverse(torch.tensor(-math.log(len(scores)), dtype=scores.dtype)).item()
+
+        def deficit(shift: float) -> float:
+            return -torch.logsumexp(self.log_link(shift - gap), 0).item()
+
+        return self.log_link(decreasing_root(deficit, equal, equal + gap.max().item()) - gap)
+
+
+class Exponential(Link):
+    """g(r) = e^r: the Plackett–Luce model itself."""
+
+    def inverse(self, log_pi: Tensor) -> Tensor:
+        return log_pi
+
+    def integral_ratio(self, log_pi: Tensor) -> Tensor:
+        return torch.ones_like(log_pi)
+
+    def log_link(self, score: Tensor) -> Tensor:
+        return score
+
+
+def _softplus_coefficients(terms: int = 12) -> list[float]:
+    """Taylor coefficients in π of (1/π)∫_0^π p/(1 − e^{−p}) dp: Bernoulli numbers B⁺_n/(n + 1)!."""
+    bernoulli = [Fraction(1)]
+    for n in range(1, terms):
+        total = sum(math.comb(n + 1, k) * bernoulli[k] for k in range(n))
+        bernoulli.append(-total / (n + 1))
+    bernoulli[1] = Fraction(1, 2)
+    return [float(b / math.factorial(n) / (n + 1)) for n, b in enumerate(bernoulli)]
+
+
+class Softplus(Link):
+    """g(r) = log(1 + e^r). Close to e^r, hence to preference matching, where π is small."""
+
+    coefficients = _softplus_coefficients(20)
+
+    def inverse(self, log_pi: Tensor) -> Tensor:
+        pi = torch.exp(log_pi)
+        tiny = pi < 1e-6
+        safe = torch.where(tiny, torch.ones_like(pi), pi)
+        return log_pi + torch.where(tiny, pi / 2.0, torch.log(torch.expm1(safe) / safe))
+
+    def integral_ratio(self, log_pi: Tensor) -> Tensor:
+        # G(g^{-1}(π)) = −Li₂(1 − e^π); its series converges on [0, 1] like (π/2π)^n.
+        pi = torch.exp(log_pi)
+        total = torch.zeros_like(pi)
+        for coefficient in reversed(self.coefficients):
+            total = total * pi + coefficient
+        return total
+
+    def log_link(self, score: Tensor) -> Tensor:
+        low = score < -30.0
+        safe = torch.where(low, torch.zeros_like(score), score)
+        return torch.where(low, score, torch.log(functional.softplus(safe)))
+
+
+@dataclass(frozen=True)
+class Power(Link):
+    """g(r) = r^k for r > 0. Its optimum is max(0, r + λ)^k: bad responses get exactly zero."""
+
+    exponent: float
+
+    def inverse(self, log_pi: Tensor) -> Tensor:
+        return torch.exp(log_pi / self.exponent)
+
+    def integral_ratio(self, log_pi: Tensor) -> Tensor:
+        return torch.exp(log_pi / self.exponent) / (self.exponent + 1.0)
+
+    def log_link(self, score: Tensor) -> Tensor:
+        return self.exponent * torch.log(score.clamp(min=0.0))
+
+
+class Sigmoid(Link):
+    """g(r) = 1/(1 + e^{−r}), bounded by 1: g^{-1}(π) diverges as π → 1."""
+
+    def inverse(self, log_pi: Tensor) -> Tensor:
+        return log_pi - _log_complement(log_pi)
+
+    def integral_ratio(self, log_pi: Tensor) -> Tensor:
+        pi = torch.exp(log_pi)
+        tiny = pi < 1e-6
+        safe = torch.where(tiny, torch.full_like(log_pi, -1.0), log_pi)
+        return torch.where(tiny, 1.0 + pi / 2.0, -_log_complement(safe) * torch.exp(-safe))
+
+    def log_link(self, score: Tensor) -> Tensor:
+        return functional.logsigmoid(score)
+
+
+def _log_complement(log_pi: Tensor) -> Tensor:
+    """log(1 − π), finite also where π rounds to 1."""
+    log_pi = log_pi.clamp(max=-torch.finfo(log_pi.dtype).tiny)
+    near_one = log_pi > -math.log(2.0)
+    high = torch.where(near_one, log_pi, torch.full_like(log_pi, -1.0))
+    low = torch.where(near_one, torch.full_like(log_pi, -1.0), log_pi)
+    return torch.where(near_one, torch.log(-torch.expm1(high)), torch.log1p(-torch.exp(low)))
+
+
+LINKS: dict[str, type[Link]] = {
+    "exponential": Exponential,
+    "softplus": Softplus,
+    "power": Power,
+    "sigmoid": Sigmoid,
+}
+
+
+def link(name: str, exponent: float | None = None) -> Link:
+    """The link of that name; `exponent` is k of the power link."""
+    if name != "power":
+        return LINKS[name]()
+    if exponent is None:
+        raise ValueError("the power link needs its exponent")
+    return Power(exponent)
+
+
+class GeneralizedPL(Regularizer):
+    """Theorem 3, R = β·eq. (3.14) with C_1 = C_2 = 0; link functions g above.
+
+    objective  E[r − β g^{-1}(π) + β G(g^{-1}(π))/π]
+    marginal   −β g^{-1}(π(y|x)) on the last token
+    optimum    π_i = g((r_i + λ)/β), λ from Σπ = 1
+
+    The proof of Theorem 3 writes r_i = g^{-1}(π_i) + c. That holds for the shifted optimum above,
+    not for π_i = g(r_i)/Σg unless g is exponential; only then is the generalized preference
+    matched, and R is pm's plus the constant β. `power` lives on r + λ > 0 and gives exactly zero
+    to responses below it. π → 1 sends `sigmoid`'s marginal to −∞. Where π is tiny, as on long
+    responses, softplus and sigmoid are indistinguishable from pm and power's marginal vanishes.
+    """
+
+    name: Literal["generalized_pl"] = "generalized_pl"
+    g: Literal["exponential", "softplus", "power", "sigmoid"]
+    exponent: Positive | None = None
+    """k of the power link r^k."""
+    max_marginal: Positive = 20.0
+    """`sigmoid` only: its marginal is held above −max_marginal (units of reward) as π → 1."""
+
+    @model_validator(mode="after")
+    def _exponent_where_it_belongs(self) -> "GeneralizedPL":
+        if (self.g == "power") != (self.exponent is not None):
+            raise ValueError("exponent: the power link's, there and only there")
+        return self
+
+    @property
+    def link(self) -> Link:
+        return link(self.g, self.exponent)
+
+    def value(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        log_pi = response_sum(logp, mask)
+        return self.beta * (self.link.integral_ratio(log_pi) - self.link.inverse(log_pi))
+
+    def marginal(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Marginal:
+        marginal = -self.beta * self.link.inverse(response_sum(logp, mask))
+        bound = unbound(mask)
+        if self.g == "sigmoid":
+            bound = marginal < -self.max_marginal
+            marginal = marginal.clamp(min=-self.max_marginal)
+        return Marginal(on_last_token(marginal, mask), bound)
+
+    def log_optimum(self, responses: ResponseSet) -> Tensor:
+        return self.link.optimum(responses.rewards / self.beta)
+
+    @property
+    def needs_reference(self) -> bool:
+        return False

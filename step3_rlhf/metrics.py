@@ -1,0 +1,77 @@
+"""The paper's metrics (section 6.1) and exact distances on finite sets: pure functions.
+
+Log-probabilities are natural logarithms; π(y|x) = exp(Σ_t log π_t), EOS included.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over independent prompts."""
+
+    mean: float
+    ci95: float
+    """Half the width of the normal 95 % confidence interval: 1.96 · standard error."""
+    count: int
+
+
+def estimate(values: Tensor) -> Estimate:
+    """Mean of [n] values with its confidence interval (infinite for a single value)."""
+    values = values.double()
+    n = values.numel()
+    spread = values.std(unbiased=True).item() if n > 1 else float("inf")
+    return Estimate(values.mean().item(), 1.96 * spread / n**0.5, n)
+
+
+def pm_divergence(
+    logp_1: Tensor, logp_2: Tensor, reward_1: Tensor, reward_2: Tensor, temperature: float
+) -> Tensor:
+    """Instance preference matching divergence (section 6.1), in nats.
+
+    KL(Bernoulli(p_llm) ‖ Bernoulli(p_reward)) with p_llm = σ(log π(y1) − log π(y2)) and
+    p_reward = σ((r1 − r2) / β), in log space: finite wherever its arguments are.
+
+    Args:
+        logp_1, logp_2: [prompts] log π of two independent responses to each prompt.
+        reward_1, reward_2: [prompts].
+        temperature: β.
+
+    Returns:
+        [prompts] values ≥ 0; their mean is the PM divergence.
+    """
+    llm = (logp_1 - logp_2).double()
+    reward = (reward_1 - reward_2).double() / temperature
+    first = llm.sigmoid() * (logsigmoid(llm) - logsigmoid(reward))
+    second = (-llm).sigmoid() * (logsigmoid(-llm) - logsigmoid(-reward))
+    return (first + second).clamp(min=0.0)
+
+
+def response_perplexity(logp: Tensor, lengths: Tensor) -> Tensor:
+    """[p_1 · … · p_L]^{−1/L} of each response (section 6.1); the metric is its mean.
+
+    Args:
+        logp: [responses] log π(y|x).
+        lengths: [responses] tokens, EOS included.
+    """
+    return torch.exp(-logp.double() / lengths)
+
+
+def text_perplexity(logp: Tensor, lengths: Tensor) -> float:
+    """exp(−Σ log π / Σ tokens) of given texts."""
+    return torch.exp(-logp.double().sum() / lengths.sum()).item()
+
+
+def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """½ Σ |p − q| of distributions given as normalized log-probabilities [..., K]."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ p (log p − log q) in nats, of normalized log-probabilities [..., K]; 0 log 0 = 0."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)

@@ -1,0 +1,106 @@
+"""PPO as pure functions: placing rewards, advantages, clipped losses.
+
+Shapes: B responses, R response tokens; `mask` [B, R] bool is True on response tokens, EOS included,
+and each row's True entries are contiguous from column 0. Time index t runs over response tokens;
+values v_t are those of the state *before* token t is drawn.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from training.logprobs import masked_sum
+
+AdvantageNormalization = Literal["none", "center", "full"]
+
+
+def place_rewards(marginal: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+    """Token rewards: the regularizer's marginal on each token, the response's reward on its last.
+
+    With γ = 1 their sum over a response is r(x, y) + R + πR′ (eq. 3.6), what PPO must be given.
+
+    Args:
+        marginal: [B, R], already multiplied by β.
+        rewards: [B].
+    """
+    last = mask.long().sum(-1, keepdim=True) - 1
+    placed = torch.where(mask, marginal, torch.zeros_like(marginal))
+    return placed.scatter_add(1, last, rewards.unsqueeze(1).to(placed))
+
+
+def advantages_and_returns(
+    token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (Schulman et al., 2016, eq. 16).
+
+    Returns:
+        advantages A_t [B, R] and returns A_t + v_t [B, R], both 0 where masked.
+    """
+    values = torch.where(mask, values, torch.zeros_like(values))
+    advantages = torch.zeros_like(values)
+    a_next = torch.zeros_like(values[:, 0])
+    v_next = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta_t = token_rewards[:, t] + gamma * v_next - values[:, t]
+        a_t = delta_t + gamma * lam * a_next
+        inside = mask[:, t]
+        a_next = torch.where(inside, a_t, torch.zeros_like(a_t))
+        v_next = values[:, t]
+        advantages[:, t] = a_next
+    return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
+
+
+def normalize_advantages(
+    advantages: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    mode: AdvantageNormalization,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+) -> list[Tensor]:
+    """Advantages minus their mean ("center"), also divided by their deviation ("full"), or as is.
+
+    Near the optimum of a regularized objective all advantages tend to 0; "full" then blows noise up
+    to unit size. Statistics are over the valid tokens of all the given parts [B, R], on all ranks.
+    """
+    if mode == "none":
+        return list(advantages)
+    valid = torch.cat([a[mask].double() for a, mask in zip(advantages, masks, strict=True)])
+    moments = torch.stack([torch.ones_like(valid).sum(), valid.sum(), (valid**2).sum()])
+    n, total, squares = sum_over_ranks(moments)
+    mean = total / n
+    scale = (squares / n - mean**2).clamp(min=0).sqrt() + 1e-8 if mode == "full" else 1.0
+    return [
+        torch.where(mask, (a - mean) / scale, 0.0).to(a.dtype)
+        for a, mask in zip(advantages, masks, strict=True)
+    ]
+
+
+def policy_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
+) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate (Schulman et al., 2017, eq. 7), negated, summed over tokens.
+
+    Returns:
+        the sum of the loss over valid tokens, and the number of tokens where clipping took effect.
+    """
+    ratio = torch.exp(logp - old_logp)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = masked_sum(torch.maximum(unclipped, clipped), mask)
+    return loss, masked_sum((clipped > unclipped).to(logp.dtype), mask)
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float
+) -> tuple[Tensor, Tensor]:
+    """½ (v − return)², the larger of unclipped and clipped around the old value, over tokens.
+
+    Returns:
+        the sum of the loss over valid tokens, and the number of tokens where clipping took effect.
+    """
+    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    unclipped = 0.5 * (values - returns) ** 2
+    clipped = 0.5 * (near - returns) ** 2
+    loss = masked_sum(torch.maximum(unclipped, clipped), mask)
+    return loss, masked_sum((clipped > unclipped).to(values.dtype), mask)

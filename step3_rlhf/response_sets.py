@@ -1,0 +1,61 @@
+"""Prompts whose whole set of natural responses is known, as JSONL.
+
+One line: {"prompt": str, "responses": [str, ...]} and, where known, "topic": str and "population":
+[share, ...] (they sum to 1).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+
+
+@dataclass(frozen=True)
+class FiniteSet:
+    """A prompt, its responses, and the shares in which the population prefers them."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    population: tuple[float, ...] | None
+    topic: str | None
+
+
+def read_response_sets(path: str | None) -> list[FiniteSet]:
+    """The sets in a file, none where there is no file.
+
+    Raises:
+        UserError: with every faulty line and its number.
+    """
+    if path is None:
+        return []
+    sets, faults = [], []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            sets.append(_parse(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            faults.append(f"{path}:{number}: {error}")
+    if faults:
+        raise UserError(faults, f"{len(faults)} faulty lines:")
+    return sets
+
+
+def _parse(entry: Any) -> FiniteSet:
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError('an object with "prompt": str was expected')
+    responses = entry.get("responses")
+    if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
+        raise ValueError('"responses": a list of strings was expected')
+    if len(set(responses)) != len(responses) or len(responses) < 2:
+        raise ValueError('"responses": at least two different ones were expected')
+    population = entry.get("population")
+    if population is not None:
+        shares = tuple(float(share) for share in population)
+        if len(shares) != len(responses) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+            raise ValueError('"population": one share per response, adding up to 1, was expected')
+        population = shares
+    return FiniteSet(entry["prompt"], tuple(responses), population, entry.get("topic"))

@@ -1,0 +1,146 @@
+"""Where rewards come from: sequence-classification models, or a Python function."""
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from step3_rlhf.config import EvaluationConfig, PPOConfig, RewardSettings
+from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
+from training import engine
+from training.data import encode_responses
+from training.errors import UserError
+from training.models import last_token, load_scalar_model, load_tokenizer
+
+RewardFunction = Callable[[list[str], list[str]], list[float]]
+
+
+class RewardSource(Protocol):
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """[B] rewards r(x, y), float32."""
+        ...
+
+
+class ModelReward:
+    """The scalar of a reward model after the response's last token.
+
+    A model with another tokenizer than the policy's reads the texts anew in its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.same_tokens = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> Tensor:
+        if not self.same_tokens:
+            rollout = self._retokenized(rollout)
+        parts = []
+        for first in range(0, len(rollout), self.batch_size):
+            part = rollout.rows(first, first + self.batch_size)
+            parts.append(
+                last_token(self.model(part.input_ids, part.attention_mask), part.attention_mask)
+            )
+        return torch.cat(parts)
+
+    def _retokenized(self, rollout: Rollout) -> Rollout:
+        return assemble(
+            encode_prompt_texts(rollout.prompts, self.tokenizer),
+            encode_responses(list(rollout.responses), self.tokenizer),
+            rollout.prompts,
+            self.tokenizer,
+            rollout.input_ids.device,
+        )
+
+
+class FunctionReward:
+    """Rewards from `module:callable`, checked: one finite number per response."""
+
+    def __init__(self, function: RewardFunction, name: str) -> None:
+        self.function = function
+        self.name = name
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        prompts, responses = list(rollout.prompts), list(rollout.responses)
+        try:
+            rewards = self.function(prompts, responses)
+        except Exception as error:
+            raise UserError(f"reward.function {self.name} raised {error!r}") from error
+        rewards = [float(reward) for reward in rewards]
+        if len(rewards) != len(responses):
+            raise UserError(
+                f"reward.function {self.name} returned {len(rewards)} rewards for "
+                f"{len(responses)} responses"
+            )
+        for prompt, response, reward in zip(prompts, responses, rewards, strict=True):
+            if not math.isfinite(reward):
+                raise UserError(
+                    f"reward.function {self.name} returned {reward} for the prompt {prompt!r} and "
+                    f"the response {response!r}"
+                )
+        return torch.tensor(rewards, device=rollout.input_ids.device)
+
+
+class WeightedSum:
+    """Σ weight · reward over several sources."""
+
+    def __init__(self, sources: list[tuple[float, RewardSource]]) -> None:
+        self.sources = sources
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        return torch.stack([weight * source(rollout) for weight, source in self.sources]).sum(0)
+
+
+def import_function(path: str) -> RewardFunction:
+    """The callable that `module:callable` names."""
+    module_name, _, attribute = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"reward.function: {path} cannot be imported: {error}") from error
+    if not callable(found):
+        raise UserError(f"reward.function: {path} is not callable")
+    return found
+
+
+def load_reward(
+    settings: RewardSettings,
+    policy_tokenizer: PreTrainedTokenizerBase,
+    config: PPOConfig | EvaluationConfig,
+) -> RewardSource:
+    """The configured source; models are frozen."""
+    if settings.function:
+        return FunctionReward(import_function(settings.function), settings.function)
+    sources: list[tuple[float, RewardSource]] = []
+    dtype = engine.precision(config)
+    for member in settings.weighted_models:
+        tokenizer = load_tokenizer(member.model_name_or_path, config.trust_remote_code)
+        model = load_scalar_model(
+            member.model_name_or_path, tokenizer, dtype, trust_remote_code=config.trust_remote_code
+        )
+        sources.append(
+            (
+                member.weight,
+                ModelReward(
+                    engine.frozen(model, config.frozen_deepspeed, dtype),
+                    tokenizer,
+                    policy_tokenizer,
+                    config.per_device_eval_batch_size,
+                ),
+            )
+        )
+    return sources[0][1] if len(sources) == 1 and sources[0][0] == 1.0 else WeightedSum(sources)

@@ -1,0 +1,208 @@
+"""Prompts -> responses, drawn from the policy in a way that no division over ranks changes."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from step3_rlhf.config import SamplingSettings
+from training import engine
+from training.data import encode_prompts, pad_prompts, prompt_messages, render_prompt
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses to prompts: B rows, P prompt columns (left padded), R response columns.
+
+    Example, pad 0 and EOS 2, P = 3, R = 3:
+
+        input_ids       0 5 6 | 7 2 0        attention_mask  0 1 1 | 1 1 0
+                        3 5 6 | 8 9 4                        1 1 1 | 1 1 1
+        response_mask         | 1 1 0        (the second row was cut before its EOS)
+                              | 1 1 1
+    """
+
+    input_ids: Tensor  # [B, P + R] long
+    attention_mask: Tensor  # [B, P + R] long
+    response_mask: Tensor  # [B, R] bool
+    ended: Tensor  # [B] bool: the response has its EOS
+    prompts: tuple[str, ...]
+    responses: tuple[str, ...]  # special tokens and surrounding blanks removed
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def prompt_length(self) -> int:
+        return self.input_ids.shape[1] - self.response_mask.shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] response tokens, EOS included."""
+        return self.response_mask.sum(-1)
+
+    @property
+    def scored_mask(self) -> Tensor:
+        """[B, P + R] bool: `response_mask` in its place."""
+        outside = self.response_mask.new_zeros(len(self), self.prompt_length)
+        return torch.cat([outside, self.response_mask], dim=1)
+
+    def response_part(self, values: Tensor) -> Tensor:
+        """[B, R] of values [B, P + R] that stand on the tokens themselves (log-probabilities)."""
+        return values[:, self.prompt_length :]
+
+    def state_part(self, values: Tensor) -> Tensor:
+        """[B, R] of values [B, P + R] of the state before each response token."""
+        return values[:, self.prompt_length - 1 : -1]
+
+    def rows(self, first: int, last: int) -> "Rollout":
+        """Rows first … last − 1, trimmed to their longest prompt and response."""
+        attention = self.attention_mask[first:last]
+        width = self.prompt_length
+        left = int(width - attention[:, :width].sum(-1).max())
+        responses = int(self.response_mask[first:last].sum(-1).max())
+        return replace(
+            self,
+            input_ids=self.input_ids[first:last, left : width + responses],
+            attention_mask=attention[:, left : width + responses],
+            response_mask=self.response_mask[first:last, :responses],
+            ended=self.ended[first:last],
+            prompts=self.prompts[first:last],
+            responses=self.responses[first:last],
+        )
+
+
+class SeededSampler(LogitsProcessor):
+    """Draws by inverting the distribution function at given uniforms, one per row and step.
+
+    A row's draws depend on its own uniforms only, never on the other rows of the batch. All other
+    tokens get −inf, so that greedy decoding picks the drawn one.
+    """
+
+    def __init__(self, uniforms: Tensor, prompt_length: int) -> None:
+        self.uniforms = uniforms  # [B, R] in [0, 1)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.prompt_length
+        distribution = scores.double().softmax(-1).cumsum(-1)
+        target = self.uniforms[:, step : step + 1] * distribution[:, -1:]
+        token = torch.searchsorted(distribution, target, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def uniforms(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
+    """[len(seeds), length] uniforms, each row from its own seed, the same on every machine."""
+    rows = [np.random.Generator(np.random.Philox(list(seed))).random(length) for seed in seeds]
+    return torch.tensor(np.stack(rows))
+
+
+@torch.no_grad()
+def sample(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    prompts: list[str],
+    seeds: list[tuple[int, ...]],
+    settings: SamplingSettings,
+) -> Rollout:
+    """One response per prompt, `rollout_batch_size` at a time.
+
+    Args:
+        policy: a Policy, or the DeepSpeed engine around one.
+        seeds: one per prompt; the same seed draws the same response.
+    """
+    responses: list[list[int]] = []
+    with engine.whole_parameters(policy) as module, _plain_generation(module.model) as model:
+        device = model.device
+        for start in range(0, len(prompt_ids), settings.rollout_batch_size):
+            part = slice(start, start + settings.rollout_batch_size)
+            ids, mask = pad_prompts(prompt_ids[part], tokenizer.pad_token_id)
+            draws = uniforms(seeds[part], settings.response_length).to(device)
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                logits_processor=_processors(settings, draws, ids.shape[1]),
+                max_new_tokens=settings.response_length,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            responses += output[:, ids.shape[1] :].tolist()
+    return assemble(prompt_ids, responses, prompts, tokenizer, device)
+
+
+def encode_prompt_texts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Token ids of prompts given as text, in the tokenizer's own template."""
+    rendered = [render_prompt(prompt_messages(prompt), tokenizer) for prompt in prompts]
+    return encode_prompts(rendered, tokenizer)
+
+
+def assemble(
+    prompt_ids: list[list[int]],
+    response_ids: list[list[int]],
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> Rollout:
+    """The record of given responses; what stands after a response's first EOS is dropped."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    kept = [row[: row.index(eos) + 1] if eos in row else row for row in response_ids]
+    length = max(len(row) for row in kept)
+    ids, mask = pad_prompts(prompt_ids, pad)
+    responses = torch.tensor([row + [pad] * (length - len(row)) for row in kept])
+    response_mask = torch.tensor([[t < len(row) for t in range(length)] for row in kept])
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return Rollout(
+        input_ids=torch.cat([ids, responses], dim=1).to(device),
+        attention_mask=torch.cat([mask.long(), response_mask.long()], dim=1).to(device),
+        response_mask=response_mask.to(device),
+        ended=torch.tensor([row[-1] == eos for row in kept]).to(device),
+        prompts=tuple(prompts),
+        responses=tuple(text.strip() for text in texts),
+    )
+
+
+def _processors(
+    settings: SamplingSettings, draws: Tensor, prompt_length: int
+) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if settings.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k > 0:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1.0:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    processors.append(SeededSampler(draws, prompt_length))
+    return processors
+
+
+@contextlib.contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model without its own generation defaults (repetition penalties, bad words, ...).
+
+    What they change would be drawn but not scored.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield model
+    finally:
+        model.generation_config = own

@@ -1,0 +1,188 @@
+"""Strict stage configs: JSON (or YAML) + `key.path=value` overrides -> one typed, frozen object.
+
+Every fault of a config is found before anything expensive starts and reported in one message,
+each with its path in the file. What the stages' configs have in common is in `stage_config.py`.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from training.errors import UserError, did_you_mean
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class StrictModel(BaseModel):
+    """Unknown keys, wrong types and NaN are faults; an unknown key names its nearest neighbour."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _suggest_names(cls, data: Any, handler: Any) -> Any:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                cls.__name__, [cls._explained(detail) for detail in error.errors()]
+            ) from None
+
+    @classmethod
+    def _explained(cls, detail: Any) -> InitErrorDetails:
+        kind: Any = detail["type"]
+        location = detail["loc"]
+        if kind == "extra_forbidden" and len(location) == 1:
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            hint = did_you_mean(str(location[0]), known)
+            kind = PydanticCustomError("unknown_key", f"unknown key{hint}")
+        elif kind not in ("value_error", "assertion_error") and "ctx" not in detail:
+            kind = PydanticCustomError(kind, detail["msg"].replace("{", "(").replace("}", ")"))
+        return InitErrorDetails(
+            type=kind, loc=location, input=detail["input"], ctx=detail.get("ctx", {})
+        )
+
+    def faults(self) -> list[str]:
+        """Contradictions between fields and with the machine (missing files, ...)."""
+        found = []
+        for name, value in self:
+            members = value if isinstance(value, tuple) else (value,)
+            for index, member in enumerate(members):
+                if isinstance(member, StrictModel):
+                    place = f"{name}.{index}" if isinstance(value, tuple) else name
+                    found += [f"{place}.{fault}" for fault in member.faults()]
+        return found
+
+
+Config = TypeVar("Config", bound=StrictModel)
+
+
+def load_config(config_class: type[Config], path: str, overrides: list[str]) -> Config:
+    """Read `path`, apply `key.path=value` overrides, check everything.
+
+    Raises:
+        UserError: with every fault found, each with its path in the file.
+    """
+    data = read_mapping(path)
+    faults = apply_overrides(data, overrides)
+    return check_config(config_class, data, heading=f"{path} cannot be used:", faults=faults)
+
+
+def check_config(
+    config_class: type[Config], data: dict[str, Any], heading: str, faults: list[str] | None = None
+) -> Config:
+    """Typed config from plain data, or one UserError with every fault."""
+    faults = list(faults or [])
+    config, found = _validated(config_class, data)
+    faults += [f"{_place(location)}: {message}" for location, message in found]
+    if config is None and found:
+        # What is sound may still contradict itself: check the rest without the faulty entries.
+        for location, _ in found:
+            _remove(data, location)
+        config, _ = _validated(config_class, data)
+    if config is not None:
+        faults += config.faults()
+    if faults:
+        raise UserError(faults, heading)
+    assert config is not None
+    return config
+
+
+def _validated(
+    config_class: type[Config], data: dict[str, Any]
+) -> tuple[Config | None, list[tuple[tuple[int | str, ...], str]]]:
+    try:
+        return config_class.model_validate_json(json.dumps(data)), []
+    except ValidationError as error:
+        return None, [
+            (detail["loc"], detail["msg"].removeprefix("Value error, "))
+            for detail in error.errors()
+        ]
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "(top level)"
+
+
+def _remove(data: Any, location: tuple[int | str, ...]) -> None:
+    for part in location[:-1]:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return
+    if isinstance(data, dict):
+        data.pop(location[-1], None)
+
+
+def read_mapping(path: str) -> dict[str, Any]:
+    """The object in a JSON or YAML file."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix in (".yaml", ".yml"):
+            data = yaml.safe_load(text)
+        else:
+            data = json.loads(text, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: an object {{...}} was expected at the top level")
+    return data
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+    return dict(pairs)
+
+
+def apply_overrides(data: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Set `key.path=value` in place; values are JSON, anything else is a string.
+
+    Returns:
+        The faults of overrides that could not be applied.
+    """
+    faults = []
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            faults.append(f"override {override!r}: write it as key.path=value")
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        target: Any = data
+        for key in keys[:-1]:
+            target = _child(target, key)
+        if isinstance(target, dict):
+            target[keys[-1]] = value
+        elif isinstance(target, list) and keys[-1].isdigit() and int(keys[-1]) < len(target):
+            target[int(keys[-1])] = value
+        else:
+            faults.append(f"override {override!r}: {path!r} leads through a plain value")
+    return faults
+
+
+def _child(parent: Any, key: str) -> Any:
+    if isinstance(parent, dict):
+        return parent.setdefault(key, {})
+    if isinstance(parent, list) and key.isdigit() and int(key) < len(parent):
+        return parent[int(key)]
+    return None

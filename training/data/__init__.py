@@ -1,0 +1,55 @@
+"""Sources -> records -> stage split -> token ids -> padded batches."""
+
+from training.data.batches import (
+    FILLER,
+    GlobalBatches,
+    GroupedBatch,
+    SequenceBatch,
+    collate_groups,
+    collate_texts,
+    pad_prompts,
+    pad_sequences,
+    response_labels,
+    shard,
+)
+from training.data.formats import Record, prompt_messages
+from training.data.records import StageRecords, read_records
+from training.data.report import Report
+from training.data.settings import STAGES, DataSettings, Source, Stage
+from training.data.templates import (
+    decode_responses,
+    encode_prompts,
+    encode_responses,
+    render_prompt,
+    response_text,
+)
+from training.data.tokens import TokenizedData, tokenize
+
+__all__ = [
+    "FILLER",
+    "STAGES",
+    "DataSettings",
+    "GlobalBatches",
+    "GroupedBatch",
+    "Record",
+    "Report",
+    "SequenceBatch",
+    "Source",
+    "Stage",
+    "StageRecords",
+    "TokenizedData",
+    "collate_groups",
+    "collate_texts",
+    "decode_responses",
+    "encode_prompts",
+    "encode_responses",
+    "pad_prompts",
+    "pad_sequences",
+    "prompt_messages",
+    "read_records",
+    "render_prompt",
+    "response_labels",
+    "response_text",
+    "shard",
+    "tokenize",
+]

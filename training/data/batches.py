@@ -1,0 +1,210 @@
+"""Token ids -> padded tensors, and the order in which the data are seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FILLER = -1
+"""The index of a row that is there for the shape only and carries no loss."""
+
+IGNORED = -100
+"""The label that cross-entropy leaves out."""
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Prompts with their responses, padded on the right to the longest row.
+
+    Example, pad 0, EOS 2: prompt [5, 6] with response [7, 2] beside prompt [8] with [2]
+
+        input_ids      [[5, 6, 7, 2], [8, 2, 0, 0]]
+        attention_mask [[1, 1, 1, 1], [1, 1, 0, 0]]
+        response_mask  [[0, 0, 1, 1], [0, 1, 0, 0]]
+    """
+
+    input_ids: torch.Tensor
+    """[B, T] long."""
+    attention_mask: torch.Tensor
+    """[B, T] long, 1 on tokens."""
+    response_mask: torch.Tensor
+    """[B, T] bool, True on response tokens, EOS included; all False in a filler row."""
+
+    @property
+    def last_positions(self) -> torch.Tensor:
+        """[B] long: where each row's last token is, filler rows included."""
+        return self.attention_mask.sum(dim=1) - 1
+
+    def to(self, device: torch.device | str) -> "SequenceBatch":
+        """The same batch on `device`."""
+        return SequenceBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class GroupedBatch:
+    """Several responses per prompt, best first, one sequence after the other.
+
+    Example: two groups, of 2 and 3 responses: group_index [0, 0, 1, 1, 1], group_sizes [2, 3].
+    """
+
+    sequences: SequenceBatch
+    """B rows, the responses of all groups."""
+    group_index: torch.Tensor
+    """[B] long: the group of each row."""
+    group_sizes: torch.Tensor
+    """[n_groups] long; sums to B."""
+    group_mask: torch.Tensor
+    """[n_groups] bool: False for filler groups, which carry no loss."""
+
+    def to(self, device: torch.device | str) -> "GroupedBatch":
+        """The same batch on `device`."""
+        return GroupedBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def pad_sequences(
+    prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], pad_token_id: int
+) -> SequenceBatch:
+    """Join each prompt with its response and pad on the right to the longest row.
+
+    Raises:
+        ValueError: no rows, or as many prompts as responses are not given.
+    """
+    if not prompt_ids or len(prompt_ids) != len(response_ids):
+        raise ValueError(f"{len(prompt_ids)} prompts with {len(response_ids)} responses")
+    rows = [(list(p), list(r)) for p, r in zip(prompt_ids, response_ids, strict=True)]
+    length = max(len(p) + len(r) for p, r in rows)
+    shape = (len(rows), length)
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    response_mask = torch.zeros(shape, dtype=torch.bool)
+    for index, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        input_ids[index, :end] = torch.tensor(prompt + response, dtype=torch.long)
+        attention_mask[index, :end] = 1
+        response_mask[index, len(prompt) : end] = True
+    return SequenceBatch(input_ids, attention_mask, response_mask)
+
+
+def pad_prompts(
+    prompt_ids: Sequence[Sequence[int]], pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded on the left to the longest: input_ids and attention_mask, [B, T] long.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not prompt_ids:
+        raise ValueError("no prompts")
+    shape = (len(prompt_ids), max(len(ids) for ids in prompt_ids))
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for index, ids in enumerate(prompt_ids):
+        start = shape[1] - len(ids)
+        input_ids[index, start:] = torch.tensor(list(ids), dtype=torch.long)
+        attention_mask[index, start:] = 1
+    return input_ids, attention_mask
+
+
+def response_labels(batch: SequenceBatch) -> torch.Tensor:
+    """[B, T] long: the input ids on response tokens, -100 elsewhere; not shifted."""
+    return batch.input_ids.masked_fill(~batch.response_mask, IGNORED)
+
+
+def collate_texts(dataset: "Dataset", indices: Sequence[int], pad_token_id: int) -> SequenceBatch:
+    """A micro-batch of SFT rows; filler rows have no response tokens."""
+    rows = _rows(dataset, indices)
+    batch = pad_sequences(
+        [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows], pad_token_id
+    )
+    is_real = torch.tensor([index != FILLER for index in indices])
+    return SequenceBatch(
+        batch.input_ids, batch.attention_mask, batch.response_mask & is_real[:, None]
+    )
+
+
+def collate_groups(dataset: "Dataset", indices: Sequence[int], pad_token_id: int) -> GroupedBatch:
+    """A micro-batch of preference rows: the responses of all groups in one batch."""
+    rows = _rows(dataset, indices)
+    sizes = torch.tensor([len(row["responses_ids"]) for row in rows])
+    group_mask = torch.tensor([index != FILLER for index in indices])
+    group_index = torch.repeat_interleave(torch.arange(len(rows)), sizes)
+    batch = pad_sequences(
+        [row["prompt_ids"] for row in rows for _ in row["responses_ids"]],
+        [response for row in rows for response in row["responses_ids"]],
+        pad_token_id,
+    )
+    response_mask = batch.response_mask & group_mask[group_index][:, None]
+    sequences = SequenceBatch(batch.input_ids, batch.attention_mask, response_mask)
+    return GroupedBatch(sequences, group_index, sizes, group_mask)
+
+
+def _rows(dataset: "Dataset", indices: Sequence[int]) -> list[dict]:
+    """The rows; a filler borrows a real one's tokens, the first of its batch where there is one."""
+    stand_in = next((index for index in indices if index != FILLER), 0)
+    # The columns that are needed are read at once: one row at a time is slow in Arrow.
+    columns = dataset[[stand_in if index == FILLER else index for index in indices]]
+    return [{name: values[k] for name, values in columns.items()} for k in range(len(indices))]
+
+
+class GlobalBatches:
+    """The order of the data: the same on any number of ranks, resumable at any step.
+
+    Epoch e is a permutation seeded by (seed, e), cut into global batches; the last one of an epoch
+    may be shorter, and no row is dropped or repeated.
+    """
+
+    def __init__(self, size: int, global_batch_size: int, seed: int, shuffle: bool = True) -> None:
+        if size < 1 or global_batch_size < 1:
+            raise ValueError(f"{size} rows in batches of {global_batch_size}")
+        self.size = size
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.steps_per_epoch = -(-size // global_batch_size)
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def indices(self, step: int) -> list[int]:
+        """The rows of optimizer step `step`, counted from 0 and on through the epochs."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = self._permutation(epoch)
+            self._epoch = epoch
+        start = position * self.global_batch_size
+        return self._order[start : start + self.global_batch_size]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.size))
+        return np.random.default_rng([self.seed, epoch]).permutation(self.size).tolist()
+
+
+def shard(
+    indices: Sequence[int], rank: int, world_size: int, micro_batch_size: int, accumulation: int
+) -> list[list[int]]:
+    """This rank's micro-batches of a global batch.
+
+    Every rank gets `accumulation` micro-batches of `micro_batch_size`, so that all of them reach
+    every collective; where the batch is shorter, FILLER entries make up the number.
+
+    Raises:
+        ValueError: the ranks' micro-batches cannot hold the batch, or there is no such rank.
+    """
+    capacity = world_size * micro_batch_size * accumulation
+    if len(indices) > capacity:
+        raise ValueError(f"{len(indices)} rows do not fit into a global batch of {capacity}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"no rank {rank} among {world_size}")
+    # Strided, so that a short batch is spread evenly over the ranks.
+    mine = list(indices[rank::world_size])
+    mine += [FILLER] * (micro_batch_size * accumulation - len(mine))
+    return [
+        mine[start : start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)
+    ]

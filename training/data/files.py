@@ -1,0 +1,171 @@
+"""Sources -> raw records, each with the place it came from."""
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.data.report import Report
+from training.data.settings import Source
+from training.errors import UserError
+
+BAD_UNICODE = "with invalid Unicode, replaced by U+FFFD"
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """A JSON object and its place, or what is wrong at that place."""
+
+    origin: str
+    value: dict[str, Any]
+    fault: str = ""
+
+
+def raw_records(source: Source, report: Report) -> Iterator[RawRecord]:
+    """Every record of a source; malformed ones carry a fault instead of a value.
+
+    Raises:
+        UserError: when the source as a whole cannot be read.
+    """
+    try:
+        if Path(source.path).is_file():
+            yield from _from_file(source.path, report)
+        else:
+            yield from _from_datasets(source)
+    except (OSError, EOFError) as error:
+        raise UserError(f"{source.path}: unreadable: {_one_line(error)}") from None
+
+
+def _from_file(path: str, report: Report) -> Iterator[RawRecord]:
+    lower = path.lower()
+    if lower.endswith(".parquet"):
+        yield from _from_parquet(path)
+        return
+    opener: Any = gzip.open if lower.endswith(".gz") else open
+    with opener(path, "rb") as file:
+        if lower.removesuffix(".gz").endswith(".json"):
+            content = file.read()
+            if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                yield from _from_array(path, content, report)
+                return
+            file = content.split(b"\n")
+        yield from _from_lines(path, file, report)
+
+
+def _from_lines(path: str, lines: Iterable[bytes], report: Report) -> Iterator[RawRecord]:
+    for number, line in enumerate(lines, start=1):
+        origin = f"{path}:{number}"
+        text, replaced = _decoded(line)
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text.rstrip())
+        except (ValueError, RecursionError) as error:
+            yield RawRecord(origin, {}, f"malformed JSON: {_json_message(error)}")
+            continue
+        yield _checked(origin, path, value, text, replaced, report)
+
+
+def _from_array(path: str, content: bytes, report: Report) -> Iterator[RawRecord]:
+    """One JSON array; its elements are decoded one by one, so that each knows its line."""
+    text, replaced = _decoded(content)
+    if replaced:
+        report.add(path, BAD_UNICODE)
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        yield RawRecord(f"{path}:{line}", {}, f"malformed JSON: {_json_message(error)}")
+        return
+    decoder = json.JSONDecoder()
+    between = re.compile(r"[\s,]*")
+    position = text.index("[") + 1
+    line = 1 + text.count("\n", 0, position)
+    while True:
+        start = between.match(text, position).end()  # type: ignore[union-attr]
+        line += text.count("\n", position, start)
+        if text[start] == "]":
+            return
+        value, position = decoder.raw_decode(text, start)
+        element = text[start:position]
+        yield _checked(f"{path}:{line}", path, value, element, False, report)
+        line += element.count("\n")
+
+
+def _from_parquet(path: str) -> Iterator[RawRecord]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for value in batch.to_pylist():
+                number += 1
+                yield RawRecord(f"{path}:{number}", value)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: unreadable: {_one_line(error)}") from None
+
+
+def _from_datasets(source: Source) -> Iterator[RawRecord]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(
+            source.path, name=source.name, data_dir=source.data_dir, split=source.split
+        )
+    # The hub, the network, its builders: many exceptions, all of which the user must mend.
+    except Exception as error:
+        raise UserError(f"{source.path}: cannot be loaded: {_one_line(error)}") from None
+    for number, value in enumerate(loaded, start=1):
+        yield RawRecord(f"{source.path}[{source.split}]:{number}", value)
+
+
+def _decoded(content: bytes) -> tuple[str, bool]:
+    """Text, and whether bytes that are not UTF-8 had to be replaced."""
+    try:
+        return content.decode("utf-8-sig"), False
+    except UnicodeDecodeError:
+        return content.decode("utf-8-sig", errors="replace"), True
+
+
+def _checked(
+    origin: str, path: str, value: Any, text: str, replaced: bool, report: Report
+) -> RawRecord:
+    if not isinstance(value, dict):
+        return RawRecord(origin, {}, f"an object was expected, not {type(value).__name__}")
+    if _ESCAPED_SURROGATE.search(text):
+        value, has_lone = _without_lone_surrogates(value)
+        replaced = replaced or has_lone
+    if replaced:
+        report.add(path, BAD_UNICODE)
+    return RawRecord(origin, value)
+
+
+def _without_lone_surrogates(value: Any) -> tuple[Any, bool]:
+    """Half an escaped pair decodes to a character that no tokenizer can encode."""
+    if isinstance(value, str):
+        sound = _SURROGATE.sub("\ufffd", value)
+        return sound, sound != value
+    if isinstance(value, list):
+        parts = [_without_lone_surrogates(part) for part in value]
+        return [part for part, _ in parts], any(changed for _, changed in parts)
+    if isinstance(value, dict):
+        pairs = {key: _without_lone_surrogates(part) for key, part in value.items()}
+        return {key: part for key, (part, _) in pairs.items()}, any(c for _, c in pairs.values())
+    return value, False
+
+
+def _json_message(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (column {error.colno})"
+    return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

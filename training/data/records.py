@@ -1,0 +1,155 @@
+"""Sources -> the records that one stage trains and evaluates on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from training.data.files import raw_records
+from training.data.formats import Record, RecordFault, Unusable, check_usable, parse_record
+from training.data.report import Report
+from training.data.settings import DataSettings, Source, Stage
+from training.data.split import chosen_at_random, normalized, stage_of
+from training.errors import UserError
+
+MAX_FAULTS = 20
+"""So many faults are listed; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class StageRecords:
+    """What a stage sees, and the counts of everything that was dropped or changed."""
+
+    train: list[Record]
+    eval: list[Record]
+    report: Report
+
+
+def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
+    """The records of `stage`, training and evaluation disjoint by prompt.
+
+    Raises:
+        UserError: unreadable files, malformed lines and missing fields (each with file and line),
+            an empty split.
+    """
+    report = Report()
+    faults: list[str] = []
+    own = [
+        (source, _of_stage(_usable(source, stage, report, faults), source, settings, stage, report))
+        for source in settings.sources
+    ]
+    evaluation = [
+        record
+        for source in settings.eval_sources
+        for record in _usable(source, stage, report, faults)
+    ]
+    if faults:
+        more = [f"... and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+        raise UserError(faults[:MAX_FAULTS] + more, "The data cannot be used:")
+
+    if not settings.eval_sources:
+        records = [record for _, content in own for record in content]
+        held_out = _held_out(records, settings)
+        evaluation = [record for record in records if _key(record) in held_out]
+    eval_keys = {_key(record) for record in evaluation}
+    train: list[Record] = []
+    seen: set[str] = set()
+    for source, content in own:
+        rest = [record for record in content if _key(record) not in eval_keys]
+        report.add(source.path, "kept for evaluation only", len(content) - len(rest))
+        if stage == "ppo":
+            rest = _distinct(rest, source.path, report, seen)
+        rest = _weighted(rest, source, settings.split_seed)
+        report.add(source.path, f"used by {stage}", len(rest))
+        train += rest
+    if stage == "ppo":
+        evaluation = _distinct(evaluation, "evaluation", report, set())
+    train = _limited(train, settings.max_train_samples, settings, "training", report)
+    evaluation = _limited(evaluation, settings.max_eval_samples, settings, "evaluation", report)
+    _require(train, "training", stage, settings.sources, report)
+    if settings.eval_sources:
+        _require(evaluation, "evaluation", stage, settings.eval_sources, report)
+    return StageRecords(train, evaluation, report)
+
+
+def _of_stage(
+    records: list[Record], source: Source, settings: DataSettings, stage: Stage, report: Report
+) -> list[Record]:
+    proportions, seed = settings.stage_proportions, settings.split_seed
+    kept = [record for record in records if stage_of(_key(record), proportions, seed) == stage]
+    report.add(source.path, "belong to the other stages", len(records) - len(kept))
+    return kept
+
+
+def _key(record: Record) -> str:
+    return normalized(record.prompt_text)
+
+
+def _usable(source: Source, stage: Stage, report: Report, faults: list[str]) -> list[Record]:
+    records = []
+    try:
+        for raw in raw_records(source, report):
+            report.add(source.path, "read")
+            if raw.fault:
+                faults.append(f"{raw.origin}: {raw.fault}")
+                continue
+            try:
+                record = parse_record(raw.value, raw.origin, stage, source.format)
+                records.append(check_usable(record, stage))
+            except RecordFault as fault:
+                faults.append(f"{raw.origin}: {fault}")
+            except Unusable as reason:
+                report.add(source.path, str(reason))
+    except UserError as error:
+        faults += error.faults
+    return records
+
+
+def _held_out(records: list[Record], settings: DataSettings) -> set[str]:
+    """eval_fraction of the distinct prompts, at least one and never all of them."""
+    keys = {_key(record) for record in records}
+    if not settings.eval_fraction or len(keys) < 2:
+        return set()
+    count = min(max(1, round(settings.eval_fraction * len(keys))), len(keys) - 1)
+    return chosen_at_random(keys, count, "eval", settings.split_seed)
+
+
+def _distinct(records: list[Record], heading: str, report: Report, seen: set[str]) -> list[Record]:
+    kept = []
+    for record in records:
+        key = _key(record)
+        if key not in seen:
+            seen.add(key)
+            kept.append(record)
+    report.add(heading, "repeat a prompt, used once", len(records) - len(kept))
+    return kept
+
+
+def _weighted(records: list[Record], source: Source, seed: int) -> list[Record]:
+    """Every record floor(weight) times, and a random weight - floor(weight) of them once more."""
+    copies = int(source.weight)
+    extra = round((source.weight - copies) * len(records))
+    if copies == 1 and not extra:
+        return records
+    chosen = chosen_at_random(range(len(records)), extra, "weight", seed, source.path)
+    return [
+        record for index, record in enumerate(records) for _ in range(copies + (index in chosen))
+    ]
+
+
+def _limited(
+    records: list[Record], limit: int | None, settings: DataSettings, name: str, report: Report
+) -> list[Record]:
+    if limit is None or limit >= len(records):
+        return records
+    option = "max_train_samples" if name == "training" else "max_eval_samples"
+    report.add(name, f"left out by {option}", len(records) - limit)
+    chosen = chosen_at_random(range(len(records)), limit, "limit", settings.split_seed)
+    return [record for index, record in enumerate(records) if index in chosen]
+
+
+def _require(
+    records: list[Record], what: str, stage: Stage, sources: Sequence[Source], report: Report
+) -> None:
+    if not records:
+        paths = ", ".join(source.path for source in sources)
+        lines = report.lines() or ["no records"]
+        raise UserError(lines, f"No {what} records are left for the stage {stage!r} in {paths}:")

@@ -1,0 +1,44 @@
+"""What happened to the data: every record dropped or changed is counted, none in silence."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+
+class Report:
+    """Ordered counts under a heading (a source, a stage), printable one line per heading."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Counter[str]] = {}
+
+    def add(self, heading: str, what: str, count: int = 1) -> None:
+        """Count `count` more of `what`; zero leaves no trace."""
+        if count:
+            self._counts.setdefault(heading, Counter())[what] += count
+
+    def count(self, what: str) -> int:
+        """How many of `what` there were, over all headings."""
+        return sum(counts[what] for counts in self._counts.values())
+
+    @property
+    def counts(self) -> Mapping[str, Mapping[str, int]]:
+        """heading -> what -> how many."""
+        return {heading: dict(counts) for heading, counts in self._counts.items()}
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[str, Mapping[str, int]]) -> "Report":
+        """The report that `counts` came from."""
+        report = cls()
+        for heading, inner in counts.items():
+            for what, count in inner.items():
+                report.add(heading, what, count)
+        return report
+
+    def lines(self) -> list[str]:
+        """One line per heading: `hh.jsonl: 2312 read; 5 dropped: their prompts differ`."""
+        return [
+            f"{heading}: " + "; ".join(f"{count} {what}" for what, count in counts.items())
+            for heading, counts in self._counts.items()
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())

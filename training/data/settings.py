@@ -1,0 +1,110 @@
+"""The `"data"` section of a stage's JSON."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from training.config import Count, Fraction, NonNegative, StrictModel
+
+Stage = Literal["sft", "reward", "ppo"]
+STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
+
+SourceFormat = Literal[
+    "auto", "preference", "ranking", "completion", "transcript", "tldr_comparison", "tldr_post"
+]
+
+LOCAL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+class Source(StrictModel):
+    """One data set. In JSON, a plain string stands for `{"path": ...}`."""
+
+    path: str
+    """Hub name, local JSON, JSONL (also .gz) or Parquet file, or local data set directory."""
+    name: str | None = None
+    """Configuration of a Hub data set that has several."""
+    data_dir: str | None = None
+    """Folder of a Hub data set that has several."""
+    split: str = "train"
+    """Split of a Hub data set; a local file is one split."""
+    format: SourceFormat = "auto"
+    """How a record is read; auto decides record by record, from the names of its fields."""
+    weight: NonNegative = 1.0
+    """How often a training record is used: 0.5 is a random half, 2 is every record twice."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str) else data
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the path can only be, or is, one of this machine's."""
+        path = Path(self.path)
+        return (
+            self.path.lower().endswith(LOCAL_SUFFIXES)
+            or path.exists()
+            or path.is_absolute()
+            or self.path.startswith(".")
+            or len(path.parts) > 2
+        )
+
+    def faults(self) -> list[str]:
+        if not self.is_local:
+            return []
+        path = Path(self.path)
+        if not path.exists():
+            return [f"path: {self.path} does not exist"]
+        if path.is_dir():
+            return []
+        found = []
+        if not self.path.lower().endswith(LOCAL_SUFFIXES):
+            found.append(f"path: {self.path} is none of {', '.join(LOCAL_SUFFIXES)}")
+        for field in ("name", "data_dir"):
+            if getattr(self, field) is not None:
+                found.append(f"{field}: {self.path} is a local file and has none")
+        if self.split != "train":
+            found.append(f"split: {self.path} is a local file and has no split {self.split!r}")
+        return found
+
+
+class DataSettings(StrictModel):
+    """Which records a stage sees, and how long they may be."""
+
+    # A JSON array reaches the validator as a list: tuple fields take either.
+    sources: Annotated[tuple[Source, ...], Field(strict=False)]
+    eval_sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
+    """Evaluation data; where there is none, eval_fraction of the stage's prompts is held out."""
+    stage_proportions: Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)] = (
+        0.2,
+        0.4,
+        0.4,
+    )
+    """Shares of the prompts for sft, reward and ppo; disjoint, and the same in every stage."""
+    split_seed: int = 42
+    """Seed of the partition; the same in all stages, or their data overlap."""
+    eval_fraction: Fraction = 0.05
+    max_prompt_length: Count = 256
+    """Tokens of a prompt, the template's included."""
+    max_response_length: Count = 256
+    """Tokens of a response, its EOS included; what is longer is cut off and then has no EOS."""
+    overlong_prompts: Literal["truncate", "drop"] = "truncate"
+    """Whether longer prompts lose their beginning or are left out."""
+    max_train_samples: Count | None = None
+    max_eval_samples: Count | None = None
+    cache_dir: str | None = None
+    """Where token ids are cached; null is a folder of the Hugging Face data sets cache."""
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        total = sum(self.stage_proportions)
+        if abs(total - 1) > 1e-6:
+            found.append(f"stage_proportions: they sum to {total:g}, not to 1")
+        if not self.sources:
+            found.append("sources: name at least one")
+        elif all(source.weight == 0 for source in self.sources):
+            found.append("sources: every weight is 0")
+        if not self.eval_sources and self.eval_fraction == 1:
+            found.append("eval_fraction: 1 leaves nothing to train on")
+        return found

@@ -1,0 +1,93 @@
+r"""Prompts and responses as the model sees them.
+
+The tokenizer's chat template where it has one, `\n\nHuman: ...\n\nAssistant:` otherwise. Prompt and
+response are encoded apart, so the ids of a response are the same after every prompt, and what was
+scored in training is what a rollout produces. A response ends with EOS, and it is learned.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from training.data.formats import Message, transcript
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Some templates print today's date unless one is given: the same data must give the same ids.
+_FIXED_DATE = "26 Jul 2024"
+
+
+def render_prompt(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The prompt's text up to the place where the response begins."""
+    if not tokenizer.chat_template:
+        return transcript(list(messages)) + "\n\nAssistant:"
+    rendered: Any = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=False,
+        add_generation_prompt=True,
+        date_string=_FIXED_DATE,
+    )
+    return rendered
+
+
+def response_text(response: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What is appended to the rendered prompt; the plain template wants a space before it."""
+    return response if tokenizer.chat_template else f" {response}"
+
+
+def encode_prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of rendered prompts, with BOS exactly once where the tokenizer has one."""
+    bos = tokenizer.bos_token_id
+    encoded = _encode(texts, tokenizer)
+    if bos is None:
+        return encoded
+    return [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
+
+
+def encode_responses(
+    responses: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
+) -> list[list[int]]:
+    """Token ids of responses, EOS at the end.
+
+    Text that looks like a special token stays text: a response has one EOS.
+    """
+    # Sentencepiece tokenizers put a space before any text; one is enough.
+    adds_space = "".join(tokenizer.tokenize("a")).startswith("\u2581")
+    texts = [text if adds_space else response_text(text, tokenizer) for text in responses]
+    eos = tokenizer.eos_token_id
+    return [[*ids, eos] for ids in _encode(texts, tokenizer, split_special_tokens=True)]
+
+
+def decode_responses(
+    response_ids: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[str]:
+    """The responses' texts, without special tokens and without the template's space."""
+    decoded: Any = [
+        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in response_ids
+    ]
+    return decoded if tokenizer.chat_template else [text.removeprefix(" ") for text in decoded]
+
+
+def truncate_prompt(ids: list[int], max_length: int, bos_token_id: int | None) -> list[int]:
+    """The last `max_length` ids; BOS stays in front."""
+    if len(ids) <= max_length:
+        return ids
+    if bos_token_id is not None and ids[0] == bos_token_id:
+        return [bos_token_id, *ids[len(ids) - max_length + 1 :]]
+    return ids[len(ids) - max_length :]
+
+
+def _encode(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", split_special_tokens: bool = False
+) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=split_special_tokens,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]

@@ -1,0 +1,268 @@
+"""Records -> token ids, in batches, cached.
+
+Columns: "prompt" (text) and "prompt_ids"; for sft "response_ids"; for reward "responses_ids", a
+list of lists, best first.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.data import formats, templates
+from training.data.formats import Record
+from training.data.records import StageRecords
+from training.data.report import Report
+from training.data.settings import DataSettings, Stage
+from training.data.templates import (
+    encode_prompts,
+    encode_responses,
+    render_prompt,
+    truncate_prompt,
+)
+from training.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_SIZE = 1000
+WORTH_A_PROGRESS_BAR = 50_000
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """Token ids of a stage's records, and the counts of what was cut or dropped."""
+
+    train: "Dataset"
+    eval: "Dataset"
+    report: Report
+
+
+def tokenize(
+    records: StageRecords,
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: DataSettings,
+    stage: Stage,
+) -> TokenizedData:
+    """Encode the records, or read them from the cache of an earlier run.
+
+    Raises:
+        UserError: nothing is left to train on, or to evaluate on where there was something.
+    """
+    report = Report()
+    parts = {}
+    for name, content in (("training", records.train), ("evaluation", records.eval)):
+        parts[name], counts = _cached(content, tokenizer, settings, stage)
+        for what, count in counts.items():
+            report.add(name, what, count)
+        if content and not len(parts[name]):
+            raise UserError(report.lines(), f"No {name} records are left for {stage!r}:")
+    return TokenizedData(parts["training"], parts["evaluation"], report)
+
+
+def _cached(
+    records: list[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: DataSettings,
+    stage: Stage,
+) -> "tuple[Dataset, dict[str, int]]":
+    import datasets
+
+    root = settings.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "token_ids"
+    entry = Path(root).expanduser() / cache_key(records, tokenizer, settings, stage)
+    if entry.is_dir():
+        try:
+            counts = json.loads((entry / "counts.json").read_text(encoding="utf-8"))
+            return datasets.load_from_disk(str(entry)), counts
+        except (OSError, ValueError):
+            # Damaged from outside: made anew.
+            shutil.rmtree(entry, ignore_errors=True)
+    with _progress_bars(shown=len(records) >= WORTH_A_PROGRESS_BAR):
+        dataset, counts = _encoded(records, tokenizer, settings, stage, entry.name)
+        if len(dataset):  # an empty one cannot be read back
+            _save(dataset, counts, entry)
+    return dataset, counts
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """datasets' own bars: of use for minutes, noise for seconds."""
+    import datasets
+
+    if shown or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def cache_key(
+    records: Iterable[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: DataSettings,
+    stage: Stage,
+) -> str:
+    """A digest of all that the token ids depend on."""
+    digest = hashlib.sha256()
+    for part in (
+        code_version(),
+        stage,
+        settings.max_prompt_length,
+        settings.max_response_length,
+        settings.overlong_prompts,
+        tokenizer_content(tokenizer),
+    ):
+        digest.update(f"{part}\x1e".encode())
+    for record in records:
+        line = json.dumps([[dict(message) for message in record.prompt], record.responses])
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()[:32]
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """A digest of the code that turns records into ids, and of the libraries it calls."""
+    import tokenizers
+    import transformers
+
+    digest = hashlib.sha256(f"{transformers.__version__} {tokenizers.__version__}".encode())
+    for file in (formats.__file__, templates.__file__, __file__):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def tokenizer_content(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Everything of a tokenizer that its ids depend on, as text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        content = json.loads(backend.to_str())
+        # State that calls leave behind, of no effect here.
+        for transient in ("padding", "truncation"):
+            content.pop(transient, None)
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    whole = [type(tokenizer).__name__, content, special, tokenizer.chat_template]
+    return json.dumps(whole, sort_keys=True, default=str)
+
+
+def _encoded(
+    records: list[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: DataSettings,
+    stage: Stage,
+    fingerprint: str,
+) -> "tuple[Dataset, dict[str, int]]":
+    from datasets import Dataset
+
+    report = Report()
+
+    def encode(rows: dict[str, list[int]]) -> dict[str, list[Any]]:
+        batch = [records[index] for index in rows["row"]]
+        return _encode_batch(batch, tokenizer, settings, stage, report)
+
+    features = _features(stage)
+    if not records:
+        return Dataset.from_dict({name: [] for name in features}, features=features), {}
+    # A fingerprint of our own: datasets' would pickle the tokenizer.
+    dataset = Dataset.from_dict({"row": list(range(len(records)))}).map(
+        encode,
+        batched=True,
+        batch_size=BATCH_SIZE,
+        remove_columns=["row"],
+        features=features,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=fingerprint,
+        desc="Tokenizing",
+    )
+    return dataset, dict(report.counts.get("", {}))
+
+
+def _encode_batch(
+    batch: list[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: DataSettings,
+    stage: Stage,
+    report: Report,
+) -> dict[str, list[Any]]:
+    """Columns of the records that survive; the others are counted under the empty heading."""
+    from jinja2 import TemplateError
+
+    rendered, kept = [], []
+    for record in batch:
+        try:
+            rendered.append(render_prompt(record.prompt, tokenizer))
+            kept.append(record)
+        except TemplateError:
+            report.add("", "dropped: the chat template refuses the prompt")
+    prompt_ids = encode_prompts(rendered, tokenizer)
+    flat = [response for record in kept for response in record.responses]
+    responses = iter(encode_responses(flat, tokenizer))
+    columns: dict[str, list[Any]] = {name: [] for name in _features(stage)}
+    for record, ids in zip(kept, prompt_ids, strict=True):
+        answers = [next(responses) for _ in record.responses]
+        if len(ids) > settings.max_prompt_length:
+            if settings.overlong_prompts == "drop":
+                report.add("", "dropped: a prompt longer than max_prompt_length")
+                continue
+            report.add("", "prompts truncated from the left to max_prompt_length")
+            ids = truncate_prompt(ids, settings.max_prompt_length, tokenizer.bos_token_id)
+        cut = [answer[: settings.max_response_length] for answer in answers]
+        if stage == "reward" and len({tuple(answer) for answer in cut}) < len(cut):
+            report.add("", "dropped: responses identical up to max_response_length")
+            continue
+        report.add(
+            "",
+            "responses cut to max_response_length, without EOS",
+            sum(len(answer) > settings.max_response_length for answer in answers),
+        )
+        columns["prompt"].append(record.prompt_text)
+        columns["prompt_ids"].append(ids)
+        if stage == "sft":
+            columns["response_ids"].append(cut[0])
+        elif stage == "reward":
+            columns["responses_ids"].append(cut)
+    return columns
+
+
+def _features(stage: Stage) -> "Features":
+    from datasets import Features, List, Value
+
+    ids = List(Value("int32"))
+    columns = {"prompt": Value("string"), "prompt_ids": ids}
+    if stage == "sft":
+        columns["response_ids"] = ids
+    elif stage == "reward":
+        columns["responses_ids"] = List(ids)
+    return Features(columns)
+
+
+def _save(dataset: "Dataset", counts: dict[str, int], entry: Path) -> None:
+    """Whole or not at all: other processes may be writing the same entry."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}."))
+    except OSError as error:
+        warnings.warn(f"token ids are not cached: {error}", stacklevel=2)
+        return
+    try:
+        dataset.save_to_disk(str(draft))
+        (draft / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+        draft.chmod(0o755)
+        os.rename(draft, entry)
+    except OSError:
+        # Another process was first, or the disk is full: the data in memory are sound.
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,241 @@
+"""DeepSpeed engines: the only way in which anything here is trained, on GPUs and on the CPU."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from training.stage_config import OptimizerSettings, StageConfig
+
+Batch = TypeVar("Batch")
+
+
+def connect() -> None:
+    """Join the process group that the launcher prepared."""
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+
+
+def disconnect() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def device() -> torch.device:
+    return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", 0))))
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The elementwise sum of a small tensor over all processes."""
+    total = values.detach().clone().double().to(device())
+    if world_size() > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def gather_objects(local: list[Any]) -> list[Any]:
+    """The lists of all processes, joined in the order of ranks, on every process."""
+    if world_size() == 1:
+        return local
+    parts: list[list[Any]] = [[] for _ in range(world_size())]
+    torch.distributed.all_gather_object(parts, local)
+    return [item for part in parts for item in part]
+
+
+@contextlib.contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Rank 0 does the work (and fills the cache), then the others find it done."""
+    if rank() != 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def precision(config: StageConfig) -> torch.dtype:
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+
+
+def deepspeed_config(
+    config: StageConfig, settings: OptimizerSettings | None = None
+) -> dict[str, Any]:
+    """DeepSpeed's own config: the stage's section plus what the stage's fields say."""
+    micro_batch = config.per_device_train_batch_size
+    return {
+        "steps_per_print": 10**9,
+        "zero_force_ds_cpu_optimizer": False,
+        **config.deepspeed,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "train_batch_size": micro_batch * config.gradient_accumulation_steps * world_size(),
+        "gradient_clipping": settings.max_grad_norm if settings else 0.0,
+        "bf16": {"enabled": config.bf16},
+        "fp16": {"enabled": config.fp16},
+    }
+
+
+class TrainedModule:
+    """A module in a DeepSpeed engine, with its optimizer and schedule."""
+
+    def __init__(
+        self, module: nn.Module, config: StageConfig, settings: OptimizerSettings, total_steps: int
+    ) -> None:
+        self.engine, _, _, _ = deepspeed.initialize(
+            model=module,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
+            optimizer=lambda parameters: adamw(parameters, config, settings),
+            lr_scheduler=lambda optimizer: get_scheduler(
+                settings.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=math.ceil(settings.warmup_ratio * total_steps),
+                num_training_steps=total_steps,
+            ),
+            config=deepspeed_config(config, settings),
+        )
+        self.module = module
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.engine(*arguments, **named)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step just taken."""
+        return float(self.engine.get_lr()[0])
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+
+def optimizer_step(
+    trained: Sequence[TrainedModule],
+    micro_batches: Sequence[Batch],
+    loss_sums: Callable[[Batch], Sequence[Tensor]],
+    items: Callable[[Batch], int],
+) -> list[float]:
+    """One optimizer step of each module over the global batch, of which this rank has a part.
+
+    Losses are sums over items (tokens, pairs) and are divided by the number of items in the whole
+    global batch, over all ranks and all micro-batches. A mean of means would depend on how the
+    batch happens to be divided.
+
+    Args:
+        micro_batches: exactly `gradient_accumulation_steps` of them, on every rank.
+        loss_sums: for each module, the sum of its loss over a micro-batch's items.
+        items: the number of items in a micro-batch, 0 allowed.
+
+    Returns:
+        Each module's mean loss per item over the global batch.
+
+    Raises:
+        FloatingPointError: before the optimizer step, on every rank, if a loss is not finite.
+    """
+    count = sum_over_ranks(torch.tensor(sum(items(batch) for batch in micro_batches)))
+    count = max(count.item(), 1.0)
+    scale = world_size() / count  # DeepSpeed averages gradients over ranks
+    totals = torch.zeros(len(trained), dtype=torch.float64, device=device())
+    for module in trained:
+        module.engine.train()
+    for index, batch in enumerate(micro_batches):
+        losses = loss_sums(batch)
+        totals += torch.stack([loss.detach().double() for loss in losses])
+        if index == len(micro_batches) - 1:
+            totals = sum_over_ranks(totals)
+            if not totals.isfinite().all():
+                raise FloatingPointError(f"the loss is not finite: {totals.tolist()}")
+        for module, loss in zip(trained, losses, strict=True):
+            module.engine.backward(loss * scale, scale_wrt_gas=False)
+            module.engine.step()
+    return [total / count for total in totals.tolist()]
+
+
+@contextlib.contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[nn.Module]:
+    """The bare module in evaluation mode with all of its parameters on this rank, to generate with.
+
+    Args:
+        module: a plain module, or the DeepSpeed engine around one. ZeRO-3's hooks would give each
+            parameter back after its layer has run; they are taken off meanwhile.
+    """
+    bare = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
+    was_training = bare.training
+    bare.eval()
+    if not is_partitioned(bare):
+        yield bare
+    else:
+        offload = getattr(module.optimizer, "parameter_offload", module.optimizer)
+        with deepspeed.zero.GatheredParameters(list(bare.parameters())):
+            for parameter in bare.parameters():
+                parameter.ds_active_sub_modules.clear()
+            for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield bare
+            finally:
+                offload._register_deepspeed_module(offload.module)
+    bare.train(was_training)
+
+
+def adamw(
+    parameters: list[nn.Parameter], config: StageConfig, settings: OptimizerSettings
+) -> torch.optim.Optimizer:
+    """AdamW; no weight decay on biases and norms; DeepSpeed's CPU one where offloaded."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+    }
+    zero = config.deepspeed.get("zero_optimization", {})
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def frozen(module: nn.Module, section: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A module that is never trained: a plain replica, or partitioned where `section` is ZeRO-3."""
+    module.eval().requires_grad_(False)
+    if section.get("zero_optimization", {}).get("stage") != 3:
+        return module.to(device=device(), dtype=dtype)
+    engine, _, _, _ = deepspeed.initialize(
+        model=module,
+        config={
+            "steps_per_print": 10**9,
+            **section,
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+        },
+    )
+    return engine.eval()
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether ZeRO-3 keeps only a part of each parameter on this rank."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())

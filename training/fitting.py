@@ -1,0 +1,146 @@
+"""The loop that the supervised stages share: steps, evaluations, the best weights, metrics."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from training.data import GlobalBatches, StageRecords, shard
+from training.engine import TrainedModule, optimizer_step, rank, sum_over_ranks, world_size
+from training.errors import UserError
+from training.stage_config import SupervisedConfig
+from training.tracking import Tracker, say
+
+Batch = TypeVar("Batch")
+
+
+class Task(Protocol[Batch]):
+    """What is learned. Losses are sums over items; `fit` divides by the global number of items."""
+
+    def collate(self, rows: list[int], training: bool) -> Batch:
+        """The micro-batch of these rows of the data; a row of -1 carries no loss."""
+        ...
+
+    def items(self, batch: Batch) -> int: ...
+
+    def loss_sum(self, batch: Batch) -> torch.Tensor: ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures over the whole evaluation data, the same on every rank; has `eval/loss`."""
+        ...
+
+
+@dataclass
+class EarlyStopping:
+    """Remembers the best evaluation loss; `patience` evaluations without a better one end a run."""
+
+    patience: int | None = None
+    best_loss: float = math.inf
+    best: dict[str, float] = field(default_factory=dict)
+    worse_in_a_row: int = 0
+
+    def improved(self, metrics: dict[str, float]) -> bool:
+        if metrics["eval/loss"] < self.best_loss:
+            self.best_loss, self.best, self.worse_in_a_row = metrics["eval/loss"], metrics, 0
+            return True
+        self.worse_in_a_row += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        return self.patience is not None and self.worse_in_a_row >= self.patience
+
+
+def require_evaluation(records: StageRecords) -> None:
+    """Refuse data of which nothing is held out: the stage could not say how good its model is."""
+    if not records.eval:
+        raise UserError(
+            [*records.report.lines(), "set data.eval_fraction above 0 or give data.eval_sources"],
+            "There is nothing to evaluate on:",
+        )
+
+
+def total_steps(config: SupervisedConfig, examples: int) -> int:
+    batches = GlobalBatches(examples, global_batch_size(config), config.seed)
+    return config.max_steps or math.ceil(config.num_train_epochs * batches.steps_per_epoch)
+
+
+def global_batch_size(config: SupervisedConfig) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+
+
+def fit(
+    config: SupervisedConfig,
+    trained: TrainedModule,
+    task: Task[Any],
+    examples: int,
+    stopping: EarlyStopping,
+    on_improvement: Callable[[dict[str, float]], None] = lambda metrics: None,
+    description: str = "training",
+) -> dict[str, float]:
+    """Train for the configured steps; evaluate each epoch, every `eval_steps`, and at the end.
+
+    Returns:
+        The metrics of the last evaluation.
+    """
+    order = GlobalBatches(examples, global_batch_size(config), config.seed)
+    steps = total_steps(config, examples)
+    tracker = Tracker(config.output_dir, steps, description, config.deepspeed)
+    evaluation: dict[str, float] = {}
+    for step in range(steps):
+        rows = shard(
+            order.indices(step),
+            rank(),
+            world_size(),
+            config.per_device_train_batch_size,
+            config.gradient_accumulation_steps,
+        )
+        micro_batches = [task.collate(part, training=True) for part in rows]
+        (loss,) = optimizer_step(
+            [trained], micro_batches, lambda batch: [task.loss_sum(batch)], task.items
+        )
+        done = step + 1
+        metrics = {
+            "train/loss": loss,
+            "train/epoch": done / order.steps_per_epoch,
+            "train/learning_rate": trained.learning_rate,
+            "train/grad_norm": trained.grad_norm,
+        }
+        evaluated = (
+            done == steps or done % order.steps_per_epoch == 0 or _is_due(done, config.eval_steps)
+        )
+        if evaluated:
+            trained.engine.eval()
+            evaluation = task.evaluate()
+            metrics |= evaluation
+            if stopping.improved(evaluation):
+                on_improvement(evaluation)
+        if evaluated or _is_due(done, config.logging_steps):
+            tracker.log(done, metrics, shown=("train/loss", "eval/loss"))
+        tracker.advance()
+        if stopping.exhausted:
+            say(f"Stopped early: no better evaluation loss than {stopping.best_loss:.4f}")
+            break
+    tracker.close()
+    return evaluation
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def mean_over_ranks(total: float, count: float) -> float:
+    """total / count with both summed over all ranks."""
+    both = sum_over_ranks(torch.tensor([total, count], dtype=torch.float64))
+    return (both[0] / both[1].clamp(min=1)).item()
+
+
+def evaluation_batches(examples: int, batch_size: int) -> list[list[int]]:
+    """This rank's micro-batches of rows 0 … examples − 1; the same number on every rank."""
+    order = GlobalBatches(examples, batch_size * world_size(), seed=0, shuffle=False)
+    return [
+        shard(order.indices(step), rank(), world_size(), batch_size, 1)[0]
+        for step in range(order.steps_per_epoch)
+    ]

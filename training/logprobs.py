@@ -1,0 +1,69 @@
+"""Token log-probabilities from hidden states, and statistics over masks.
+
+The log-softmax runs in float32 over a few rows at a time, and only over rows that are scored: no
+[batch, length, vocabulary] tensor in float32 ever exists, in the backward pass either.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+ROWS_PER_CHUNK = 1024
+
+
+def token_logprobs(
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    with_entropy: bool = False,
+    rows_per_chunk: int = ROWS_PER_CHUNK,
+) -> tuple[Tensor, Tensor | None]:
+    """log π(target | hidden) for each row, in nats.
+
+    Args:
+        hidden: [rows, hidden_size], the states from which each target is predicted.
+        targets: [rows] token ids.
+        head: maps hidden states to logits.
+        with_entropy: also return the entropy of each row's distribution.
+        rows_per_chunk: rows whose logits exist at the same time.
+
+    Returns:
+        log-probabilities [rows] float32, and entropies [rows] float32 (nats) or None.
+    """
+    logps, entropies = [], []
+    for rows, wanted in zip(
+        hidden.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True
+    ):
+        if torch.is_grad_enabled():
+            logp, entropy = checkpoint(
+                _score_rows, rows, wanted, head, with_entropy, use_reentrant=False
+            )
+        else:
+            logp, entropy = _score_rows(rows, wanted, head, with_entropy)
+        logps.append(logp)
+        entropies.append(entropy)
+    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+
+
+def _score_rows(
+    hidden: Tensor, targets: Tensor, head: nn.Module, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    logits = head(hidden).float()
+    log_normalizer = logits.logsumexp(dim=-1)
+    logp = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normalizer
+    if not with_entropy:
+        return logp, None
+    # H = log Z − Σ p·logit
+    expected_logit = (logits.softmax(dim=-1) * logits).sum(dim=-1)
+    return logp, log_normalizer - expected_logit
+
+
+def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of `values` where `mask` is true; what is masked cannot leak, not even as NaN."""
+    kept = torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype).to(values))
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """[batch, length] positions that count attended tokens only, so that padding shifts nothing."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)

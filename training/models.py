@@ -1,0 +1,219 @@
+"""Tokenizer, policy and scalar models (reward, critic), on top of Hugging Face's Auto classes."""
+
+import inspect
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from training.errors import UserError
+from training.logprobs import position_ids, token_logprobs
+
+PAD_TOKEN = "<pad>"
+DROPOUT_FIELDS = (
+    "dropout attention_dropout hidden_dropout activation_dropout embd_pdrop attn_pdrop resid_pdrop "
+    "hidden_dropout_prob attention_probs_dropout_prob layerdrop classifier_dropout"
+).split()
+
+
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with a pad token that is never its EOS.
+
+    A model whose pad is its EOS masks EOS out of every loss and never learns to stop; where there
+    is no pad token of its own, `<pad>` is added (the embeddings grow in `load_policy`).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer could be loaded from {name_or_path}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name_or_path} has no EOS token; responses need an end")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return tokenizer
+
+
+class Policy(nn.Module):
+    """A causal language model that gives log-probabilities of given tokens, not logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._takes_positions = _takes_positions(model.get_decoder())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scored_mask: Tensor,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """log π of the tokens that `scored_mask` marks, each given all that stands before it.
+
+        Args:
+            input_ids: [batch, length], padded on either side.
+            attention_mask: [batch, length], 0 on padding.
+            scored_mask: [batch, length] bool; never true in column 0.
+
+        Returns:
+            log-probabilities [batch, length] float32 in nats, 0 where not scored, and, if asked
+            for, the entropy of the distribution from which each scored token was drawn.
+        """
+        positions = _positions(self._takes_positions, attention_mask)
+        decoded = self.model.get_decoder()(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
+        )
+        predicting = scored_mask[:, 1:].bool()
+        hidden = decoded.last_hidden_state[:, :-1][predicting]
+        targets = input_ids[:, 1:][predicting]
+        logp, entropy = token_logprobs(
+            hidden, targets, self.model.get_output_embeddings(), with_entropy
+        )
+        return _scatter(logp, scored_mask), None if entropy is None else _scatter(
+            entropy, scored_mask
+        )
+
+
+def _scatter(rows: Tensor, mask: Tensor) -> Tensor:
+    values = torch.zeros(mask.shape, dtype=rows.dtype, device=rows.device)
+    return values.masked_scatter(mask.bool(), rows)
+
+
+class ScalarModel(nn.Module):
+    """A sequence-classification model with one label: the reward model, and the critic."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._takes_positions = _takes_positions(model.base_model)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Values [batch, length] float32: the head's scalar after each token."""
+        positions = _positions(self._takes_positions, attention_mask)
+        decoded = self.model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
+        )
+        return self.model.score(decoded.last_hidden_state).squeeze(-1).float()
+
+    def rewards(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Rewards [batch]: the scalar after each row's last token."""
+        return last_token(self(input_ids, attention_mask), attention_mask)
+
+
+def last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
+    """[batch] entries of `values` [batch, length] at each row's last attended token."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (columns * attention_mask.long()).argmax(dim=-1)
+    return values.gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _positions(takes_positions: bool, attention_mask: Tensor) -> dict[str, Tensor]:
+    return {"position_ids": position_ids(attention_mask)} if takes_positions else {}
+
+
+def load_model_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model config could be loaded from {name_or_path}: {error}") from error
+
+
+def load_policy(
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    dropout: bool = False,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> Policy:
+    """A causal language model as a Policy, its embeddings grown to hold the tokenizer's pad token.
+
+    Args:
+        dropout: keep the model's own dropout; off wherever log-probabilities must be reproducible.
+    """
+    config = load_model_config(name_or_path, trust_remote_code)
+    _refuse_scaled_logits(config, name_or_path)
+    model = _load(AutoModelForCausalLM, name_or_path, config, dtype, dropout, trust_remote_code)
+    return Policy(_ready(model, tokenizer, gradient_checkpointing))
+
+
+def load_scalar_model(
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    dropout: bool = False,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> ScalarModel:
+    """A one-label sequence-classification model; a causal model gets a new head at 0."""
+    config = load_model_config(name_or_path, trust_remote_code)
+    trained = any("SequenceClassification" in name for name in config.architectures or [])
+    if trained and config.num_labels != 1:
+        raise UserError(
+            f"{name_or_path} has {config.num_labels} labels; a reward model has one (num_labels=1)"
+        )
+    config.num_labels = 1
+    model = _load(
+        AutoModelForSequenceClassification, name_or_path, config, dtype, dropout, trust_remote_code
+    )
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{name_or_path}: {type(model).__name__} has no linear head named 'score'")
+    if not trained:
+        # A random head would start from arbitrary preferences; 0 says p(y1 ≻ y2) = 1/2.
+        nn.init.zeros_(model.score.weight)
+    return ScalarModel(_ready(model, tokenizer, gradient_checkpointing))
+
+
+def _load(
+    auto_class: type,
+    name_or_path: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    dropout: bool,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    if not dropout:
+        for field in DROPOUT_FIELDS:
+            if isinstance(getattr(config, field, None), float):
+                setattr(config, field, 0.0)
+    try:
+        return auto_class.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True if Path(name_or_path).is_dir() else None,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model could be loaded from {name_or_path}: {error}") from error
+
+
+def _ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gradient_checkpointing: bool
+) -> PreTrainedModel:
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _refuse_scaled_logits(config: PretrainedConfig, name_or_path: str) -> None:
+    """Log-probabilities are taken from `head(hidden)`; a model that then rescales is not ours."""
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise UserError(f"{name_or_path}: models with {field} are not supported")

@@ -1,0 +1,147 @@
+"""What the configs of all stages have in common, and DeepSpeed's section in them.
+
+The section is DeepSpeed's own language; what the stage's own fields already say (batch sizes,
+optimizer, clipping, precision) may not be repeated there.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from training.data.settings import DataSettings
+
+from training.config import Count, Fraction, NonNegative, Positive, StrictModel
+from training.errors import did_you_mean
+
+# DeepSpeed's top-level keys (deepspeed.ai/docs/config-json) that a stage's JSON may use.
+DEEPSPEED_KEYS = frozenset(
+    "activation_checkpointing aio checkpoint comet comms_logger communication_data_type "
+    "compile compression_training csv_monitor curriculum_learning data_efficiency data_types "
+    "disable_allgather dump_state flops_profiler gradient_predivide_factor memory_breakdown "
+    "prescale_gradients seq_parallel_communication_data_type sparse_attention sparse_gradients "
+    "steps_per_print tensorboard timers use_data_before_expert_parallelism wall_clock_breakdown "
+    "wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
+)
+# ... and those that the stage's own fields own.
+STAGE_OWNED_KEYS = {
+    "train_batch_size": "per_device_train_batch_size and gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer": "learning_rate, weight_decay, adam_beta1, adam_beta2 and adam_epsilon",
+    "scheduler": "lr_scheduler_type and warmup_ratio",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "amp": "bf16 or fp16",
+    "torch_autocast": "bf16 or fp16",
+}
+
+
+def deepspeed_faults(section: dict[str, Any]) -> list[str]:
+    """Faults of a `"deepspeed"` section; DeepSpeed itself accepts an unknown top-level key."""
+    found = []
+    for key in section:
+        if key in STAGE_OWNED_KEYS:
+            found.append(f"{key}: set by the stage's own {STAGE_OWNED_KEYS[key]}; remove it here")
+        elif key not in DEEPSPEED_KEYS:
+            found.append(f"{key}: unknown key{did_you_mean(key, DEEPSPEED_KEYS)}")
+    if "zero_optimization" in section:
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        try:
+            DeepSpeedZeroConfig(**section["zero_optimization"])
+        except (ValidationError, TypeError) as error:
+            details = error.errors() if isinstance(error, ValidationError) else []
+            for detail in details:
+                place = ".".join(str(part) for part in detail["loc"])
+                hint = ""
+                if detail["type"] == "extra_forbidden":
+                    hint = did_you_mean(place, DeepSpeedZeroConfig.model_fields)
+                found.append(f"zero_optimization.{place}: {detail['msg']}{hint}")
+            if not details:
+                found.append("zero_optimization: an object was expected")
+    return found
+
+
+class OptimizerSettings(StrictModel):
+    """AdamW and its schedule, in the names of Hugging Face's TrainingArguments."""
+
+    learning_rate: Positive
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: NonNegative = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 is off."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Fraction = 0.0
+    """Fraction of all optimizer steps over which the learning rate rises from 0."""
+
+
+class StageConfig(StrictModel):
+    """What every stage's JSON has."""
+
+    model_name_or_path: str
+    """Hub name or local Hugging Face directory of the weights that the stage starts from."""
+    output_dir: str
+    overwrite_output_dir: bool = False
+    """Whether a non-empty output_dir may be deleted and written anew."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    trust_remote_code: bool = False
+    """Whether code that comes with a model may run on this machine."""
+    bf16: bool = False
+    fp16: bool = False
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    per_device_train_batch_size: Count = 8
+    """Sequences (pairs, rollouts) in one forward pass of one process."""
+    per_device_eval_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    logging_steps: Count = 1
+    save_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps (PPO: iterations) between checkpoints; 0 saves none before the end."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed's own keys; what the stage's fields say may not be repeated here."""
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.bf16 and self.fp16:
+            found.append("fp16: contradicts bf16=true; choose one")
+        found += [f"deepspeed.{fault}" for fault in deepspeed_faults(self.deepspeed)]
+        output = Path(self.output_dir)
+        if output.is_file():
+            found.append(f"output_dir: {output} is a file; name a directory")
+        elif output.is_dir() and any(output.iterdir()):
+            if not self.overwrite_output_dir:
+                found.append(
+                    f"output_dir: {output} exists and is not empty; choose another one or pass "
+                    "overwrite_output_dir=true"
+                )
+            elif not (output / "config.json").is_file():
+                found.append(
+                    f"output_dir: {output} holds no config.json, so it is not an earlier run; "
+                    "remove it yourself or choose another one"
+                )
+        return found + model_path_faults("model_name_or_path", self.model_name_or_path)
+
+
+class SupervisedConfig(StageConfig, OptimizerSettings):
+    """What the two supervised stages (SFT, reward model) share."""
+
+    num_train_epochs: Positive = 1.0
+    max_steps: Count | None = None
+    """Optimizer steps in all; overrides num_train_epochs."""
+    eval_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between evaluations; 0 evaluates at the end of each epoch only."""
+    data: DataSettings
+
+
+def model_path_faults(field: str, name_or_path: str) -> list[str]:
+    """A name that can only be a path must exist; `owner/name` may be one of the Hub's."""
+    path = Path(name_or_path)
+    if path.exists():
+        if path.is_dir() and not (path / "config.json").is_file():
+            return [f"{field}: {name_or_path} has no config.json; it is not a model directory"]
+        return []
+    looks_local = path.is_absolute() or len(path.parts) > 2 or name_or_path.startswith(".")
+    return [f"{field}: {name_or_path} does not exist"] if looks_local else []
