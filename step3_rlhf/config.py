@@ -31,7 +31,7 @@ class RewardSettings(StrictModel):
     """Where rewards come from: one model, several with weights, or a Python function."""
 
     model_name_or_path: str | None = None
-    models: tuple[RewardModelSettings, ...] = ()
+    models: Annotated[tuple[RewardModelSettings, ...], Field(strict=False)] = ()
     function: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
     """`module:callable` with callable(prompts: list[str], responses: list[str]) -> list[float]."""
 

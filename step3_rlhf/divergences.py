@@ -17,13 +17,13 @@ from typing import Literal
 import torch
 from pydantic import model_validator
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from step3_rlhf.optimum import NoOptimumError, ResponseSet, backward_induction, decreasing_root
 from step3_rlhf.regularization import (
     LARGEST_EXPONENT,
     Marginal,
     Regularizer,
+    log1p_exp,
     on_last_token,
     unbound,
 )
@@ -116,10 +116,10 @@ class JensenShannon(Divergence):
     ceiling = math.log(2.0)
 
     def per_sample(self, log_u: Tensor) -> Tensor:
-        return log_u - (1.0 + torch.exp(-log_u)) * (softplus(log_u) - math.log(2.0))
+        return log_u - (1.0 + torch.exp(-log_u)) * (log1p_exp(log_u) - math.log(2.0))
 
     def slope(self, log_u: Tensor) -> Tensor:
-        return math.log(2.0) - softplus(-log_u)
+        return math.log(2.0) - log1p_exp(-log_u)
 
     def log_ratio(self, slack: Tensor) -> Tensor:
         return -slack - torch.log(-torch.expm1(-slack))

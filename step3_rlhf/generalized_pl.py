@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from pydantic import model_validator
 from torch import Tensor
-from torch.nn import functional
 
 from step3_rlhf.optimum import ResponseSet, decreasing_root
 from step3_rlhf.regularization import (
     Marginal,
     Regularizer,
+    log1p_exp,
     on_last_token,
     response_sum,
     unbound,
@@ -100,7 +100,7 @@ class Softplus(Link):
     def log_link(self, score: Tensor) -> Tensor:
         low = score < -30.0
         safe = torch.where(low, torch.zeros_like(score), score)
-        return torch.where(low, score, torch.log(functional.softplus(safe)))
+        return torch.where(low, score, torch.log(log1p_exp(safe)))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Sigmoid(Link):
         return torch.where(tiny, 1.0 + pi / 2.0, -_log_complement(safe) * torch.exp(-safe))
 
     def log_link(self, score: Tensor) -> Tensor:
-        return functional.logsigmoid(score)
+        return -log1p_exp(-score)
 
 
 def _log_complement(log_pi: Tensor) -> Tensor:

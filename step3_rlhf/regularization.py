@@ -80,3 +80,8 @@ def on_last_token(values: Tensor, mask: Tensor) -> Tensor:
 def unbound(mask: Tensor) -> Tensor:
     """[batch] bool: no numerical bound took effect."""
     return torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
+
+
+def log1p_exp(x: Tensor) -> Tensor:
+    """log(1 + e^x) to full precision; torch's softplus drops e^{−x} beyond x = 20."""
+    return torch.logaddexp(x, torch.zeros_like(x))

@@ -125,8 +125,12 @@ class TrainedModule:
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        """Global gradient norm of the last step, before clipping; NaN where DeepSpeed keeps none.
+
+        It keeps none without ZeRO in float32.
+        """
+        norm = self.engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
 
 
 def optimizer_step(

@@ -46,10 +46,10 @@ MAX_LENGTH = 512
 class WorldSizes:
     """How much of the world is written."""
 
-    texts_per_prompt: int = 16
-    comparisons_per_prompt: int = 24
-    eval_texts_per_prompt: int = 4
-    eval_comparisons_per_prompt: int = 32
+    texts_per_prompt: int = 40
+    comparisons_per_prompt: int = 48
+    eval_texts_per_prompt: int = 8
+    eval_comparisons_per_prompt: int = 96
     eval_openers: int = 2
     """The first so many openers are used with the held-out phrasings."""
     vocab_size: int = 896
