@@ -9,7 +9,7 @@ launch() {
     local gpus port
     gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
     port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}"
-    local arguments=(--master_port "$port" --log_level warning)
+    local arguments=(--master_port "$port" --log_level error)
     if [[ -n "${HOSTFILE:-}" ]]; then
         arguments+=(--hostfile "$HOSTFILE")
         [[ -n "${NUM_PROCESSES:-}" ]] && arguments+=(--num_gpus "$NUM_PROCESSES")
@@ -18,6 +18,8 @@ launch() {
         arguments+=(--hostfile /dev/null)
         if [[ "$gpus" == 0 ]]; then
             export DS_ACCELERATOR=cpu
+            # Processes that each take all cores slow one another down.
+            export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + ${NUM_PROCESSES:-1} - 1) / ${NUM_PROCESSES:-1} ))}"
             arguments+=(--num_gpus "${NUM_PROCESSES:-1}")
         elif [[ -n "${NUM_PROCESSES:-}" ]]; then
             arguments+=(--num_gpus "$NUM_PROCESSES")

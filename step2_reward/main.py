@@ -111,6 +111,7 @@ def main(config: RewardConfig) -> None:
         engine.precision(config),
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
+        new_head=True,
     )
     steps = fitting.total_steps(config, len(data.train))
     trained = engine.TrainedModule(model, config, config, steps)

@@ -78,7 +78,7 @@ def build(config: PPOConfig, prompts: Prompts, tokenizer: Any, count: int) -> PP
     steps = count * config.num_ppo_epochs * config.num_mini_batches
 
     actor = load_policy(config.model_name_or_path, tokenizer, dtype, **trained)
-    critic = load_scalar_model(critic_source(config), tokenizer, dtype, **trained)
+    critic = load_scalar_model(critic_source(config), tokenizer, dtype, new_head=True, **trained)
     reference_path = config.reference_model_name_or_path or config.model_name_or_path
     reference = load_policy(reference_path, tokenizer, dtype, **options)
     return PPOTrainer(

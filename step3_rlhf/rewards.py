@@ -73,12 +73,21 @@ class FunctionReward:
         self.name = name
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        prompts, responses = list(rollout.prompts), list(rollout.responses)
         try:
-            rewards = self.function(prompts, responses)
+            rewards, own = self._checked(list(rollout.prompts), list(rollout.responses)), None
+        except UserError as error:
+            rewards, own = [], error
+        # A fault of one rank ends all of them, with its message.
+        faults = [fault for fault in engine.gather_objects([own and str(own)]) if fault]
+        if faults:
+            raise UserError(faults[0]) from own
+        return torch.tensor(rewards, device=rollout.input_ids.device)
+
+    def _checked(self, prompts: list[str], responses: list[str]) -> list[float]:
+        try:
+            rewards = [float(reward) for reward in self.function(prompts, responses)]
         except Exception as error:
             raise UserError(f"reward.function {self.name} raised {error!r}") from error
-        rewards = [float(reward) for reward in rewards]
         if len(rewards) != len(responses):
             raise UserError(
                 f"reward.function {self.name} returned {len(rewards)} rewards for "
@@ -90,7 +99,7 @@ class FunctionReward:
                     f"reward.function {self.name} returned {reward} for the prompt {prompt!r} and "
                     f"the response {response!r}"
                 )
-        return torch.tensor(rewards, device=rollout.input_ids.device)
+        return rewards
 
 
 class WeightedSum:

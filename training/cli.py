@@ -6,12 +6,16 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from training.config import Config, load_config
 from training.errors import UserError
 from training.stage_config import StageConfig
+
+SECONDS_FOR_RANK_0 = 20.0
+"""How long the other ranks wait for rank 0's message before they end."""
 
 
 def run_stage(
@@ -41,15 +45,17 @@ def start(stage: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def user_errors_end_cleanly(debug: bool) -> Iterator[None]:
-    """A UserError becomes its message on rank 0 and exit code 2; `debug` keeps the traceback."""
+    """A UserError becomes its message, said once, and exit code 2; `debug` keeps the traceback."""
     try:
         yield
     except UserError as error:
         if debug:
             raise
-        # Every rank finds the same fault; one says so.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\n{error}\n", file=sys.stderr, flush=True)
+        # Every rank finds the same fault and rank 0 says so. The launcher ends all processes with
+        # the first one that ends: the others wait, and speak only if they are still there.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
+        print(f"\n{error}\n", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

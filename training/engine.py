@@ -114,14 +114,11 @@ class TrainedModule:
             config=deepspeed_config(config, settings),
         )
         self.module = module
+        self.learning_rate = math.nan
+        """Of the step just taken; DeepSpeed itself tells the next step's."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.engine(*arguments, **named)
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the step just taken."""
-        return float(self.engine.get_lr()[0])
 
     @property
     def grad_norm(self) -> float:
@@ -162,6 +159,7 @@ def optimizer_step(
     totals = torch.zeros(len(trained), dtype=torch.float64, device=device())
     for module in trained:
         module.engine.train()
+        module.learning_rate = float(module.engine.get_lr()[0])
     for index, batch in enumerate(micro_batches):
         losses = loss_sums(batch)
         totals += torch.stack([loss.detach().double() for loss in losses])
@@ -237,7 +235,8 @@ def frozen(module: nn.Module, section: dict[str, Any], dtype: torch.dtype) -> nn
             "fp16": {"enabled": dtype == torch.float16},
         },
     )
-    return engine.eval()
+    engine.eval()  # returns nothing
+    return engine
 
 
 def is_partitioned(module: nn.Module) -> bool:

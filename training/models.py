@@ -1,7 +1,6 @@
 """Tokenizer, policy and scalar models (reward, critic), on top of Hugging Face's Auto classes."""
 
 import inspect
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from training.errors import UserError
 from training.logprobs import position_ids, token_logprobs
@@ -145,6 +145,8 @@ def load_policy(
         dropout: keep the model's own dropout; off wherever log-probabilities must be reproducible.
     """
     config = load_model_config(name_or_path, trust_remote_code)
+    if any("SequenceClassification" in name for name in config.architectures or []):
+        raise UserError(f"{name_or_path} is a sequence-classification model, not a language model")
     _refuse_scaled_logits(config, name_or_path)
     model = _load(AutoModelForCausalLM, name_or_path, config, dtype, dropout, trust_remote_code)
     return Policy(_ready(model, tokenizer, gradient_checkpointing))
@@ -157,13 +159,26 @@ def load_scalar_model(
     dropout: bool = False,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    new_head: bool = False,
 ) -> ScalarModel:
-    """A one-label sequence-classification model; a causal model gets a new head at 0."""
+    """A one-label sequence-classification model.
+
+    Args:
+        new_head: take a causal language model as well and give it a head, at 0.
+
+    Raises:
+        UserError: another number of labels, or no trained head where `new_head` is false.
+    """
     config = load_model_config(name_or_path, trust_remote_code)
     trained = any("SequenceClassification" in name for name in config.architectures or [])
     if trained and config.num_labels != 1:
         raise UserError(
             f"{name_or_path} has {config.num_labels} labels; a reward model has one (num_labels=1)"
+        )
+    if not trained and not new_head:
+        raise UserError(
+            f"{name_or_path} is not a sequence-classification model, so its rewards would be "
+            "arbitrary; stage 2 makes one from it"
         )
     config.num_labels = 1
     model = _load(
@@ -189,23 +204,33 @@ def _load(
         for field in DROPOUT_FIELDS:
             if isinstance(getattr(config, field, None), float):
                 setattr(config, field, 0.0)
+    verbosity = transformers_logging.get_verbosity()
+    # A causal model's missing classification head is expected, and said in `load_scalar_model`.
+    transformers_logging.set_verbosity_error()
     try:
         return auto_class.from_pretrained(
             name_or_path,
             config=config,
             dtype=dtype,
-            use_safetensors=True if Path(name_or_path).is_dir() else None,
+            use_safetensors=True,  # nothing pickled is ever loaded
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"no model could be loaded from {name_or_path}: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _ready(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gradient_checkpointing: bool
 ) -> PreTrainedModel:
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+    known = model.get_input_embeddings().num_embeddings
+    if known < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # Not random: actor, reference and all ranks' copies must be the same model.
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight.data[known:] = layer.weight.data[:known].mean(0)
     model.config.pad_token_id = tokenizer.pad_token_id
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

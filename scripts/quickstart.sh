@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# Set-up, then the bundled world, all three stages, evaluation and the report:
+#   bash scripts/quickstart.sh [--full] [--seed N] [--output DIR] [--overwrite] [--only PHASE]
+#   --full        also maximum entropy and three f-divergences, for the report's Table 1
+#   --seed N      of the world and of every stage (42)
+#   --output DIR  where everything goes (runs/quickstart)
+#   --overwrite   replace what an earlier quickstart left in DIR
+#   --only PHASE  run this phase anew, on what the others left in DIR; PHASE is one of
+#                 world sft reward kl pm conditional_pm sft_evaluation report
+#                 maximum_entropy js_divergence forward_kl chi_squared
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PHASES=(world sft reward kl pm conditional_pm)
+FURTHER=(maximum_entropy js_divergence forward_kl chi_squared)
+directory=runs/quickstart seed=42 full=false overwrite=false only=""
+
+usage() { # MESSAGE: a mistake in the arguments
+    echo "$1; bash scripts/quickstart.sh --help explains" >&2
+    exit 2
+}
+
+while (($#)); do
+    case "$1" in
+        --full) full=true ;;
+        --overwrite) overwrite=true ;;
+        --help | -h) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' scripts/quickstart.sh; exit ;;
+        --seed | --output | --only)
+            (($# > 1)) || usage "$1 needs a value"
+            case "$1" in
+                --seed) seed="$2" ;;
+                --output) directory="${2%/}" ;;
+                --only) only="$2" ;;
+            esac
+            shift ;;
+        *) usage "unknown argument $1" ;;
+    esac
+    shift
+done
+[[ "$seed" =~ ^[0-9]+$ ]] || usage "--seed $seed: a whole number was expected"
+[[ -n "$directory" ]] || usage "--output: a directory was expected"
+if [[ -n "$only" ]]; then
+    known=" ${PHASES[*]} ${FURTHER[*]} sft_evaluation report "
+    [[ "$known" == *" $only "* ]] || usage "--only $only: no such phase"
+    earlier=("$only")
+else
+    if [[ "$overwrite" == false && -n "$(ls -A "$directory" 2>/dev/null)" ]]; then
+        usage "$directory exists and is not empty; pass --overwrite or another --output DIR"
+    fi
+    # Nothing else is deleted: DIR may be any folder, and may hold further runs.
+    earlier=("${PHASES[@]}" "${FURTHER[@]}" token_ids phases.json report.json report.html shares.png)
+fi
+
+source scripts/setup.sh
+mkdir -p "$directory"
+(cd "$directory" && rm -rf -- "${earlier[@]}")
+
+# PHASE COMMAND...: run it, say how long it took, add it to phases.json.
+phase() {
+    local name="$1" code=0 start
+    shift
+    [[ -z "$only" || "$only" == "$name" ]] || return 0
+    printf '\n=== %s ===\n' "$name"
+    start="$(date +%s.%N)"
+    "$@" || code=$?
+    if ((code)); then
+        echo "The quickstart stopped: phase $name failed" >&2
+        exit "$code"
+    fi
+    python - "$directory/phases.json" "$name" "$start" "$@" <<'EOF'
+import json, pathlib, shlex, sys, time
+
+path, name, start, *command = sys.argv[1:]
+path = pathlib.Path(path)
+record = json.loads(path.read_text()) if path.exists() else {"seconds": {}, "commands": {}}
+seconds = {**record["seconds"], name: round(time.time() - float(start), 1)}
+seconds.pop("total", None)
+record["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
+record["commands"][name] = shlex.join(command)
+path.write_text(json.dumps(record, indent=2) + "\n")
+print(f"=== {name}: {seconds[name]:.0f} s, {record['seconds']['total']:.0f} s in all ===")
+EOF
+}
+
+# RUN MODEL DATA: where a stage reads and writes. The shipped configs say runs/quickstart.
+places() {
+    printf '%s\n' "seed=$seed" "output_dir=$directory/$1"
+    [[ "$directory" == runs/quickstart ]] || printf '%s\n' \
+        "model_name_or_path=$directory/$2" \
+        "data.sources=[\"$directory/world/$3.jsonl\"]" \
+        "data.eval_sources=[\"$directory/world/$3_eval.jsonl\"]" \
+        "data.cache_dir=$directory/token_ids"
+}
+
+# RUN: the same for stage 3 and its evaluation.
+ppo_places() {
+    places "$1" sft/model comparisons
+    [[ "$directory" == runs/quickstart ]] || printf '%s\n' \
+        "reward.model_name_or_path=$directory/reward/model" \
+        "evaluation.response_sets=$directory/world/response_sets.jsonl"
+}
+
+# RUN [OVERRIDE...]: align under the regularizer that the override names.
+ppo() {
+    local overrides
+    mapfile -t overrides < <(ppo_places "$1")
+    phase "$1" bash scripts/step3_rlhf.sh step3_rlhf/configs/quickstart.json \
+        "${overrides[@]}" "${@:2}"
+}
+
+# SFT is measured on what the aligned policies are measured on, with the same settings.
+evaluate_sft() {
+    local overrides
+    mapfile -t overrides < <(
+        python - <<'EOF'
+import json
+
+config = json.load(open("step3_rlhf/configs/quickstart.json"))
+shared = "reward data evaluation response_length rollout_batch_size per_device_eval_batch_size"
+print("\n".join(f"{name}={json.dumps(config[name])}" for name in shared.split()))
+EOF
+        ppo_places sft
+    )
+    phase sft_evaluation bash scripts/evaluate.sh "$directory/sft" "${overrides[@]}"
+}
+
+phase world python -m training.opinions --output_dir "$directory/world" --seed "$seed"
+mapfile -t overrides < <(places sft world/base texts)
+phase sft bash scripts/step1_sft.sh step1_sft/configs/quickstart.json "${overrides[@]}"
+mapfile -t overrides < <(places reward sft/model comparisons)
+phase reward bash scripts/step2_reward.sh step2_reward/configs/quickstart.json "${overrides[@]}"
+ppo kl 'regularizer={"name": "kl", "beta": 1.0}'
+ppo pm 'regularizer={"name": "pm", "beta": 1.0}'
+ppo conditional_pm
+if [[ "$full" == true || " ${FURTHER[*]} " == *" $only "* ]]; then
+    ppo maximum_entropy 'regularizer={"name": "maximum_entropy", "tau": 0.5}'
+    for name in js_divergence forward_kl chi_squared; do
+        ppo "$name" "regularizer={\"name\": \"f_divergence\", \"divergence\": \"$name\"}"
+    done
+fi
+evaluate_sft
+phase report python -m step3_rlhf.report "$directory"

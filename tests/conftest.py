@@ -1,0 +1,158 @@
+"""What several test files share: a small world on disk, tiny random models, a process group."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from training.opinions import WorldSizes, write_world
+
+PAD, BOS, EOS = 3, 1, 2
+VOCABULARY = 64
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled world with few records, its base model included."""
+    directory = tmp_path_factory.mktemp("tiny_world")
+    write_world(directory, seed=1, sizes=WorldSizes(1, 1, 1, 1, 1))
+    sets = (directory / "response_sets.jsonl").read_text().splitlines(keepends=True)
+    (directory / "two_sets.jsonl").write_text("".join(sets[:2]))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def world_tokenizer(tiny_world: Path) -> PreTrainedTokenizerBase:
+    from training.models import load_tokenizer
+
+    return load_tokenizer(str(tiny_world / "base"))
+
+
+@pytest.fixture(params=["llama", "opt"])
+def any_model(
+    request: pytest.FixtureRequest, tiny_llama: PreTrainedModel, tiny_opt: PreTrainedModel
+) -> PreTrainedModel:
+    """A model with rotary positions and one with learned ones."""
+    return tiny_llama if request.param == "llama" else tiny_opt
+
+
+@pytest.fixture
+def tiny_llama() -> PreTrainedModel:
+    """Random weights, grouped-query attention."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    return _sharpened(LlamaForCausalLM(config).eval())
+
+
+@pytest.fixture
+def tiny_opt() -> PreTrainedModel:
+    """Random weights, learned positions, tied embeddings, dropout as OPT has it."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        dropout=0.1,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    return _sharpened(OPTForCausalLM(config).eval())
+
+
+def _sharpened(model: PreTrainedModel) -> PreTrainedModel:
+    """Random weights are small and give almost uniform distributions; larger ones tell apart."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """A process group of one, as the launcher would prepare it; DeepSpeed engines need one.
+
+    One for the whole session: DeepSpeed cannot join a second one.
+    """
+    from training import engine
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        with pytest.MonkeyPatch.context() as address:  # no child process may meet at it
+            address.setenv("MASTER_ADDR", "127.0.0.1")
+            address.setenv("MASTER_PORT", str(port))
+            engine.connect()
+        yield
+        engine.disconnect()
+
+
+@pytest.fixture
+def stage_settings(tiny_world: Path, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """The JSON of a sound config of each stage, on the tiny world."""
+
+    def settings(stage: str) -> dict[str, Any]:
+        kind = "texts" if stage == "sft" else "comparisons"
+        common: dict[str, Any] = {
+            "model_name_or_path": str(tiny_world / "base"),
+            "output_dir": str(tmp_path / stage),
+            "per_device_train_batch_size": 4,
+            "data": {
+                "sources": [str(tiny_world / f"{kind}.jsonl")],
+                "eval_sources": [str(tiny_world / f"{kind}_eval.jsonl")],
+                "max_eval_samples": 8,
+                "max_prompt_length": 48,
+                "max_response_length": 16,
+                "cache_dir": str(tmp_path / "token_ids"),
+            },
+        }
+        if stage != "ppo":
+            return common | {"learning_rate": 1e-3, "max_steps": 2}
+        return common | {
+            "reward": {"model_name_or_path": str(tiny_world / "base")},
+            "regularizer": {"name": "pm"},
+            "actor": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+            "critic": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+            "total_episodes": 8,
+            "response_length": 6,
+            "evaluation": {
+                "response_sets": str(tiny_world / "two_sets.jsonl"),
+                "max_prompts": 4,
+            },
+        }
+
+    return settings

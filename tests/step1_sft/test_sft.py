@@ -1,0 +1,90 @@
+"""SFT's loss: the response's cross-entropy, EOS included, equal to Hugging Face's own."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from step1_sft import main as sft
+from step1_sft.config import SFTConfig
+from step1_sft.main import ResponseModelling
+from training.config import check_config
+from training.data import FILLER, read_records, response_labels, tokenize
+from training.engine import TrainedModule, optimizer_step
+from training.models import load_policy
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+@pytest.fixture
+def task(stage_settings, world_tokenizer) -> ResponseModelling:
+    config = check_config(SFTConfig, stage_settings("sft"), "config:")
+    data = tokenize(read_records(config.data, "sft"), world_tokenizer, config.data, "sft")
+    policy = load_policy(config.model_name_or_path, world_tokenizer)
+    trained = TrainedModule(policy, config, config, 1)
+    return ResponseModelling(trained, data.train, data.eval, config, world_tokenizer.pad_token_id)
+
+
+def own_losses(task: ResponseModelling, batch) -> torch.Tensor:
+    """Per token, from the Hugging Face model and shifted labels."""
+    logits = task.policy.module.model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask
+    ).logits
+    labels = response_labels(batch)[:, 1:].reshape(-1)
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="none")
+    return losses[labels != -100]
+
+
+@torch.no_grad()
+def test_the_loss_is_hugging_faces_own(task: ResponseModelling) -> None:
+    batch = task.collate([0, 1, 2, 3], training=True)
+    own = own_losses(task, batch)
+    assert task.items(batch) == len(own)
+    assert task.loss_sum(batch).item() == pytest.approx(own.sum().item(), rel=1e-5)
+    everything = batch.attention_mask[:, 1:].sum()
+    assert len(own) < everything  # the prompt carries no loss
+
+
+def test_eos_is_learned(task: ResponseModelling, world_tokenizer) -> None:
+    """The label on EOS is there, and one gradient step makes EOS likelier."""
+    eos = world_tokenizer.eos_token_id
+    batch = task.collate([0, 1, 2, 3], training=True)
+    labels = response_labels(batch)
+    assert ((labels == eos).sum(-1) == 1).all()
+    lasts = labels.gather(1, batch.last_positions[:, None])
+    assert (lasts == eos).all()
+
+    def eos_logp() -> torch.Tensor:
+        scored = batch.response_mask & (batch.input_ids == eos)
+        return task.policy(batch.input_ids, batch.attention_mask, scored)[0].sum().detach()
+
+    before = eos_logp()
+    optimizer_step([task.policy], [batch], lambda b: [task.loss_sum(b)], task.items)
+    assert eos_logp() > before
+
+
+def test_fillers_carry_no_loss(task: ResponseModelling) -> None:
+    batch = task.collate([FILLER, FILLER], training=True)
+    assert task.items(batch) == 0
+    assert task.loss_sum(batch).item() == 0.0
+
+
+@torch.no_grad()
+def test_evaluation_is_a_mean_over_tokens(task: ResponseModelling) -> None:
+    task.eval_batch_size = 3  # 8 texts in uneven batches
+    losses = torch.cat([own_losses(task, task.collate([row], training=False)) for row in range(8)])
+    found = task.evaluate()
+    assert found["eval/loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert found["eval/perplexity"] == pytest.approx(math.exp(losses.mean().item()), rel=1e-4)
+
+
+def test_the_stage_writes_its_contract(stage_settings) -> None:
+    config = check_config(SFTConfig, stage_settings("sft") | {"max_steps": 1}, "config:")
+    sft.main(config)
+    output = Path(config.output_dir)
+    assert {"config.json", "metrics.jsonl", "model"} <= {path.name for path in output.iterdir()}
+    (line,) = (output / "metrics.jsonl").read_text().splitlines()
+    assert {"step", "train/loss", "eval/loss", "eval/perplexity"} <= json.loads(line).keys()

@@ -1,0 +1,125 @@
+"""From padded batches to rankings: which reward belongs to which response of which prompt."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
+
+from step2_reward import main as reward
+from step2_reward.config import RewardConfig
+from step2_reward.losses import btl_loss
+from step2_reward.main import PreferenceModelling, by_group, pair_margins
+from training.config import check_config
+from training.data import FILLER, collate_groups
+from training.engine import TrainedModule
+from training.models import load_scalar_model
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+PAD, EOS = 3, 2
+GROUPS = Dataset.from_dict(
+    {
+        "prompt_ids": [[1, 5], [1, 6, 6]],
+        "responses_ids": [[[7, EOS], [8, 8, EOS]], [[9, EOS], [10, EOS], [11, 4, 4, EOS]]],
+    }
+)
+
+
+def test_rewards_are_put_back_into_their_groups() -> None:
+    batch = collate_groups(GROUPS, [1, 0, FILLER], PAD)
+    rewards, present = by_group(torch.arange(1.0, 9.0), batch)
+    assert rewards.tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 0.0], [6.0, 7.0, 8.0]]
+    assert present.tolist() == [[True, True, True], [True, True, False], [False] * 3]
+
+
+def test_margins_of_every_pair_that_a_ranking_implies() -> None:
+    rewards = torch.tensor([[3.0, 1.0, 0.0], [0.0, 5.0, 99.0], [7.0, 7.0, 7.0]])
+    present = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
+    assert sorted(pair_margins(rewards, present)) == [-5.0, 1.0, 2.0, 3.0]
+
+
+@pytest.fixture
+def task(stage_settings, world_tokenizer) -> PreferenceModelling:
+    config = check_config(
+        RewardConfig, stage_settings("reward") | {"per_device_eval_batch_size": 1}, "config:"
+    )
+    model = load_scalar_model(config.model_name_or_path, world_tokenizer, new_head=True)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.model.score.weight)
+    trained = TrainedModule(model, config, config, 1)
+    return PreferenceModelling(trained, GROUPS, GROUPS, config, PAD)
+
+
+def own_rewards(task: PreferenceModelling, prompt: list[int], responses: list) -> torch.Tensor:
+    """One by one, without padding, from the sequence-classification model itself."""
+    model = task.model.module.model
+    rows = [torch.tensor([[*prompt, *response]]) for response in responses]
+    return torch.cat([model(input_ids=row).logits.reshape(1) for row in rows])
+
+
+@torch.no_grad()
+def test_the_loss_of_a_pair_is_btl_on_the_models_own_rewards(task: PreferenceModelling) -> None:
+    chosen, rejected = own_rewards(task, **_columns(0))
+    batch = task.collate([0], training=True)
+    expected = btl_loss(chosen, rejected)
+    assert task.items(batch) == 1
+    assert task.loss_sum(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(task.loss_sum(batch).item() - btl_loss(rejected, chosen).item()) > 1e-3
+
+
+@torch.no_grad()
+def test_evaluation_is_a_mean_over_rankings_with_pairwise_calibration(
+    task: PreferenceModelling,
+) -> None:
+    a, b = own_rewards(task, **_columns(0))
+    x, y, z = own_rewards(task, **_columns(1))
+    pair = math.log1p(math.exp(b - a))
+    ranking = torch.stack([x, y, z]).logsumexp(0) - x + torch.stack([y, z]).logsumexp(0) - y
+    found = task.evaluate()
+    assert found["eval/loss"] == pytest.approx((pair + ranking.item()) / 2, rel=1e-5)
+    assert task.report["pairs"] == 4
+    margins = torch.stack([a - b, x - y, x - z, y - z])
+    assert found["eval/accuracy"] == pytest.approx((margins > 0).double().mean().item())
+    expected = torch.nn.functional.softplus(-margins).mean().item()
+    assert found["eval/log_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def _columns(row: int) -> dict:
+    return {"prompt": GROUPS[row]["prompt_ids"], "responses": GROUPS[row]["responses_ids"]}
+
+
+@torch.no_grad()
+def test_fillers_carry_no_loss(task: PreferenceModelling) -> None:
+    batch = task.collate([FILLER], training=True)
+    assert task.items(batch) == 0
+    assert task.loss_sum(batch).item() == 0.0
+
+
+def test_the_best_weights_are_the_ones_saved(
+    stage_settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation losses 3, 1, 2: what is on disk is the second evaluation's model."""
+    losses, heads = iter([3.0, 1.0, 2.0]), []
+    real = PreferenceModelling.evaluate
+
+    def evaluate(self: PreferenceModelling) -> dict[str, float]:
+        heads.append(self.model.module.model.score.weight.detach().clone())
+        return real(self) | {"eval/loss": next(losses)}
+
+    monkeypatch.setattr(PreferenceModelling, "evaluate", evaluate)
+    settings = stage_settings("reward") | {"max_steps": 3, "eval_steps": 1}
+    config = check_config(RewardConfig, settings, "config:")
+    reward.main(config)
+    output = Path(config.output_dir)
+    saved = AutoModelForSequenceClassification.from_pretrained(output / "model")
+    assert torch.equal(saved.score.weight, heads[1])
+    assert not torch.equal(saved.score.weight, heads[2])
+    assert saved.config.num_labels == 1
+    report = json.loads((output / "evaluation.json").read_text())
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert report["log_loss"] == lines[1]["eval/log_loss"] != lines[2]["eval/log_loss"]
+    assert {"pairs", "accuracy", "log_loss", "ece", "reliability"} <= report.keys()

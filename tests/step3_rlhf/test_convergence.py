@@ -1,0 +1,193 @@
+"""Proof that PPO arrives where theory says: the real trainer against `optimum.py`.
+
+Eight prompts, each with the same enumerable tree of responses of one to three tokens over {a, b,
+EOS}; the reference is a random transformer (biased), rewards are a random table. The trainer draws
+responses, scores them with the table, and steps a DeepSpeed engine; nothing tells it the optimum.
+"""
+
+import itertools
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from step3_rlhf.config import PPOConfig
+from step3_rlhf.metrics import total_variation
+from step3_rlhf.optimum import ResponseSet, optimum
+from step3_rlhf.prompts import Prompts
+from step3_rlhf.rollout import Rollout, assemble
+from step3_rlhf.trainer import PPOTrainer
+from training import engine
+from training.models import Policy, ScalarModel
+
+EOS, A, B, PAD = 0, 1, 2, 3
+PROMPTS = [[PAD + 1 + number] for number in range(8)]
+RESPONSES = [
+    [EOS],
+    *([x, EOS] for x in (A, B)),
+    *([x, y, z] for x, y, z in itertools.product((A, B), (A, B), (EOS, A, B))),
+]
+ITERATIONS = 60
+LARGEST_TV = 0.08
+
+QUICK = {
+    "kl": {"name": "kl"},
+    "pm": {"name": "pm"},
+    "conditional_pm-token": {"name": "conditional_pm", "alpha": 0.3},
+    "conditional_pm-sequence": {"name": "conditional_pm", "alpha": 0.06, "level": "sequence"},
+    "js_divergence": {"name": "f_divergence", "divergence": "js_divergence"},
+}
+SLOW = {
+    "maximum_entropy": {"name": "maximum_entropy", "tau": 0.5},
+    "forward_kl": {"name": "f_divergence", "divergence": "forward_kl"},
+    "chi_squared": {"name": "f_divergence", "divergence": "chi_squared"},
+    "generalized_pl": {"name": "generalized_pl", "g": "softplus"},
+}
+SEED = 0
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<eos>": EOS, "a": A, "b": B, "<pad>": PAD}
+    vocabulary |= {f"p{number}": ids[0] for number, ids in enumerate(PROMPTS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+class TableReward:
+    """Rewards of (prompt, response) from a fixed random table, standard normal."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(len(PROMPTS), len(RESPONSES), generator=generator)
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        rewards = []
+        for row in range(len(rollout)):
+            prompt = rollout.input_ids[row, : rollout.prompt_length].tolist()
+            response = rollout.input_ids[row, rollout.prompt_length :][rollout.response_mask[row]]
+            rewards.append(self.table[PROMPTS.index(prompt), RESPONSES.index(response.tolist())])
+        return torch.stack(rewards)
+
+
+def language_model(seed: int) -> LlamaForCausalLM:
+    """A random transformer that can say a, b and EOS only, with preferences of its own."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(llama_config())
+    model.lm_head = nn.Linear(64, 3, bias=False)
+    nn.init.normal_(model.lm_head.weight, std=0.15)
+    return model
+
+
+def llama_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=PAD + 1 + len(PROMPTS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.15,
+        max_position_embeddings=16,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        num_labels=1,
+    )
+
+
+def trainer_for(regularizer: dict[str, object], reward: TableReward, seed: int) -> PPOTrainer:
+    settings = {
+        "model_name_or_path": "random weights",
+        "output_dir": "nowhere",
+        "seed": seed,
+        "reward": {"function": "given:directly"},
+        "regularizer": regularizer,
+        "data": {"sources": ["given directly"]},
+        "actor": {"learning_rate": 2e-3, "lr_scheduler_type": "cosine"},
+        "critic": {"learning_rate": 3e-3, "lr_scheduler_type": "cosine"},
+        "per_device_train_batch_size": 128,
+        "num_mini_batches": 4,
+        "per_device_eval_batch_size": 512,
+        "rollout_batch_size": 512,
+        "response_length": 3,
+        "lam": 1.0,
+        "cliprange_value": 100.0,
+    }
+    config = PPOConfig.model_validate_json(json.dumps(settings))
+    steps = ITERATIONS * config.num_mini_batches
+    critic = LlamaForSequenceClassification(llama_config())
+    nn.init.zeros_(critic.score.weight)
+    data = Dataset.from_dict(
+        {"prompt_ids": PROMPTS, "prompt": [f"p{number}" for number in range(len(PROMPTS))]}
+    )
+    return PPOTrainer(
+        config,
+        engine.TrainedModule(Policy(language_model(seed)), config, config.actor, steps),
+        engine.TrainedModule(ScalarModel(critic), config, config.critic, steps),
+        engine.frozen(Policy(language_model(seed)), {}, torch.float32),
+        reward,
+        Prompts(data, config),
+        tiny_tokenizer(),
+    )
+
+
+@torch.no_grad()
+def mean_distance(trainer: PPOTrainer, reward: TableReward, policy: nn.Module) -> float:
+    """Total variation between `policy` and the exact optimum, mean over the prompts."""
+    distances = []
+    for number, prompt in enumerate(PROMPTS):
+        rollout = assemble(
+            [prompt] * len(RESPONSES),
+            RESPONSES,
+            [""] * len(RESPONSES),
+            trainer.tokenizer,
+            torch.device("cpu"),
+        )
+        views = (rollout.input_ids, rollout.attention_mask, rollout.scored_mask)
+        logp = rollout.response_part(policy(*views)[0]).double().sum(-1)
+        assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-4)  # the tree is complete
+        ref_logp = rollout.response_part(trainer.reference(*views)[0]).double()
+        tokens = rollout.input_ids[:, rollout.prompt_length :]
+        table = reward.table[number].double()
+        best = optimum(
+            trainer.regularizer, ResponseSet(tokens, ref_logp, rollout.response_mask, table)
+        )
+        distances.append(total_variation(logp, best).item())
+    return sum(distances) / len(distances)
+
+
+def distances_before_and_after(regularizer: dict[str, object], seed: int) -> tuple[float, float]:
+    reward = TableReward(seed)
+    trainer = trainer_for(regularizer, reward, seed)
+    before = mean_distance(trainer, reward, trainer.reference)
+    for number in range(ITERATIONS):
+        trainer.iteration(number)
+    return before, mean_distance(trainer, reward, trainer.actor.module)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("regularizer", QUICK.values(), ids=QUICK.keys())
+def test_ppo_reaches_the_optimum(regularizer: dict[str, object]) -> None:
+    before, after = distances_before_and_after(regularizer, SEED)
+    assert before > 2 * LARGEST_TV  # there is a way to go
+    assert after <= LARGEST_TV
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("regularizer", SLOW.values(), ids=SLOW.keys())
+def test_ppo_reaches_the_optimum_slow(regularizer: dict[str, object]) -> None:
+    before, after = distances_before_and_after(regularizer, SEED)
+    assert before > 2 * LARGEST_TV
+    assert after <= LARGEST_TV

@@ -1,0 +1,255 @@
+"""DeepSpeed engines: one optimizer step, by hand, however the global batch is divided."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import nn
+
+from step1_sft.config import SFTConfig
+from training import engine
+from training.config import check_config
+from training.engine import TrainedModule, deepspeed_config, optimizer_step
+from training.models import Policy
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+LEARNING_RATE = 0.1
+
+
+@pytest.fixture
+def configured(stage_settings):
+    """An SFT config whose first AdamW step is −lr · g / (|g| + 1), a function of the gradient."""
+
+    def config(**changes: Any) -> SFTConfig:
+        settings = stage_settings("sft") | {
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "adam_epsilon": 1.0,
+            "max_grad_norm": 0.0,
+        }
+        return check_config(SFTConfig, settings | changes, "config:")
+
+    return config
+
+
+class Point(nn.Module):
+    """w, with the loss ½ (w − x)² for each number x: the gradient at 0 is −x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        return 0.5 * ((self.w - numbers) ** 2).sum()
+
+
+def one_step(
+    config: SFTConfig, micro_batches: Sequence[Sequence[float]]
+) -> tuple[float, float, TrainedModule]:
+    """The loss and w after one step."""
+    trained = TrainedModule(Point(), config, config, total_steps=10)
+    batches = [torch.tensor(numbers) for numbers in micro_batches]
+    (loss,) = optimizer_step([trained], batches, lambda batch: [trained(batch)], len)
+    parameters = list(trained.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+        return loss, trained.module.w.item(), trained
+
+
+def adam(gradient: float) -> float:
+    """w after the first step from 0."""
+    return -LEARNING_RATE * gradient / (abs(gradient) + 1)
+
+
+WHOLE = [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
+UNEVEN = [[1.0, 2.0, 3.0], [4.0], [5.0, 6.0], []]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("micro_batches", [WHOLE, UNEVEN], ids=["whole", "uneven"])
+def test_the_division_into_micro_batches_changes_nothing(configured, micro_batches, stage) -> None:
+    config = configured(
+        gradient_accumulation_steps=len(micro_batches),
+        deepspeed={"zero_optimization": {"stage": stage}},
+    )
+    loss, w, _ = one_step(config, micro_batches)
+    assert loss == pytest.approx(0.5 * 91 / 6, rel=1e-6)
+    assert w == pytest.approx(adam(-3.5), rel=1e-5)
+    mean_of_means = adam(-(2 + 4 + 5.5) / 3)
+    assert abs(w - mean_of_means) > 1e-3
+
+
+def test_gradients_are_equal_whatever_the_accumulation(configured, tiny_llama) -> None:
+    """A policy's own gradients, with micro-batches of 5, 1, 3 and no scored tokens."""
+    ids = torch.tensor([[1, 9, 8, 7, 6, 5], [1, 4, 30, 31, 32, 33], [1, 50, 51, 52, 2, 20]])
+    lengths = (5, 1, 3, 0)
+    rows = [
+        (ids[min(k, 2)][None], torch.arange(6)[None] >= 6 - length)
+        for k, length in enumerate(lengths)
+    ]
+    whole = [(torch.cat([row for row, _ in rows]), torch.cat([scored for _, scored in rows]))]
+    start = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    found = []
+    for parts in (whole, rows):
+        tiny_llama.load_state_dict(start)
+        trained = TrainedModule(
+            Policy(tiny_llama), (config := configured(gradient_accumulation_steps=len(parts))),
+            config, total_steps=1,
+        )  # fmt: skip
+        gradients: list[torch.Tensor] = []
+        trained.engine.optimizer.register_step_pre_hook(
+            lambda optimizer, *rest, into=gradients: into.extend(
+                p.grad.clone() for group in optimizer.param_groups for p in group["params"]
+            )
+        )
+
+        def loss_sums(part, trained=trained):
+            ids, scored = part
+            return [-trained(ids, torch.ones_like(ids), scored)[0].sum()]
+
+        (loss,) = optimizer_step([trained], parts, loss_sums, lambda part: int(part[1].sum()))
+        found.append((loss, gradients))
+    (loss_1, gradients_1), (loss_4, gradients_4) = found
+    assert loss_1 == pytest.approx(loss_4, rel=1e-6)
+    assert max(gradient.abs().max() for gradient in gradients_1) > 1e-2
+    for one, four in zip(gradients_1, gradients_4, strict=True):
+        torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-6)
+
+
+def test_several_modules_step_together(configured) -> None:
+    config = configured()
+    points = [TrainedModule(Point(), config, config, 10) for _ in range(2)]
+    losses = optimizer_step(
+        points,
+        [torch.tensor([1.0, 3.0])],
+        lambda batch: [points[0](batch), points[1](2 * batch)],
+        len,
+    )
+    assert losses == pytest.approx([2.5, 10.0])
+    assert [p.module.w.item() for p in points] == pytest.approx([adam(-2.0), adam(-4.0)], rel=1e-5)
+
+
+def test_a_batch_without_items_changes_nothing(configured) -> None:
+    loss, w, _ = one_step(configured(), [[]])
+    assert (loss, w) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_before_the_step(configured, bad: float) -> None:
+    config = configured(gradient_accumulation_steps=2)
+    trained = TrainedModule(Point(), config, config, 10)
+    with pytest.raises(FloatingPointError, match="loss is not finite"):
+        optimizer_step(
+            [trained],
+            [torch.tensor([bad]), torch.tensor([1.0])],
+            lambda batch: [trained(batch)],
+            len,
+        )
+    assert trained.module.w.item() == 0.0
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_gradients_are_clipped_by_their_global_norm(configured, stage: int) -> None:
+    config = configured(max_grad_norm=1.0, deepspeed={"zero_optimization": {"stage": stage}})
+    _, w, trained = one_step(config, WHOLE)
+    assert w == pytest.approx(adam(-1.0), rel=1e-4)
+    if stage == 2:
+        assert trained.grad_norm == pytest.approx(3.5, rel=1e-4)
+    else:
+        assert math.isnan(trained.grad_norm) or trained.grad_norm == pytest.approx(3.5, rel=1e-4)
+
+
+def test_learning_rate_is_that_of_the_step_just_taken(configured) -> None:
+    """Two warm-up steps and a linear decay over four: 0, ½, 1, ½ of the maximum."""
+    config = configured(lr_scheduler_type="linear", warmup_ratio=0.5)
+    trained = TrainedModule(Point(), config, config, total_steps=4)
+    rates, positions = [], []
+    for _ in range(4):
+        optimizer_step([trained], [torch.ones(1)], lambda batch: [trained(batch)], len)
+        rates.append(trained.learning_rate)
+        positions.append(trained.module.w.item())
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.05])
+    moved = [b - a for a, b in zip([0.0, *positions], positions, strict=False)]
+    assert moved[0] == 0.0
+    assert all(step > 0 for step in moved[1:])
+
+
+def test_deepspeed_gets_what_the_stages_fields_say(configured) -> None:
+    config = configured(
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=5,
+        bf16=True,
+        max_grad_norm=0.7,
+        deepspeed={"zero_optimization": {"stage": 2}, "wall_clock_breakdown": False},
+    )
+    section = deepspeed_config(config, config)
+    assert section["train_micro_batch_size_per_gpu"] == 3
+    assert section["gradient_accumulation_steps"] == 5
+    assert section["train_batch_size"] == 15
+    assert section["gradient_clipping"] == 0.7
+    assert section["bf16"] == {"enabled": True}
+    assert section["fp16"] == {"enabled": False}
+    assert section["zero_optimization"] == {"stage": 2}
+    assert engine.precision(config) == torch.bfloat16
+
+
+def test_weight_decay_leaves_biases_and_norms_alone(configured) -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    config = configured(weight_decay=0.1)
+    decayed, free = engine.adamw(list(module.parameters()), config, config).param_groups
+    assert ([p.shape for p in decayed["params"]], decayed["weight_decay"]) == ([(2, 3)], 0.1)
+    assert (len(free["params"]), free["weight_decay"]) == (3, 0.0)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_frozen_model_computes_the_same_and_is_not_trained(tiny_llama, stage: int) -> None:
+    ids = torch.tensor([[1, 9, 8, 7]])
+    scored = torch.tensor([[False, True, True, True]])
+    own, _ = Policy(tiny_llama)(ids, torch.ones_like(ids), scored)
+    continued = tiny_llama.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+    section = {"zero_optimization": {"stage": stage}} if stage else {}
+    frozen = engine.frozen(Policy(tiny_llama).train(), section, torch.float32)
+    assert not any(module.training for module in getattr(frozen, "module", frozen).modules())
+    assert not any(p.requires_grad for p in frozen.parameters())
+    with torch.no_grad():
+        for _ in range(2):
+            found, _ = frozen(ids, torch.ones_like(ids), scored)
+            torch.testing.assert_close(found, own.detach())
+            with engine.whole_parameters(frozen) as module:
+                output = module.model.generate(ids, max_new_tokens=4, do_sample=False)
+            assert output.tolist() == continued
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_whole_parameters_generate_and_training_goes_on(configured, tiny_llama, stage: int) -> None:
+    ids = torch.tensor([[1, 9, 8, 7]])
+    expected = tiny_llama.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+    config = configured(deepspeed={"zero_optimization": {"stage": stage}})
+    trained = TrainedModule(Policy(tiny_llama), config, config, 10)
+    trained.engine.train()
+    for _ in range(2):
+        with engine.whole_parameters(trained.engine) as module, torch.no_grad():
+            assert not module.training
+            found = module.model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+            assert found == expected
+        assert trained.engine.module.training
+    scored = torch.tensor([[False, True, True, True]])
+    losses = [
+        optimizer_step(
+            [trained], [ids], lambda i: [-trained(i, torch.ones_like(i), scored)[0].sum()], len
+        )[0]
+        for _ in range(2)
+    ]
+    assert losses[1] < losses[0]
+
+
+def test_sums_and_lists_of_one_rank() -> None:
+    assert engine.world_size() == 1
+    assert engine.sum_over_ranks(torch.tensor([1, 2])).tolist() == [1.0, 2.0]
+    assert engine.sum_over_ranks(torch.tensor([1, 2])).dtype == torch.float64
+    assert engine.gather_objects(["a", 1]) == ["a", 1]
+    with engine.rank_zero_first():
+        pass
