@@ -81,6 +81,8 @@ class EvaluationSettings(StrictModel):
     """JSONL of prompts with their finite set of responses, for the exact metrics."""
     max_prompts: Count | None = None
     """Prompts of the evaluation data that are used; null is all."""
+    pairs_per_prompt: Count = 1
+    """Pairs of responses from which a prompt's PM divergence is estimated; the paper draws one."""
     sampling: SamplingSettings | None = None
     """How evaluation draws responses; null draws as training does."""
 

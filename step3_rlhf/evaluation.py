@@ -84,8 +84,9 @@ def evaluate(
         regularizer: whose optimum the policy is compared with on finite sets; None skips that.
     """
     temperature = regularizer.preference_temperature if regularizer else 1.0
-    first, second = (respond(models, held_out, config, draw) for draw in (0, 1))
-    report, instances = sampled_metrics(held_out.prompts, first, second, temperature)
+    draws = range(2 * config.evaluation.pairs_per_prompt)
+    responses = [respond(models, held_out, config, draw) for draw in draws]
+    report, instances = sampled_metrics(held_out.prompts, responses, temperature)
     if held_out.texts:
         report["held_out_text"] = held_out_perplexity(models, held_out, config)
     if held_out.sets:
@@ -94,27 +95,39 @@ def evaluate(
 
 
 def sampled_metrics(
-    prompts: list[str], first: Responses, second: Responses, temperature: float
+    prompts: list[str], responses: list[Responses], temperature: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Section 6.1 from two independent responses to each prompt; intervals are over prompts."""
-    divergence = pm_divergence(first.logp, second.logp, first.rewards, second.rewards, temperature)
+    """Section 6.1 from independent responses to each prompt; intervals are over prompts.
 
-    def both(value: Callable[[Responses], Tensor]) -> Estimate:
-        return estimate((value(first).double() + value(second).double()) / 2)
+    Args:
+        responses: an even number of draws; each two make a pair, and a prompt's PM divergence is
+            the mean over its pairs.
+    """
+    pairs = list(zip(responses[::2], responses[1::2], strict=True))
+    divergence = torch.stack(
+        [pm_divergence(a.logp, b.logp, a.rewards, b.rewards, temperature) for a, b in pairs]
+    ).mean(0)
+
+    def mean(value: Callable[[Responses], Tensor]) -> Estimate:
+        return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0))
 
     figures = {
         "pm_divergence": estimate(divergence),
-        "reward": both(lambda y: y.rewards),
-        "length": both(lambda y: y.lengths),
-        "ended_fraction": both(lambda y: y.ended),
-        "perplexity": both(lambda y: response_perplexity(y.logp, y.lengths)),
-        "reference_perplexity": both(lambda y: response_perplexity(y.ref_logp, y.lengths)),
-        "entropy": both(lambda y: -y.logp),
-        "entropy_per_token": both(lambda y: -y.logp / y.lengths),
-        "kl": both(lambda y: y.logp - y.ref_logp),
-        "kl_per_token": both(lambda y: (y.logp - y.ref_logp) / y.lengths),
+        "reward": mean(lambda y: y.rewards),
+        "length": mean(lambda y: y.lengths),
+        "ended_fraction": mean(lambda y: y.ended),
+        "perplexity": mean(lambda y: response_perplexity(y.logp, y.lengths)),
+        "reference_perplexity": mean(lambda y: response_perplexity(y.ref_logp, y.lengths)),
+        "entropy": mean(lambda y: -y.logp),
+        "entropy_per_token": mean(lambda y: -y.logp / y.lengths),
+        "kl": mean(lambda y: y.logp - y.ref_logp),
+        "kl_per_token": mean(lambda y: (y.logp - y.ref_logp) / y.lengths),
     }
-    report = {"prompts": len(prompts), "preference_temperature": temperature}
+    report: dict[str, Any] = {
+        "prompts": len(prompts),
+        "pairs_per_prompt": len(pairs),
+        "preference_temperature": temperature,
+    }
     report |= {name: asdict(figure) for name, figure in figures.items()}
     instances = [
         {
@@ -129,7 +142,7 @@ def sampled_metrics(
                     "length": int(y.lengths[i]),
                     "ended": bool(y.ended[i]),
                 }
-                for y in (first, second)
+                for y in responses[:2]
             ],
         }
         for i, prompt in enumerate(prompts)
@@ -396,6 +409,7 @@ def run_settings(run_dir: str) -> dict[str, Any]:
         saved = read_mapping(str(directory / "config.json"))
     if (directory / "actor").is_dir():
         known |= {name: saved[name] for name in EvaluationConfig.model_fields if name in saved}
+        known |= (saved.get("evaluation") or {}).get("sampling") or {}
         known["reference_model_name_or_path"] = (
             saved.get("reference_model_name_or_path") or saved["model_name_or_path"]
         )

@@ -12,6 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -43,12 +45,11 @@ def world_tokenizer(tiny_world: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(str(tiny_world / "base"))
 
 
-@pytest.fixture(params=["llama", "opt"])
-def any_model(
-    request: pytest.FixtureRequest, tiny_llama: PreTrainedModel, tiny_opt: PreTrainedModel
-) -> PreTrainedModel:
-    """A model with rotary positions and one with learned ones."""
-    return tiny_llama if request.param == "llama" else tiny_opt
+@pytest.fixture(params=["tiny_llama", "tiny_opt", "tiny_gpt2"])
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Rotary positions; learned ones that the model derives from the mask; learned ones that it
+    does not."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -88,6 +89,23 @@ def tiny_opt() -> PreTrainedModel:
         eos_token_id=EOS,
     )
     return _sharpened(OPTForCausalLM(config).eval())
+
+
+@pytest.fixture
+def tiny_gpt2() -> PreTrainedModel:
+    """Random weights; left padding shifts its positions unless they are given."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    return _sharpened(GPT2LMHeadModel(config).eval())
 
 
 def _sharpened(model: PreTrainedModel) -> PreTrainedModel:

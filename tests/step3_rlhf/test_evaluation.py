@@ -1,4 +1,4 @@
-"""The evaluation: sampled figures by hand, exact figures on finite sets by the models' own logits."""
+"""Sampled figures by hand, exact figures on finite sets by the models' own logits."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def test_sampled_metrics_by_hand() -> None:
         ["c", "d"], tensor(-3.0, -2.0), tensor(-3.0, -4.0), tensor(1.0, 2.0), tensor(3, 1),
         tensor(1, 1),
     )  # fmt: skip
-    report, instances = sampled_metrics(["x", "y"], first, second, temperature=2.0)
+    report, instances = sampled_metrics(["x", "y"], [first, second], temperature=2.0)
 
     def kl(p: float, q: float) -> float:
         return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
@@ -84,6 +84,22 @@ def test_sampled_metrics_by_hand() -> None:
     assert instances[1]["responses"][1] == {
         "text": "d", "logp": -2.0, "ref_logp": -4.0, "reward": 2.0, "length": 1, "ended": True,
     }  # fmt: skip
+
+
+def test_several_pairs_are_averaged_within_a_prompt() -> None:
+    """A prompt's divergence is the mean over its pairs; an interval still counts prompts."""
+
+    def drawn(*logp: float) -> Responses:
+        zeros = torch.zeros(2, dtype=torch.float64)
+        return Responses(["", ""], tensor(*logp), zeros, zeros, zeros + 1, zeros)
+
+    draws = [drawn(-1.0, -1.0), drawn(-2.0, -1.0), drawn(-4.0, -1.0), drawn(-1.0, -3.0)]
+    single = [sampled_metrics(["x", "y"], draws[k : k + 2], 1.0)[0] for k in (0, 2)]
+    report, _ = sampled_metrics(["x", "y"], draws, 1.0)
+    expected = sum(part["pm_divergence"]["mean"] for part in single) / 2
+    assert report["pm_divergence"]["mean"] == pytest.approx(expected)
+    assert (report["pairs_per_prompt"], report["pm_divergence"]["count"]) == (2, 2)
+    assert report["entropy"]["mean"] == pytest.approx((8.0 + 6.0) / 8)
 
 
 @pytest.mark.parametrize("count", [1, 4, 7])
@@ -230,9 +246,8 @@ def test_the_whole_report(models: Models, held_out: HeldOut, config, tmp_path: P
     report, instances = evaluate(models, data, pm, config)
     assert report["preference_temperature"] == 2.0
     assert set(EXACT_FIGURES) <= report["exact"].keys()
-    assert (
-        report["exact"]["tv_to_reward"]["mean"] == report["exact"]["per_prompt"][0]["tv_to_reward"]
-    )
+    (entry,) = report["exact"]["per_prompt"]
+    assert report["exact"]["tv_to_reward"]["mean"] == pytest.approx(entry["tv_to_reward"])
     write_evaluation(report, instances, tmp_path)
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["pm_divergence"]["mean"] == report["pm_divergence"]["mean"]

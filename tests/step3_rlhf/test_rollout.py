@@ -66,9 +66,9 @@ def test_draws_pass_a_chi_squared_test() -> None:
 
 
 def test_the_ends_of_the_unit_interval() -> None:
-    points = torch.tensor([0.0, 1.0 - 2.0**-40, 0.4, 0.39999])
+    points = torch.tensor([0.0, 1.0 - 2.0**-53, 0.401, 0.399], dtype=torch.float64)
     probabilities = torch.tensor([0.0, 0.4, 0.6, 0.0])
-    assert drawn(probabilities, points.double()).tolist() == [1, 2, 2, 1]
+    assert drawn(probabilities, points).tolist() == [1, 2, 2, 1]
 
 
 def test_filtered_scores_are_never_drawn() -> None:

@@ -1,0 +1,375 @@
+"""One PPO iteration: its gradients by hand, and what must not change them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from step3_rlhf import ppo
+from step3_rlhf.config import PPOConfig
+from step3_rlhf.main import critic_source, flattened
+from step3_rlhf.prompts import Prompts
+from step3_rlhf.rewards import FunctionReward
+from step3_rlhf.rollout import sample
+from step3_rlhf.trainer import Experience, PPOTrainer, Statistics
+from training import engine
+from training.config import check_config
+from training.data import read_records, tokenize
+from training.engine import TrainedModule
+from training.models import Policy, ScalarModel, load_policy, load_scalar_model
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+Build = Callable[..., PPOTrainer]
+
+
+def length_reward(prompts: list[str], responses: list[str]) -> list[float]:
+    return [len(response) / 10 for response in responses]
+
+
+@pytest.fixture
+def configured(stage_settings) -> Callable[..., PPOConfig]:
+    """Adam's first step is nearly linear in the gradient, so that equal steps mean equal ones."""
+
+    def config(**changes: Any) -> PPOConfig:
+        optimizer = {
+            "learning_rate": 0.1,
+            "adam_epsilon": 1.0,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+        }
+        settings = stage_settings("ppo") | {
+            "actor": optimizer,
+            "critic": optimizer,
+            "reward": {"function": "operator:add"},
+            "regularizer": {"name": "kl", "beta": 0.5},
+            "per_device_train_batch_size": 8,
+        }
+        return check_config(PPOConfig, settings | changes, "config:")
+
+    return config
+
+
+@pytest.fixture
+def build(configured, world_tokenizer) -> Build:
+    """A trainer with the same random models each time; the reference differs from the actor."""
+
+    def trainer(**changes: Any) -> PPOTrainer:
+        config = configured(**changes)
+        records = read_records(config.data, "ppo")
+        data = tokenize(records, world_tokenizer, config.data, "ppo").train
+        path = config.model_name_or_path
+        actor, reference = (load_policy(path, world_tokenizer) for _ in range(2))
+        critic = load_scalar_model(path, world_tokenizer, new_head=True)
+        torch.manual_seed(0)
+        for head in (actor.model.lm_head, reference.model.lm_head, critic.model.score):
+            torch.nn.init.normal_(head.weight, std=0.2)
+        return PPOTrainer(
+            config,
+            TrainedModule(actor, config, config.actor, 10),
+            TrainedModule(critic, config, config.critic, 10),
+            engine.frozen(reference, {}, torch.float32),
+            FunctionReward(length_reward, "m:f"),
+            Prompts(data, config),
+            world_tokenizer,
+        )
+
+    return trainer
+
+
+def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    modules = {"actor": trainer.actor.module, "critic": trainer.critic.module}
+    return {
+        f"{name}.{key}": value.detach().clone()
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def assert_same_update(
+    one: dict[str, torch.Tensor],
+    other: dict[str, torch.Tensor],
+    start: dict[str, torch.Tensor],
+) -> None:
+    """Differences between the two are far below what the step itself changed."""
+    step = max((one[name] - start[name]).abs().max().item() for name in start)
+    assert step > 1e-3
+    gap = max((one[name] - other[name]).abs().max().item() for name in start)
+    assert gap < 1e-4 * step
+
+
+# One forward pass or two
+
+
+def test_a_single_pass_makes_the_same_update_as_two(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, passes = [], []
+    for fused in (True, False):
+        monkeypatch.setattr(PPOConfig, "uses_rollout_once", property(lambda self, f=fused: f))
+        trainer = build()
+        start = weights(trainer)
+        scored: list[int] = []
+        for module in (trainer.actor, trainer.critic):
+            module.engine.register_forward_hook(lambda *call, into=scored: into.append(1))
+        metrics = trainer.iteration(0)
+        found.append((weights(trainer), metrics))
+        passes.append(len(scored))
+    assert passes == [2, 4]  # actor and critic, once or twice
+    (single, single_metrics), (double, double_metrics) = found
+    assert_same_update(single, double, start)
+    assert single_metrics == pytest.approx(double_metrics, rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+def test_when_a_rollout_is_used_once(configured) -> None:
+    def once(**changes: Any) -> bool:
+        return configured(**changes).uses_rollout_once
+
+    assert once()
+    assert once(gradient_accumulation_steps=2)
+    assert once(advantage_normalization="center")
+    assert not once(num_ppo_epochs=2)
+    assert not once(num_mini_batches=2)
+    assert not once(advantage_normalization="center", gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("normalization", ["none", "center", "full"])
+def test_accumulation_changes_nothing(build: Build, normalization: str) -> None:
+    found = []
+    for micro, accumulation in ((8, 1), (2, 4)):
+        trainer = build(
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            advantage_normalization=normalization,
+        )
+        start = weights(trainer)
+        metrics = trainer.iteration(0)
+        found.append((weights(trainer), metrics))
+    (whole, whole_metrics), (parts, parts_metrics) = found
+    assert_same_update(whole, parts, start)
+    assert whole_metrics == pytest.approx(parts_metrics, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+def test_mini_batches_and_epochs_are_optimizer_steps(build: Build) -> None:
+    trainer = build(num_mini_batches=2, num_ppo_epochs=3, per_device_train_batch_size=4)
+    metrics = trainer.iteration(0)
+    assert trainer.actor.engine.global_steps == 6
+    assert metrics["policy/approxkl"] > 0  # the later passes are off-policy
+
+
+# By hand
+
+
+@pytest.fixture
+def experience(build: Build) -> tuple[PPOTrainer, Experience, torch.Tensor]:
+    """A trainer, one micro-batch of a rollout, and the raw rewards."""
+    trainer = build()
+    batch = trainer.prompts.of_iteration(0)
+    rollout = sample(trainer.actor.engine, trainer.tokenizer, *batch, trainer.config.sampling)
+    rewards = trainer.reward(rollout)
+    (part,) = trainer.micro_batches(rollout, rewards, trainer.score_reference(rollout))
+    return trainer, part, rewards
+
+
+def own_logp(policy: Policy, part: Experience) -> torch.Tensor:
+    """[B, R] log π of response tokens from the Hugging Face model's whole logits, with gradient."""
+    rollout = part.rollout
+    positions = (rollout.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    logits = policy.model(
+        input_ids=rollout.input_ids,
+        attention_mask=rollout.attention_mask,
+        position_ids=positions,
+    ).logits
+    steps = logits[:, rollout.prompt_length - 1 : -1].log_softmax(-1)
+    tokens = rollout.input_ids[:, rollout.prompt_length :]
+    return steps.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def own_values(critic: ScalarModel, part: Experience) -> torch.Tensor:
+    rollout = part.rollout
+    positions = (rollout.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    hidden = critic.model.model(
+        input_ids=rollout.input_ids,
+        attention_mask=rollout.attention_mask,
+        position_ids=positions,
+    ).last_hidden_state
+    return critic.model.score(hidden).squeeze(-1)[:, rollout.prompt_length - 1 : -1]
+
+
+def gradients(loss: torch.Tensor, module: torch.nn.Module) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, list(module.parameters())))
+
+
+def test_the_first_step_is_reinforce_with_a_baseline(experience) -> None:
+    """∇ = −Σ_t A_t ∇log π_t with A by hand from reward, penalty and values (kl, β = ½)."""
+    trainer, part, rewards = experience
+    actor, critic, mask = trainer.actor.module, trainer.critic.module, part.rollout.response_mask
+    logp, values = own_logp(actor, part), own_values(critic, part)
+    with torch.no_grad():
+        reference = own_logp(trainer.reference, part)
+        token_rewards = -0.5 * (logp - reference) * mask
+        lasts = mask.sum(-1) - 1
+        token_rewards[torch.arange(8), lasts] += rewards
+        advantages = torch.zeros_like(values)
+        for row in range(8):
+            following = next_value = 0.0
+            for t in reversed(range(int(lasts[row]) + 1)):
+                delta = token_rewards[row, t] + next_value - values[row, t]
+                following = delta + 0.95 * following
+                next_value = values[row, t]
+                advantages[row, t] = following
+        returns = (advantages + values) * mask
+    tokens = mask.sum()
+    wanted_policy = -(advantages * logp)[mask].sum() / tokens
+    wanted_value = 0.5 * 0.5 * ((values - returns)[mask] ** 2).sum() / tokens  # vf_coef = ½
+
+    scored = trainer.scored(part)
+    torch.testing.assert_close(scored.old.logp[mask], logp[mask].detach(), rtol=0, atol=1e-5)
+    (placed,) = trainer.with_advantages([scored])
+    torch.testing.assert_close(placed.advantages, advantages, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(placed.returns, returns, rtol=1e-4, atol=1e-4)
+
+    expected = {
+        name: (value.detach().clone(), g)
+        for module, loss, prefix in (
+            (actor, wanted_policy, "actor"),
+            (critic, wanted_value, "critic"),
+        )
+        for (key, value), g in zip(module.named_parameters(), gradients(loss, module), strict=True)
+        if (name := f"{prefix}.{key}")
+    }
+    trainer.iteration(0)  # the same rollout: prompts and draws depend on number and seed alone
+    after = weights(trainer)
+    for name, (before, g) in expected.items():
+        step = -0.1 * g / (g.abs() + 1.0)  # the first AdamW step with ε = 1
+        torch.testing.assert_close(after[name], before + step, rtol=0, atol=2e-6, msg=name)
+
+
+def test_metrics_of_the_first_iteration_by_hand(experience) -> None:
+    trainer, part, rewards = experience
+    mask = part.rollout.response_mask
+    with torch.no_grad():
+        logp = own_logp(trainer.actor.module, part).double()
+        reference = own_logp(trainer.reference, part).double()
+    kl = ((logp - reference) * mask).sum(-1)
+    metrics = trainer.iteration(0)
+    expected = {
+        "objective/scores": rewards.mean().item(),
+        "objective/kl": kl.mean().item(),
+        "objective/regularizer": -0.5 * kl.mean().item(),
+        "objective/rlhf_reward": (rewards - 0.5 * kl).mean().item(),
+        "objective/entropy": -(logp * mask).sum(-1).mean().item(),
+        "objective/bound_fraction": 0.0,
+        "policy/kl_per_token": (kl.sum() / mask.sum()).item(),
+        "policy/approxkl": 0.0,
+        "policy/clipfrac": 0.0,
+        "val/clipfrac": 0.0,
+        "response/length": mask.sum().item() / 8,
+        "response/ended_fraction": part.rollout.ended.double().mean().item(),
+        "actor/learning_rate": 0.1,
+        "critic/learning_rate": 0.1,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    missing = {"policy/entropy_per_token", "loss/policy", "loss/value", "val/explained_variance"}
+    assert missing <= metrics.keys()
+
+
+def test_explained_variance_by_hand(experience) -> None:
+    trainer, part, _ = experience
+    (placed,) = trainer.with_advantages([trainer.scored(part)])
+    mask = part.rollout.response_mask
+    returns, errors = placed.returns[mask], (placed.returns - placed.old.values)[mask]
+    expected = 1 - errors.double().var(unbiased=False) / returns.double().var(unbiased=False)
+    metrics = trainer.iteration(0)
+    assert metrics["val/explained_variance"] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_reference_scores_do_not_depend_on_the_batch(experience) -> None:
+    trainer, part, _ = experience
+    own = own_logp(trainer.reference, part) * part.rollout.response_mask
+    for size in (1, 3, 8):
+        trainer.config = trainer.config.model_copy(update={"per_device_eval_batch_size": size})
+        found = trainer.score_reference(part.rollout)
+        torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
+
+
+# Shaping
+
+
+def test_rewards_as_ppo_gets_them(build: Build, experience) -> None:
+    _, part, _ = experience
+    rollout = part.rollout
+    rewards = torch.linspace(-3.0, 4.0, 8)
+
+    def shaped(center: float = 0.0, **changes: Any) -> torch.Tensor:
+        trainer = build(**changes)
+        trainer.reward_center = center
+        found, raw = trainer.shaped(rewards, rollout)
+        assert torch.equal(raw, rewards)
+        return found
+
+    assert torch.equal(shaped(), rewards)
+    torch.testing.assert_close(shaped(center=0.5), rewards - 0.5)
+    torch.testing.assert_close(shaped(reward_clip=2.0), rewards.clamp(-2, 2))
+    expected = torch.where(rollout.ended, rewards, rewards - 1.5)
+    torch.testing.assert_close(shaped(missing_eos_penalty=1.5), expected)
+    torch.testing.assert_close(shaped(center=1.0, reward_clip=2.0), (rewards - 1.0).clamp(-2, 2))
+
+
+def test_the_center_is_the_references_mean_reward(build: Build) -> None:
+    trainer = build(reward_centering="reference_mean", reward_centering_samples=12)
+    trainer.center_rewards()
+    batch = trainer.prompts.for_centering(12)
+    rollout = sample(trainer.reference, trainer.tokenizer, *batch, trainer.config.sampling)
+    expected = sum(length_reward(list(rollout.prompts), list(rollout.responses))) / 12
+    assert trainer.reward_center == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_constant_in_the_reward_does_not_change_advantages_beyond_the_value(experience) -> None:
+    """C_1: with λ = γ = 1 every advantage moves by exactly the constant."""
+    _, part, rewards = experience
+    mask, values = part.rollout.response_mask, torch.zeros(part.rollout.response_mask.shape)
+    nothing = torch.zeros_like(values)
+    one, other = (
+        ppo.advantages_and_returns(
+            ppo.place_rewards(nothing, rewards + c, mask), values, mask, 1.0, 1.0
+        )[0]
+        for c in (0.0, 3.0)
+    )
+    torch.testing.assert_close(other - one, 3.0 * mask)
+
+
+# Around the trainer
+
+
+def test_where_the_critic_starts(configured, tiny_world) -> None:
+    base = str(tiny_world / "base")
+    assert critic_source(configured()) == base  # a function rewards: the policy
+    models = {"models": [{"model_name_or_path": "a/first"}, {"model_name_or_path": "a/second"}]}
+    assert critic_source(configured(reward=models)) == "a/first"
+    assert critic_source(configured(critic_model_name_or_path="a/critic")) == "a/critic"
+
+
+def test_an_evaluations_means_are_logged() -> None:
+    report = {
+        "prompts": 3,
+        "kl": {"mean": 0.5, "ci95": 0.1, "count": 3},
+        "exact": {"tv_to_reward": {"mean": 0.2}, "tv_to_optimum": None, "per_prompt": []},
+    }
+    assert flattened(report) == {"eval/kl": 0.5, "eval/tv_to_reward": 0.2}
+
+
+def test_statistics_add_up_over_micro_batches(experience) -> None:
+    trainer, part, _ = experience
+    statistics = Statistics(trainer.regularizer)
+    for first in (0, 4):
+        rows = part.rollout.rows(first, first + 4)
+        columns = rows.response_mask.shape[1]
+        chosen = slice(first, first + 4)
+        half = Experience(rows, part.rewards[chosen], part.ref_logp[chosen, :columns])
+        trainer.losses(half, statistics)
+    assert statistics.sums["responses"] == 8
+    assert statistics.sums["tokens"] == part.rollout.response_mask.sum()
+    assert math.isfinite(statistics.sums["policy_loss"])
