@@ -25,5 +25,10 @@ if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
     python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' scripts/constraints.txt)"
     PYTHONWARNINGS=ignore python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt \
         --editable ".[plots,lora,tracking,test]"
+    if ! command -v nvidia-smi >/dev/null; then
+        # DeepSpeed compiles its communication between CPU processes when it is first used.
+        echo "Compiling DeepSpeed's CPU communication (a minute, once)"
+        DS_ACCELERATOR=cpu python -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()" >/dev/null
+    fi
     echo "$wanted" >"$stamp"
 fi

@@ -61,7 +61,6 @@ class ResponseModelling:
 def main(config: SFTConfig) -> None:
     records = read_records(config.data, "sft")
     fitting.require_evaluation(records)
-    output = prepare_output(config)
     say(str(records.report))
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     with engine.rank_zero_first():
@@ -79,6 +78,7 @@ def main(config: SFTConfig) -> None:
     steps = fitting.total_steps(config, len(data.train))
     trained = engine.TrainedModule(policy, config, config, steps)
     task = ResponseModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
+    output = prepare_output(config)
     final = fitting.fit(
         config, trained, task, len(data.train), fitting.EarlyStopping(), description="SFT"
     )

@@ -98,7 +98,6 @@ def pair_margins(rewards: torch.Tensor, present: torch.Tensor) -> list[float]:
 def main(config: RewardConfig) -> None:
     records = read_records(config.data, "reward")
     fitting.require_evaluation(records)
-    output = prepare_output(config)
     say(str(records.report))
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     with engine.rank_zero_first():
@@ -116,6 +115,7 @@ def main(config: RewardConfig) -> None:
     steps = fitting.total_steps(config, len(data.train))
     trained = engine.TrainedModule(model, config, config, steps)
     task = PreferenceModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
+    output = prepare_output(config)
     stopping = fitting.EarlyStopping(config.early_stopping_patience)
 
     def save_best(metrics: dict[str, float]) -> None:

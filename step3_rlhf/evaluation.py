@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -350,16 +351,17 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_held_out(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
-    """The evaluation prompts and texts of stage 3's data, and the finite sets."""
-    records = read_records(config.data, "ppo")
+def load_held_out(
+    config: EvaluationConfig, prompts: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> HeldOut:
+    """The evaluation prompts of stage 3's data, held-out texts, and the finite sets."""
     limit = config.evaluation.max_prompts
     with engine.rank_zero_first():
-        prompts = tokenize(records, tokenizer, config.data, "ppo").eval[:limit]
         texts = held_out_texts(config, tokenizer)
+    chosen = prompts[:limit]
     return HeldOut(
-        prompts["prompt_ids"],
-        prompts["prompt"],
+        chosen["prompt_ids"],
+        chosen["prompt"],
         texts[:limit],
         read_response_sets(config.evaluation.response_sets),
     )
@@ -379,9 +381,11 @@ def held_out_texts(
 
 
 def run(config: EvaluationConfig) -> None:
-    read_records(config.data, "ppo")  # faults in the data end here, before any model is loaded
+    records = read_records(config.data, "ppo")
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    held_out = load_held_out(config, tokenizer)
+    with engine.rank_zero_first():
+        prompts = tokenize(records, tokenizer, config.data, "ppo").eval
+    held_out = load_held_out(config, prompts, tokenizer)
     dtype = engine.precision(config)
 
     def load(path: str) -> nn.Module:
@@ -403,11 +407,11 @@ def run_settings(run_dir: str) -> dict[str, Any]:
     directory = Path(run_dir)
     if not directory.is_dir():
         raise UserError(f"{run_dir}: no such directory")
-    known: dict[str, Any] = {"output_dir": run_dir}
+    known: dict[str, Any] = {}
     saved: dict[str, Any] = {}
     if (directory / "config.json").is_file():
         saved = read_mapping(str(directory / "config.json"))
-    if (directory / "actor").is_dir():
+    if (directory / "actor").is_dir() and saved:
         known |= {name: saved[name] for name in EvaluationConfig.model_fields if name in saved}
         known |= (saved.get("evaluation") or {}).get("sampling") or {}
         known["reference_model_name_or_path"] = (

@@ -55,8 +55,9 @@ def main(config: PPOConfig) -> None:
     ):
         say(text)
     evaluation = EvaluationConfig.of(config)
-    held_out = load_held_out(evaluation, tokenizer)
+    held_out = load_held_out(evaluation, data.eval, tokenizer)
     trainer = build(config, Prompts(data.train, config), tokenizer, count)
+    output = prepare_output(config)
     train(trainer, count, held_out, evaluation)
 
     report, instances = evaluate(models(trainer), held_out, config.regularizer, evaluation)

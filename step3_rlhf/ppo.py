@@ -84,7 +84,7 @@ def policy_loss(
     Returns:
         the sum of the loss over valid tokens, and the number of tokens where clipping took effect.
     """
-    ratio = torch.exp(logp - old_logp)
+    ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     loss = masked_sum(torch.maximum(unclipped, clipped), mask)

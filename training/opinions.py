@@ -47,9 +47,9 @@ class WorldSizes:
     """How much of the world is written."""
 
     texts_per_prompt: int = 40
-    comparisons_per_prompt: int = 48
+    comparisons_per_prompt: int = 40
     eval_texts_per_prompt: int = 8
-    eval_comparisons_per_prompt: int = 96
+    eval_comparisons_per_prompt: int = 64
     eval_openers: int = 2
     """The first so many openers are used with the held-out phrasings."""
     vocab_size: int = 896

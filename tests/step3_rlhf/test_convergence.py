@@ -60,9 +60,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary |= {f"p{number}": ids[0] for number, ids in enumerate(PROMPTS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 class TableReward:
