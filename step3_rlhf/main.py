@@ -24,7 +24,7 @@ from step3_rlhf.response_sets import read_response_sets
 from step3_rlhf.rewards import import_function, load_reward
 from step3_rlhf.trainer import PPOTrainer
 from training import engine
-from training.checkpoint import export
+from training.checkpoint import Checkpoints, export
 from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
 from training.errors import UserError
@@ -102,13 +102,17 @@ def critic_source(config: PPOConfig) -> str:
 
 def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig) -> None:
     config = trainer.config
-    if config.reward_centering == "reference_mean":
+    checkpoints = Checkpoints(config, {"actor": trainer.actor, "critic": trainer.critic})
+    first, state = checkpoints.restore()
+    if state:
+        trainer.reward_center = state["reward_center"]
+    elif config.reward_centering == "reference_mean":
         trainer.center_rewards()
         say(f"Rewards are centered at {trainer.reward_center:.4f}, the reference policy's mean")
     name = f"PPO, {config.regularizer.name}"
-    tracker = Tracker(config.output_dir, count, name, config.deepspeed)
+    tracker = Tracker(config.output_dir, count, name, config.deepspeed, done=first)
     episodes = config.local_rollout_size() * engine.world_size()
-    for number in range(count):
+    for number in range(first, count):
         metrics = trainer.iteration(number) | {"episode": float((number + 1) * episodes)}
         done = number + 1
         if config.eval_steps and done % config.eval_steps == 0 and done < count:
@@ -117,6 +121,8 @@ def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: Evalua
         if done % config.logging_steps == 0 or done == count:
             tracker.log(done, metrics, SHOWN)
         tracker.advance()
+        if config.save_steps and done % config.save_steps == 0:
+            checkpoints.save(done, {"reward_center": trainer.reward_center})
     tracker.close()
 
 

@@ -1,12 +1,28 @@
-"""What a stage leaves behind: Hugging Face directories, whatever the ZeRO stage was."""
+"""What a stage leaves behind: checkpoints to resume from, and Hugging Face directories."""
 
+import json
+import random
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import deepspeed
+import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.engine import barrier, is_partitioned, rank
+from training.engine import TrainedModule, barrier, is_partitioned, rank, world_size
+from training.errors import UserError
+from training.stage_config import StageConfig
+
+# Settings that do not change what a run computes.
+FREE_TO_CHANGE = (
+    "resume_from_checkpoint overwrite_output_dir output_dir save_steps save_total_limit "
+    "logging_steps"
+).split()
+STATE = "state.json"
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -24,3 +40,132 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory
             shutil.rmtree(directory, ignore_errors=True)
             unfinished.rename(directory)
     barrier()
+
+
+class Checkpoints:
+    """`output_dir/checkpoints/step-N`: everything that a run is after N steps.
+
+    Engines in DeepSpeed's own format, the stage's own state as JSON, and each rank's random states.
+    The order of the data and the seed of every draw are functions of the step, so there is no
+    sampler to save. A directory gets its name when it is complete; until then it is not found.
+    """
+
+    def __init__(self, config: StageConfig, engines: Mapping[str, TrainedModule]) -> None:
+        self.config = config
+        self.engines = engines
+        self.directory = Path(config.output_dir) / "checkpoints"
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write the checkpoint of `step` steps, then drop the oldest beyond `save_total_limit`."""
+        name = f"step-{step:08d}"
+        draft = self.directory / f"{name}.unfinished"
+        if rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        barrier()
+        for label, trained in self.engines.items():
+            trained.engine.save_checkpoint(str(draft / label), tag="engine")
+        torch.save(_random_states(), draft / f"random-{rank()}.pt")
+        barrier()
+        if rank() == 0:
+            record = {
+                "step": step,
+                "processes": world_size(),
+                "config": self.config.model_dump(mode="json"),
+                "state": state,
+            }
+            (draft / STATE).write_text(json.dumps(record, indent=2) + "\n")
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+            draft.rename(self.directory / name)
+            kept = self.config.save_total_limit or 0
+            for old in complete_checkpoints(self.directory)[:-kept] if kept else []:
+                shutil.rmtree(old)
+        barrier()
+
+    def restore(self) -> tuple[int, dict[str, Any]]:
+        """Load what `resume_from_checkpoint` names into the engines.
+
+        Returns:
+            The number of steps done and the stage's state; 0 and nothing where the run starts anew.
+
+        Raises:
+            UserError: the checkpoint is another run's (with every setting that differs), or was
+                made by another number of processes.
+        """
+        source = self.source()
+        if source is None:
+            return 0, {}
+        record = json.loads((source / STATE).read_text())
+        self._check(record, source)
+        for label, trained in self.engines.items():
+            trained.engine.load_checkpoint(str(source / label), tag="engine")
+        states = torch.load(source / f"random-{rank()}.pt", weights_only=True)
+        _set_random_states(states)
+        return record["step"], record["state"]
+
+    def source(self) -> Path | None:
+        """The checkpoint to resume from, if any."""
+        wanted = self.config.resume_from_checkpoint
+        if wanted is None:
+            return None
+        if wanted == "latest":
+            found = complete_checkpoints(self.directory)
+            return found[-1] if found else None
+        return Path(wanted)
+
+    def _check(self, record: dict[str, Any], source: Path) -> None:
+        now = _flat(self.config.model_dump(mode="json"))
+        then = _flat(record["config"])
+        faults = [
+            f"{name}: {then.get(name)!r} in the checkpoint, {now.get(name)!r} now"
+            for name in sorted(now.keys() | then.keys())
+            if now.get(name) != then.get(name) and name.split(".")[0] not in FREE_TO_CHANGE
+        ]
+        if record["processes"] != world_size():
+            faults.append(
+                f"it was made by {record['processes']} processes, and there are {world_size()} "
+                "now; start as many"
+            )
+        if faults:
+            raise UserError(faults, f"{source} cannot be resumed:")
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if re.fullmatch(r"step-\d{8}", path.name) and (path / STATE).is_file()
+    )
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict) or not data:
+        return {prefix: data}
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.tensor(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(internal), next_gauss],
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, internal, next_gauss = states["python"]
+    random.setstate((version, tuple(internal), next_gauss))

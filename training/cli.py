@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from training.config import Config, load_config
 from training.errors import UserError
@@ -18,25 +19,29 @@ SECONDS_FOR_RANK_0 = 20.0
 """How long the other ranks wait for rank 0's message before they end."""
 
 
+Stage = TypeVar("Stage", bound=StageConfig)
+
+
 def run_stage(
-    config_class: type[Config], stage: Callable[[Config], None], arguments: list[str] | None = None
+    config_class: type[Stage], stage: Callable[[Stage], None], arguments: list[str] | None = None
 ) -> None:
     """Parse, check, run. A user's mistake ends with its message and exit code 2."""
     parser = stage_parser(config_class)
     options = parser.parse_args(arguments)
     with user_errors_end_cleanly(options.debug):
         config = load_config(config_class, options.config, options.overrides)
-        start(lambda: stage(config))
+        start(lambda: stage(config), config.seed)
 
 
-def start(stage: Callable[[], None]) -> None:
-    """Run `stage` inside the process group."""
+def start(stage: Callable[[], None], seed: int) -> None:
+    """Run `stage` inside the process group, all random states seeded."""
     import transformers
 
     from training import engine
 
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the stage's own
     engine.connect()
+    transformers.set_seed(seed)
     try:
         stage()
     finally:
@@ -73,15 +78,18 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_output(config: StageConfig) -> Path:
-    """Empty output_dir and write the resolved config.json. Every rank calls; rank 0 acts."""
+    """Empty output_dir, unless the run resumes, and write the resolved config.json.
+
+    Every rank calls; rank 0 acts.
+    """
     from training.engine import barrier, rank
 
     output = Path(config.output_dir)
     barrier()  # no rank may still be checking whether the directory is empty
     if rank() == 0:
-        if output.is_dir():
-            shutil.rmtree(output)
-        output.mkdir(parents=True)
+        if config.resume_from_checkpoint is None:
+            shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True, exist_ok=True)
         resolved = config.model_dump(mode="json")
         (output / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
     barrier()

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from training.checkpoint import Checkpoints
 from training.data import GlobalBatches, StageRecords, shard
 from training.engine import TrainedModule, optimizer_step, rank, sum_over_ranks, world_size
 from training.errors import UserError
@@ -49,6 +50,17 @@ class EarlyStopping:
         return False
 
     @property
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to know; JSON."""
+        best_loss = self.best_loss if self.best else None
+        return {"best_loss": best_loss, "best": self.best, "worse_in_a_row": self.worse_in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state and state["best"]:
+            self.best_loss, self.best = state["best_loss"], state["best"]
+            self.worse_in_a_row = state["worse_in_a_row"]
+
+    @property
     def exhausted(self) -> bool:
         return self.patience is not None and self.worse_in_a_row >= self.patience
 
@@ -87,9 +99,15 @@ def fit(
     """
     order = GlobalBatches(examples, global_batch_size(config), config.seed)
     steps = total_steps(config, examples)
-    tracker = Tracker(config.output_dir, steps, description, config.deepspeed)
-    evaluation: dict[str, float] = {}
-    for step in range(steps):
+    checkpoints = Checkpoints(config, {"model": trained})
+    first, state = checkpoints.restore()
+    stopping.restore(state.get("stopping", {}))
+    evaluation: dict[str, float] = state.get("evaluation", {})
+    tracker = Tracker(config.output_dir, steps, description, config.deepspeed, done=first)
+    for step in range(first, steps):
+        if stopping.exhausted:
+            say(f"Stopped early: no better evaluation loss than {stopping.best_loss:.4f}")
+            break
         rows = shard(
             order.indices(step),
             rank(),
@@ -114,15 +132,16 @@ def fit(
         if evaluated:
             trained.engine.eval()
             evaluation = task.evaluate()
+            if not math.isfinite(evaluation["eval/loss"]):
+                raise FloatingPointError(f"the evaluation loss is {evaluation['eval/loss']}")
             metrics |= evaluation
             if stopping.improved(evaluation):
                 on_improvement(evaluation)
         if evaluated or _is_due(done, config.logging_steps):
             tracker.log(done, metrics, shown=("train/loss", "eval/loss"))
         tracker.advance()
-        if stopping.exhausted:
-            say(f"Stopped early: no better evaluation loss than {stopping.best_loss:.4f}")
-            break
+        if _is_due(done, config.save_steps):
+            checkpoints.save(done, {"stopping": stopping.state, "evaluation": evaluation})
     tracker.close()
     return evaluation
 

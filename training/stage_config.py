@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
-from training.data.settings import DataSettings
 
 from training.config import Count, Fraction, NonNegative, Positive, StrictModel
+from training.data.settings import DataSettings
 from training.errors import did_you_mean
 
 # DeepSpeed's top-level keys (deepspeed.ai/docs/config-json) that a stage's JSON may use.
@@ -99,7 +99,12 @@ class StageConfig(StrictModel):
     gradient_accumulation_steps: Count = 1
     logging_steps: Count = 1
     save_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps (PPO: iterations) between checkpoints; 0 saves none before the end."""
+    """Optimizer steps (PPO: iterations) between checkpoints; 0 saves none."""
+    save_total_limit: Count | None = None
+    """Checkpoints that are kept, the newest ones; null keeps all."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint's path, or "latest" for output_dir's newest one (where there is none, the run
+    starts at its beginning); null starts anew."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed's own keys; what the stage's fields say may not be repeated here."""
 
@@ -111,11 +116,14 @@ class StageConfig(StrictModel):
         output = Path(self.output_dir)
         if output.is_file():
             found.append(f"output_dir: {output} is a file; name a directory")
+        elif self.resume_from_checkpoint is not None:
+            found += self._resume_faults(Path(self.resume_from_checkpoint))
         elif output.is_dir() and any(output.iterdir()):
             if not self.overwrite_output_dir:
                 found.append(
-                    f"output_dir: {output} exists and is not empty; choose another one or pass "
-                    "overwrite_output_dir=true"
+                    f"output_dir: {output} exists and is not empty; choose another one, or pass "
+                    "resume_from_checkpoint=latest to go on or overwrite_output_dir=true to "
+                    "start anew"
                 )
             elif not (output / "config.json").is_file():
                 found.append(
@@ -123,6 +131,17 @@ class StageConfig(StrictModel):
                     "remove it yourself or choose another one"
                 )
         return found + model_path_faults("model_name_or_path", self.model_name_or_path)
+
+    def _resume_faults(self, source: Path) -> list[str]:
+        found = []
+        if self.overwrite_output_dir:
+            found.append("overwrite_output_dir: contradicts resume_from_checkpoint; choose one")
+        if self.resume_from_checkpoint != "latest" and not (source / "state.json").is_file():
+            found.append(
+                f"resume_from_checkpoint: {source} is not a complete checkpoint (no state.json); "
+                'name output_dir/checkpoints/step-N or "latest"'
+            )
+        return found
 
 
 class SupervisedConfig(StageConfig, OptimizerSettings):

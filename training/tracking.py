@@ -17,15 +17,30 @@ class Tracker:
     """Shows and records a run's figures. Only rank 0 shows and writes; all ranks may call."""
 
     def __init__(
-        self, output_dir: str, total_steps: int, description: str, deepspeed_section: dict[str, Any]
+        self,
+        output_dir: str,
+        total_steps: int,
+        description: str,
+        deepspeed_section: dict[str, Any],
+        done: int = 0,
     ) -> None:
+        """Go on after `done` steps: lines of later ones, which a killed run left, are taken out."""
         self._leads = rank() == 0
         self._start = time.perf_counter()
         if not self._leads:
             return
-        self._file = (Path(output_dir) / "metrics.jsonl").open("a", encoding="utf-8")
+        file = Path(output_dir) / "metrics.jsonl"
+        kept = _lines_until(file, done)
+        self._file = file.open("w", encoding="utf-8")
+        self._file.writelines(kept)
         self._monitor = MonitorMaster(get_monitor_config(deepspeed_section))
-        self._bar = tqdm(total=total_steps, desc=description, mininterval=1.0, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=done,
+            desc=description,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
 
     def log(self, step: int, metrics: dict[str, float], shown: tuple[str, ...] = ()) -> None:
         """One line of metrics.jsonl; `shown` names the figures that stand beside the bar."""
@@ -51,6 +66,14 @@ class Tracker:
         if self._leads:
             self._bar.close()
             self._file.close()
+
+
+def _lines_until(file: Path, step: int) -> list[str]:
+    """Whole lines of steps up to `step`; a kill may have left half a line."""
+    if step == 0 or not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
 
 
 def say(message: str) -> None:
