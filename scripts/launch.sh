@@ -6,25 +6,31 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 launch() {
-    local gpus port
-    gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
-    port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}"
-    local arguments=(--master_port "$port" --log_level error)
+    local arguments=(--log_level error)
+    arguments+=(--master_port "${MASTER_PORT:-$(free_port)}")
     if [[ -n "${HOSTFILE:-}" ]]; then
+        [[ -f "$HOSTFILE" ]] || fail "HOSTFILE=$HOSTFILE: no such file"
         arguments+=(--hostfile "$HOSTFILE")
-        [[ -n "${NUM_PROCESSES:-}" ]] && arguments+=(--num_gpus "$NUM_PROCESSES")
+        [[ -z "${NUM_PROCESSES:-}" ]] || arguments+=(--num_gpus "$NUM_PROCESSES")
     else
         # DeepSpeed would read a hostfile of the machine's own accord; one node is meant here.
         arguments+=(--hostfile /dev/null)
         if [[ "$gpus" == 0 ]]; then
-            export DS_ACCELERATOR=cpu
+            local processes="${NUM_PROCESSES:-1}"
             # Processes that each take all cores slow one another down.
-            export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + ${NUM_PROCESSES:-1} - 1) / ${NUM_PROCESSES:-1} ))}"
-            arguments+=(--num_gpus "${NUM_PROCESSES:-1}")
+            export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}"
+            arguments+=(--num_gpus "$processes")
+        elif [[ -n "${NUM_PROCESSES:-}" && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+            # With --num_gpus DeepSpeed would forget which GPUs are visible.
+            arguments+=(--include "localhost:$(cut -d, -f"-$NUM_PROCESSES" <<<"$CUDA_VISIBLE_DEVICES")")
         elif [[ -n "${NUM_PROCESSES:-}" ]]; then
             arguments+=(--num_gpus "$NUM_PROCESSES")
         fi
     fi
     # shellcheck disable=SC2086
     deepspeed "${arguments[@]}" ${DEEPSPEED_ARGS:-} --module "$@"
+}
+
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }

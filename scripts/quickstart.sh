@@ -52,6 +52,7 @@ else
 fi
 
 source scripts/setup.sh
+export NUM_PROCESSES="${NUM_PROCESSES:-1}" # the settings are for one process, on a GPU as well
 mkdir -p "$directory"
 (cd "$directory" && rm -rf -- "${earlier[@]}")
 

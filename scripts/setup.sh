@@ -5,15 +5,21 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { echo "$*" >&2; exit 1; }
 
-if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
+recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+# Conda's base environment is active in every shell and is not meant for a project's packages.
+if [[ -z "${VIRTUAL_ENV:-}" && ( -z "${CONDA_PREFIX:-}" || "${CONDA_DEFAULT_ENV:-}" == base ) ]]; then
     if [[ ! -x .venv/bin/python ]]; then
-        "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+        recent "${PYTHON:-python3}" ||
             fail "Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3"
         echo "Creating .venv"
         "${PYTHON:-python3}" -m venv .venv || fail "The venv module failed; on Debian: apt install python3-venv"
     fi
     source .venv/bin/activate
 fi
+recent python || fail "The active environment's python is not 3.10 or newer; deactivate it or use another"
+gpus="$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU ' || true)"
+[[ "$gpus" != 0 ]] || export DS_ACCELERATOR=cpu
 
 # A stamp holds what was installed; a change of the pins or of pyproject.toml installs anew.
 wanted="$(cat pyproject.toml scripts/constraints.txt | cksum) $PWD"
@@ -24,11 +30,11 @@ if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
     # torch by its exact version, first: a range would bring a much larger build of a newer one.
     python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' scripts/constraints.txt)"
     PYTHONWARNINGS=ignore python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt \
-        --editable ".[plots,lora,tracking,test]"
-    if ! command -v nvidia-smi >/dev/null; then
+        --editable ".[plots,tracking,test]"
+    if [[ "$gpus" == 0 ]]; then
         # DeepSpeed compiles its communication between CPU processes when it is first used.
         echo "Compiling DeepSpeed's CPU communication (a minute, once)"
-        DS_ACCELERATOR=cpu python -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()" >/dev/null
+        python -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()" >/dev/null
     fi
     echo "$wanted" >"$stamp"
 fi

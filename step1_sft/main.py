@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from step1_sft.config import SFTConfig
 from training import engine, fitting
-from training.checkpoint import export
+from training.checkpoint import check_resumable, export
 from training.cli import prepare_output, run_stage
 from training.data import SequenceBatch, collate_texts, read_records, tokenize
 from training.models import load_policy, load_tokenizer
@@ -59,6 +59,7 @@ class ResponseModelling:
 
 
 def main(config: SFTConfig) -> None:
+    check_resumable(config)
     records = read_records(config.data, "sft")
     fitting.require_evaluation(records)
     say(str(records.report))

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs whose predicted probability for the preferred response lies in [low, high)."""
+    """Pairs whose predicted probability for the preferred response lies in [low, high), or at 1."""
 
     low: float
     high: float

@@ -18,7 +18,7 @@ from step2_reward.calibration import calibration_report, draw_reliability
 from step2_reward.config import RewardConfig
 from step2_reward.losses import plackett_luce_loss
 from training import engine, fitting
-from training.checkpoint import export
+from training.checkpoint import check_resumable, export
 from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, collate_groups, read_records, tokenize
 from training.models import last_token, load_scalar_model, load_tokenizer
@@ -96,6 +96,7 @@ def pair_margins(rewards: torch.Tensor, present: torch.Tensor) -> list[float]:
 
 
 def main(config: RewardConfig) -> None:
+    check_resumable(config)
     records = read_records(config.data, "reward")
     fitting.require_evaluation(records)
     say(str(records.report))

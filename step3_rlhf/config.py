@@ -93,6 +93,17 @@ class EvaluationSettings(StrictModel):
         return found
 
 
+def frozen_faults(section: dict[str, Any]) -> list[str]:
+    """Faults of `frozen_deepspeed`: a frozen model is whole, or divided by ZeRO stage 3."""
+    found = [f"frozen_deepspeed.{fault}" for fault in deepspeed_faults(section)]
+    zero = section.get("zero_optimization", {})
+    if not found and section and zero.get("stage") != 3:
+        found.append(
+            "frozen_deepspeed: only zero_optimization.stage 3 divides a frozen model; {} is whole"
+        )
+    return found
+
+
 class PPOConfig(StageConfig, SamplingSettings):
     """Aligns the policy with the reward model under a regularizer."""
 
@@ -100,11 +111,11 @@ class PPOConfig(StageConfig, SamplingSettings):
     """π_ref; null is the policy that training starts from."""
     critic_model_name_or_path: str | None = None
     """What the critic starts from; null is the reward model, or the policy where there is none."""
-    reward: RewardSettings
-    regularizer: RegularizerField
-    data: DataSettings
-    actor: OptimizerSettings
-    critic: OptimizerSettings
+    reward: RewardSettings = Field(examples=[{"function": "module:callable"}])
+    regularizer: RegularizerField = Field(examples=[{"name": "pm"}])
+    data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
+    actor: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])
+    critic: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])
     frozen_deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed section of reference and reward models: empty keeps a whole copy on each process,
     ZeRO stage 3 divides them over the processes."""
@@ -161,7 +172,7 @@ class PPOConfig(StageConfig, SamplingSettings):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        found += [f"frozen_deepspeed.{f}" for f in deepspeed_faults(self.frozen_deepspeed)]
+        found += frozen_faults(self.frozen_deepspeed)
         for name in ("reference_model_name_or_path", "critic_model_name_or_path"):
             if getattr(self, name):
                 found += model_path_faults(name, getattr(self, name))
@@ -190,16 +201,16 @@ class PPOConfig(StageConfig, SamplingSettings):
 class EvaluationConfig(SamplingSettings):
     """What `scripts/evaluate.sh` needs to know; a stage-3 run's config.json has all of it."""
 
-    model_name_or_path: str
+    model_name_or_path: str = Field(examples=["owner/model"])
     """The policy that is measured."""
     reference_model_name_or_path: str | None = None
     """π_ref; null is the policy itself."""
-    reward: RewardSettings
+    reward: RewardSettings = Field(examples=[{"function": "module:callable"}])
     regularizer: RegularizerField | None = None
     """Whose optimum the policy is compared with on finite sets; null compares with none."""
-    data: DataSettings
+    data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
     evaluation: EvaluationSettings = EvaluationSettings()
-    output_dir: str
+    output_dir: str = Field(examples=["runs/example"])
     seed: Annotated[int, Field(ge=0)] = 42
     trust_remote_code: bool = False
     bf16: bool = False
@@ -221,7 +232,7 @@ class EvaluationConfig(SamplingSettings):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        found += [f"frozen_deepspeed.{f}" for f in deepspeed_faults(self.frozen_deepspeed)]
+        found += frozen_faults(self.frozen_deepspeed)
         for name in ("model_name_or_path", "reference_model_name_or_path"):
             if getattr(self, name):
                 found += model_path_faults(name, getattr(self, name))

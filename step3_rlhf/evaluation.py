@@ -33,13 +33,14 @@ from step3_rlhf.optimum import NoOptimumError, ResponseSet, optimum
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.regularizers import Regularizer
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
-from step3_rlhf.rewards import RewardSource, load_reward
+from step3_rlhf.rewards import RewardSource, check_reward, load_reward
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts, sample
 from training import engine
 from training.cli import add_common_options, start, user_errors_end_cleanly
 from training.config import apply_overrides, check_config, read_mapping
 from training.data import encode_responses, read_records, tokenize
 from training.errors import UserError
+from training.fitting import require_evaluation
 from training.models import load_policy, load_tokenizer
 from training.tracking import say
 
@@ -178,15 +179,16 @@ def respond(models: Models, held_out: HeldOut, config: EvaluationConfig, draw: i
 def over_ranks(count: int, batch_size: int, measure: Callable[[list[int]], list[Any]]) -> list[Any]:
     """`measure` of 0 … count − 1 in batches, divided over the ranks; all ranks get all results.
 
-    Every rank makes the same number of calls, so that collectives inside are reached by all; what
-    a rank measures only to keep step is left out.
+    Every rank makes the same calls with the same number of rows, so that collectives inside are
+    reached by all; what a rank measures only to keep step is left out.
     """
     ranks, results = engine.world_size(), []
     for first in range(0, count, batch_size * ranks):
-        mine = range(first + engine.rank() * batch_size, first + (engine.rank() + 1) * batch_size)
-        rows = [row for row in mine if row < count]
-        measured = measure(rows or [0])
-        results += engine.gather_objects(measured if rows else [])
+        size = min(batch_size, count - first)
+        start = first + engine.rank() * size
+        rows = [row for row in range(start, start + size) if row < min(count, first + size * ranks)]
+        measured = measure(rows + [0] * (size - len(rows)))
+        results += engine.gather_objects(measured[: len(rows)])
     return results
 
 
@@ -381,7 +383,12 @@ def held_out_texts(
 
 
 def run(config: EvaluationConfig) -> None:
+    for warning in config.sampling.warnings():
+        say(f"Warning: {warning}")
     records = read_records(config.data, "ppo")
+    require_evaluation(records)
+    read_response_sets(config.evaluation.response_sets)
+    check_reward(config.reward, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     with engine.rank_zero_first():
         prompts = tokenize(records, tokenizer, config.data, "ppo").eval
@@ -420,8 +427,7 @@ def run_settings(run_dir: str) -> dict[str, Any]:
         known["model_name_or_path"] = str(directory / "actor")
     elif (directory / "model").is_dir():
         known["model_name_or_path"] = str(directory / "model")
-    known["output_dir"] = run_dir
-    return known
+    return known | {"output_dir": run_dir}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -121,7 +121,7 @@ class ConditionalPM(LogLinear):
     level "sequence" (Theorem 4): M(x) = {y: π_ref(y|x) ≥ α}; w = 1 on M(x) and, outside it,
     π_ref(y|x), or the fixed ε of eq. (4.1). log w stands on the last token, where the whole
     response is known. The optimum, conditional on M(x), is softmax(r/β).
-    α → 0 is pm; α > 1 is kl.
+    α → 0 is pm; α > 1 is kl (unless ε is given).
     """
 
     name: Literal["conditional_pm"] = "conditional_pm"

@@ -9,6 +9,7 @@ Writes `actor/` and `critic/` (Hugging Face directories, tokenizer included), `e
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluation import (
@@ -21,13 +22,14 @@ from step3_rlhf.evaluation import (
 )
 from step3_rlhf.prompts import Prompts, iterations
 from step3_rlhf.response_sets import read_response_sets
-from step3_rlhf.rewards import import_function, load_reward
+from step3_rlhf.rewards import check_reward, load_reward
 from step3_rlhf.trainer import PPOTrainer
 from training import engine
-from training.checkpoint import Checkpoints, export
+from training.checkpoint import Checkpoints, check_resumable, export
 from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
 from training.errors import UserError
+from training.fitting import require_evaluation
 from training.models import load_policy, load_scalar_model, load_tokenizer
 from training.tracking import Tracker, say
 
@@ -35,10 +37,11 @@ SHOWN = ("objective/rlhf_reward", "objective/kl", "policy/entropy_per_token", "r
 
 
 def main(config: PPOConfig) -> None:
+    check_resumable(config)
     records = read_records(config.data, "ppo")
+    require_evaluation(records)
     read_response_sets(config.evaluation.response_sets)
-    if config.reward.function:
-        import_function(config.reward.function)
+    check_reward(config.reward, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     with engine.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "ppo")
@@ -47,23 +50,19 @@ def main(config: PPOConfig) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
 
-    output = prepare_output(config)
-    for text in (
-        str(records.report),
-        str(data.report),
-        *(f"Warning: {w}" for w in config.warnings()),
-    ):
-        say(text)
+    say(f"{records.report}\n{data.report}")
+    for warning in [*config.warnings(), *EvaluationConfig.of(config).sampling.warnings()]:
+        say(f"Warning: {warning}")
     evaluation = EvaluationConfig.of(config)
     held_out = load_held_out(evaluation, data.eval, tokenizer)
     trainer = build(config, Prompts(data.train, config), tokenizer, count)
     output = prepare_output(config)
     train(trainer, count, held_out, evaluation)
 
-    report, instances = evaluate(models(trainer), held_out, config.regularizer, evaluation)
-    write_evaluation(report, instances, output)
     export(trainer.actor.module.model, tokenizer, output / "actor")
     export(trainer.critic.module.model, tokenizer, output / "critic")
+    report, instances = evaluate(models(trainer), held_out, config.regularizer, evaluation)
+    write_evaluation(report, instances, output)
     say(
         f"PPO with {config.regularizer.name} is done after {count} iterations\n{summary(report)}\n"
         f"  actor:      {output / 'actor'}\n  critic:     {output / 'critic'}\n"
@@ -71,7 +70,9 @@ def main(config: PPOConfig) -> None:
     )
 
 
-def build(config: PPOConfig, prompts: Prompts, tokenizer: Any, count: int) -> PPOTrainer:
+def build(
+    config: PPOConfig, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, count: int
+) -> PPOTrainer:
     """The four models in their engines."""
     dtype = engine.precision(config)
     options = {"trust_remote_code": config.trust_remote_code}
@@ -79,8 +80,10 @@ def build(config: PPOConfig, prompts: Prompts, tokenizer: Any, count: int) -> PP
     steps = count * config.num_ppo_epochs * config.num_mini_batches
 
     actor = load_policy(config.model_name_or_path, tokenizer, dtype, **trained)
-    critic = load_scalar_model(critic_source(config), tokenizer, dtype, new_head=True, **trained)
+    critic_path = critic_source(config, tokenizer)
+    critic = load_scalar_model(critic_path, tokenizer, dtype, new_head=True, **trained)
     reference_path = config.reference_model_name_or_path or config.model_name_or_path
+    require_same_tokens(reference_path, tokenizer, "reference_model_name_or_path", config)
     reference = load_policy(reference_path, tokenizer, dtype, **options)
     return PPOTrainer(
         config,
@@ -93,11 +96,28 @@ def build(config: PPOConfig, prompts: Prompts, tokenizer: Any, count: int) -> PP
     )
 
 
-def critic_source(config: PPOConfig) -> str:
-    """The critic starts from the reward model where there is one, otherwise from the policy."""
-    rewards = config.reward.weighted_models
-    default = rewards[0].model_name_or_path if rewards else config.model_name_or_path
-    return config.critic_model_name_or_path or default
+def critic_source(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where the critic starts: at a reward model that reads the policy's tokens, or the policy."""
+    if config.critic_model_name_or_path:
+        path = config.critic_model_name_or_path
+        require_same_tokens(path, tokenizer, "critic_model_name_or_path", config)
+        return path
+    for member in config.reward.weighted_models[:1]:
+        path = member.model_name_or_path
+        if load_tokenizer(path, config.trust_remote_code).get_vocab() == tokenizer.get_vocab():
+            return path
+        say("The reward model has another vocabulary: the critic starts from the policy")
+    return config.model_name_or_path
+
+
+def require_same_tokens(
+    path: str, tokenizer: PreTrainedTokenizerBase, setting: str, config: PPOConfig
+) -> None:
+    """Refuse a model that would read the policy's token ids as other words."""
+    if load_tokenizer(path, config.trust_remote_code).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{setting}: {path} has another vocabulary than {config.model_name_or_path}"
+        )
 
 
 def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig) -> None:

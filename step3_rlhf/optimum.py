@@ -2,8 +2,8 @@
 
     π* = argmax_π E_{y~π}[r(y) + R(π(y))],   π a distribution over the set
 
-On a finite set the optimum always exists, for every regularizer of this package: the objective is
-concave and the set of distributions compact. Everything here is float64.
+On a finite set the optimum exists for every sequence-level regularizer of this package: the
+objective is concave and the set of distributions compact. Everything here is float64.
 """
 
 from __future__ import annotations

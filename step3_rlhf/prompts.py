@@ -40,8 +40,9 @@ class Prompts:
         return self._at(positions, TRAINING)
 
     def for_centering(self, count: int) -> PromptBatch:
-        """This rank's share of `count` prompts from which the mean reward is estimated."""
-        return self._at(list(range(rank(), max(count, world_size()), world_size())), CENTERING)
+        """This rank's share of `count` prompts, rounded up to the same number on every rank."""
+        share = -(-count // world_size())
+        return self._at([rank() + world_size() * k for k in range(share)], CENTERING)
 
     def _at(self, positions: list[int], purpose: int) -> PromptBatch:
         rows = [self._row(position) for position in positions]

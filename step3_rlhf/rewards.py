@@ -14,7 +14,13 @@ from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
 from training import engine
 from training.data import encode_responses
 from training.errors import UserError
-from training.models import last_token, load_scalar_model, load_tokenizer
+from training.models import (
+    check_scalar_config,
+    last_token,
+    load_model_config,
+    load_scalar_model,
+    load_tokenizer,
+)
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]
 
@@ -47,18 +53,25 @@ class ModelReward:
     def __call__(self, rollout: Rollout) -> Tensor:
         if not self.same_tokens:
             rollout = self._retokenized(rollout)
+        wanted = -(-len(rollout) // self.batch_size)
+        forwards = engine.max_over_ranks(wanted) if engine.is_partitioned(self.model) else wanted
         parts = []
-        for first in range(0, len(rollout), self.batch_size):
+        for number in range(forwards):
+            first = number * self.batch_size if number < wanted else 0  # the rest keep step
             part = rollout.rows(first, first + self.batch_size)
-            parts.append(
-                last_token(self.model(part.input_ids, part.attention_mask), part.attention_mask)
-            )
-        return torch.cat(parts)
+            values = self.model(part.input_ids, part.attention_mask)
+            parts.append(last_token(values, part.attention_mask))
+        return torch.cat(parts[:wanted])
 
     def _retokenized(self, rollout: Rollout) -> Rollout:
+        responses = encode_responses(list(rollout.responses), self.tokenizer)
         return assemble(
             encode_prompt_texts(rollout.prompts, self.tokenizer),
-            encode_responses(list(rollout.responses), self.tokenizer),
+            # A response that was cut has no end in the other tokenizer either.
+            [
+                ids if ended or len(ids) == 1 else ids[:-1]
+                for ids, ended in zip(responses, rollout.ended.tolist(), strict=True)
+            ],
             rollout.prompts,
             self.tokenizer,
             rollout.input_ids.device,
@@ -124,6 +137,19 @@ def import_function(path: str) -> RewardFunction:
     if not callable(found):
         raise UserError(f"reward.function: {path} is not callable")
     return found
+
+
+def check_reward(settings: RewardSettings, trust_remote_code: bool) -> None:
+    """Find what is wrong with the source without loading any weights.
+
+    Raises:
+        UserError: a function that cannot be imported, a model that is no reward model.
+    """
+    if settings.function:
+        import_function(settings.function)
+    for member in settings.weighted_models:
+        config = load_model_config(member.model_name_or_path, trust_remote_code)
+        check_scalar_config(config, member.model_name_or_path, new_head=False)
 
 
 def load_reward(

@@ -151,7 +151,7 @@ def test_empty_evaluation_data(refused: Refused, stage: str, tmp_path: Path) -> 
 
 
 def test_batch_sizes_that_do_not_divide(refused: Refused) -> None:
-    message = refused("ppo", total_episodes=10)
+    message = refused("ppo", total_episodes=10, reward={"function": "json:dumps"})
     assert "total_episodes: 10 is not a multiple of the 4 responses of one iteration" in message
     message = refused("ppo", gradient_accumulation_steps=3, rollout_batch_size=8)
     assert "rollout_batch_size: 8 does not divide the 12 responses" in message
@@ -194,7 +194,7 @@ def test_an_existing_run_is_not_overwritten(
     with pytest.raises(SystemExit) as caught:
         run_stage(config_class, module.main, [str(tmp_path / "config.json")])
     assert caught.value.code == 2
-    assert "pass overwrite_output_dir=true" in capsys.readouterr().err
+    assert "overwrite_output_dir=true to" in capsys.readouterr().err
     assert (output / "metrics.jsonl").read_text() == "precious"
 
 

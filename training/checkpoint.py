@@ -87,47 +87,53 @@ class Checkpoints:
 
         Returns:
             The number of steps done and the stage's state; 0 and nothing where the run starts anew.
-
-        Raises:
-            UserError: the checkpoint is another run's (with every setting that differs), or was
-                made by another number of processes.
         """
-        source = self.source()
+        source = resumed_checkpoint(self.config)
         if source is None:
             return 0, {}
         record = json.loads((source / STATE).read_text())
-        self._check(record, source)
         for label, trained in self.engines.items():
             trained.engine.load_checkpoint(str(source / label), tag="engine")
         states = torch.load(source / f"random-{rank()}.pt", weights_only=True)
         _set_random_states(states)
         return record["step"], record["state"]
 
-    def source(self) -> Path | None:
-        """The checkpoint to resume from, if any."""
-        wanted = self.config.resume_from_checkpoint
-        if wanted is None:
-            return None
-        if wanted == "latest":
-            found = complete_checkpoints(self.directory)
-            return found[-1] if found else None
-        return Path(wanted)
 
-    def _check(self, record: dict[str, Any], source: Path) -> None:
-        now = _flat(self.config.model_dump(mode="json"))
-        then = _flat(record["config"])
-        faults = [
-            f"{name}: {then.get(name)!r} in the checkpoint, {now.get(name)!r} now"
-            for name in sorted(now.keys() | then.keys())
-            if now.get(name) != then.get(name) and name.split(".")[0] not in FREE_TO_CHANGE
-        ]
-        if record["processes"] != world_size():
-            faults.append(
-                f"it was made by {record['processes']} processes, and there are {world_size()} "
-                "now; start as many"
-            )
-        if faults:
-            raise UserError(faults, f"{source} cannot be resumed:")
+def resumed_checkpoint(config: StageConfig) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` names, if any."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        found = complete_checkpoints(Path(config.output_dir) / "checkpoints")
+        return found[-1] if found else None
+    return Path(wanted)
+
+
+def check_resumable(config: StageConfig) -> None:
+    """Refuse another run's checkpoint, before anything is loaded or written.
+
+    Raises:
+        UserError: with every setting that differs, or another number of processes.
+    """
+    source = resumed_checkpoint(config)
+    if source is None:
+        return
+    record = json.loads((source / STATE).read_text())
+    now = _flat(config.model_dump(mode="json"))
+    then = _flat(record["config"])
+    faults = [
+        f"{name}: {then.get(name)!r} in the checkpoint, {now.get(name)!r} now"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name) and name.split(".")[0] not in FREE_TO_CHANGE
+    ]
+    if record["processes"] != world_size():
+        faults.append(
+            f"it was made by {record['processes']} processes, and there are {world_size()} now; "
+            "start as many"
+        )
+    if faults:
+        raise UserError(faults, f"{source} cannot be resumed:")
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

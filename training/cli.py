@@ -87,8 +87,8 @@ def prepare_output(config: StageConfig) -> Path:
     output = Path(config.output_dir)
     barrier()  # no rank may still be checking whether the directory is empty
     if rank() == 0:
-        if config.resume_from_checkpoint is None:
-            shutil.rmtree(output, ignore_errors=True)
+        if config.resume_from_checkpoint is None and output.is_dir():
+            shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         resolved = config.model_dump(mode="json")
         (output / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")

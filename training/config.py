@@ -4,6 +4,7 @@ Every fault of a config is found before anything expensive starts and reported i
 each with its path in the file. What the stages' configs have in common is in `stage_config.py`.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -84,13 +85,10 @@ def check_config(
     faults = list(faults or [])
     config, found = _validated(config_class, data)
     faults += [f"{_place(location)}: {message}" for location, message in found]
-    if config is None and found:
-        # What is sound may still contradict itself: check the rest without the faulty entries.
-        for location, _ in found:
-            _remove(data, location)
-        config, _ = _validated(config_class, data)
     if config is not None:
         faults += config.faults()
+    else:
+        faults += _faults_of_the_rest(config_class, data, [location for location, _ in found])
     if faults:
         raise UserError(faults, heading)
     assert config is not None
@@ -109,18 +107,48 @@ def _validated(
         ]
 
 
+def _faults_of_the_rest(
+    config_class: type[Config], data: dict[str, Any], faulty: list[tuple[int | str, ...]]
+) -> list[str]:
+    """Contradictions in what is sound: the fields' own examples stand in for the faulty entries."""
+    replaced: set[str] = set()
+    for _ in range(3):  # an example may be needed for what is missing inside a removed entry
+        for location in reversed(faulty):
+            field = _put_example(config_class, data, location)
+            replaced.add(_place(location[: field + 1]))
+        config, found = _validated(config_class, data)
+        if config is not None:
+            return [f for f in config.faults() if not f.startswith(tuple(replaced))]
+        faulty = [location for location, _ in found]
+    return []
+
+
+def _put_example(
+    config_class: type[StrictModel], data: dict[str, Any], location: tuple[int | str, ...]
+) -> int:
+    """Replace the innermost field on the way to `location` that has an example; remove it if none.
+
+    Returns:
+        The index in `location` of that field.
+    """
+    owner: Any = config_class
+    found = (0, data, [])
+    target: Any = data
+    for index, part in enumerate(location):
+        fields = getattr(owner, "model_fields", {})
+        if part not in fields or not isinstance(target, dict):
+            break
+        found = (index, target, fields[part].examples or [])
+        owner, target = fields[part].annotation, target.get(part)
+    index, parent, examples = found
+    parent.pop(location[index], None)
+    if examples:
+        parent[location[index]] = copy.deepcopy(examples[0])
+    return index
+
+
 def _place(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "(top level)"
-
-
-def _remove(data: Any, location: tuple[int | str, ...]) -> None:
-    for part in location[:-1]:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return
-    if isinstance(data, dict):
-        data.pop(location[-1], None)
 
 
 def read_mapping(path: str) -> dict[str, Any]:
@@ -136,10 +164,14 @@ def read_mapping(path: str) -> dict[str, Any]:
             data = json.loads(text, object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: an object {{...}} was expected at the top level")
+    try:
+        json.dumps(data)
+    except (TypeError, ValueError) as error:  # YAML knows dates, and keys that are no texts
+        raise UserError(f"{path}: {error}") from None
     return data
 
 

@@ -54,6 +54,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def max_over_ranks(value: int) -> int:
+    """The largest value of any process."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device())
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 def gather_objects(local: list[Any]) -> list[Any]:
     """The lists of all processes, joined in the order of ranks, on every process."""
     if world_size() == 1:

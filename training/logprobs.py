@@ -17,6 +17,7 @@ def token_logprobs(
     head: nn.Module,
     with_entropy: bool = False,
     rows_per_chunk: int = ROWS_PER_CHUNK,
+    chunks: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log π(target | hidden) for each row, in nats.
 
@@ -26,14 +27,16 @@ def token_logprobs(
         head: maps hidden states to logits.
         with_entropy: also return the entropy of each row's distribution.
         rows_per_chunk: rows whose logits exist at the same time.
+        chunks: calls of the head, at least as many as the rows need; some may be empty. Where the
+            head is a collective (ZeRO-3), every rank must make the same number.
 
     Returns:
         log-probabilities [rows] float32, and entropies [rows] float32 (nats) or None.
     """
     logps, entropies = [], []
-    for rows, wanted in zip(
-        hidden.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True
-    ):
+    for number in range(chunks or chunks_of(len(targets), rows_per_chunk)):
+        part = slice(number * rows_per_chunk, (number + 1) * rows_per_chunk)
+        rows, wanted = hidden[part], targets[part]
         if torch.is_grad_enabled():
             logp, entropy = checkpoint(
                 _score_rows, rows, wanted, head, with_entropy, use_reentrant=False
@@ -43,6 +46,11 @@ def token_logprobs(
         logps.append(logp)
         entropies.append(entropy)
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+
+
+def chunks_of(rows: int, rows_per_chunk: int = ROWS_PER_CHUNK) -> int:
+    """Chunks for so many rows; one even for none, so that there is a graph."""
+    return max(1, -(-rows // rows_per_chunk))
 
 
 def _score_rows(

@@ -15,8 +15,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from training.engine import is_partitioned, max_over_ranks
 from training.errors import UserError
-from training.logprobs import position_ids, token_logprobs
+from training.logprobs import chunks_of, position_ids, token_logprobs
 
 PAD_TOKEN = "<pad>"
 DROPOUT_FIELDS = (
@@ -75,8 +76,11 @@ class Policy(nn.Module):
         predicting = scored_mask[:, 1:].bool()
         hidden = decoded.last_hidden_state[:, :-1][predicting]
         targets = input_ids[:, 1:][predicting]
+        chunks = chunks_of(len(targets))
+        if is_partitioned(self.model):  # ranks have different numbers of tokens
+            chunks = max_over_ranks(chunks)
         logp, entropy = token_logprobs(
-            hidden, targets, self.model.get_output_embeddings(), with_entropy
+            hidden, targets, self.model.get_output_embeddings(), with_entropy, chunks=chunks
         )
         return _scatter(logp, scored_mask), None if entropy is None else _scatter(
             entropy, scored_mask
@@ -102,11 +106,29 @@ class ScalarModel(nn.Module):
         decoded = self.model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
         )
-        return self.model.score(decoded.last_hidden_state).squeeze(-1).float()
+        return self.model.score(decoded.last_hidden_state).squeeze(-1)
 
     def rewards(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Rewards [batch]: the scalar after each row's last token."""
         return last_token(self(input_ids, attention_mask), attention_mask)
+
+
+class Float32Head(nn.Linear):
+    """A linear head whose output is float32 whatever the weights are.
+
+    In bfloat16 a reward of 10 is known to 0.06 only, and rewards are what preferences are made of.
+    """
+
+    @classmethod
+    def like(cls, head: nn.Linear) -> "Float32Head":
+        """The same weights under the same names."""
+        own = cls(head.in_features, head.out_features, bias=head.bias is not None)
+        own.weight, own.bias = head.weight, head.bias
+        return own
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
 def last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
@@ -170,16 +192,7 @@ def load_scalar_model(
         UserError: another number of labels, or no trained head where `new_head` is false.
     """
     config = load_model_config(name_or_path, trust_remote_code)
-    trained = any("SequenceClassification" in name for name in config.architectures or [])
-    if trained and config.num_labels != 1:
-        raise UserError(
-            f"{name_or_path} has {config.num_labels} labels; a reward model has one (num_labels=1)"
-        )
-    if not trained and not new_head:
-        raise UserError(
-            f"{name_or_path} is not a sequence-classification model, so its rewards would be "
-            "arbitrary; stage 2 makes one from it"
-        )
+    trained = check_scalar_config(config, name_or_path, new_head)
     config.num_labels = 1
     model = _load(
         AutoModelForSequenceClassification, name_or_path, config, dtype, dropout, trust_remote_code
@@ -190,6 +203,21 @@ def load_scalar_model(
         # A random head would start from arbitrary preferences; 0 says p(y1 ≻ y2) = 1/2.
         nn.init.zeros_(model.score.weight)
     return ScalarModel(_ready(model, tokenizer, gradient_checkpointing))
+
+
+def check_scalar_config(config: PretrainedConfig, name_or_path: str, new_head: bool) -> bool:
+    """Whether the model has a trained head; a UserError where it cannot be a scalar model."""
+    trained = any("SequenceClassification" in name for name in config.architectures or [])
+    if trained and config.num_labels != 1:
+        raise UserError(
+            f"{name_or_path} has {config.num_labels} labels; a reward model has one (num_labels=1)"
+        )
+    if not trained and not new_head:
+        raise UserError(
+            f"{name_or_path} is not a sequence-classification model, so its rewards would be "
+            "arbitrary; stage 2 makes one from it"
+        )
+    return trained
 
 
 def _load(
@@ -208,7 +236,7 @@ def _load(
     # A causal model's missing classification head is expected, and said in `load_scalar_model`.
     transformers_logging.set_verbosity_error()
     try:
-        return auto_class.from_pretrained(
+        model = auto_class.from_pretrained(
             name_or_path,
             config=config,
             dtype=dtype,
@@ -219,6 +247,11 @@ def _load(
         raise UserError(f"no model could be loaded from {name_or_path}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if not dropout:  # also where a config names it in a way of its own
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return model
 
 
 def _ready(
@@ -232,6 +265,8 @@ def _ready(
             if layer is not None:
                 layer.weight.data[known:] = layer.weight.data[:known].mean(0)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if isinstance(getattr(model, "score", None), nn.Linear):
+        model.score = Float32Head.like(model.score)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

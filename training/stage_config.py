@@ -4,6 +4,8 @@ The section is DeepSpeed's own language; what the stage's own fields already say
 optimizer, clipping, precision) may not be repeated there.
 """
 
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,23 +52,48 @@ def deepspeed_faults(section: dict[str, Any]) -> list[str]:
 
         try:
             DeepSpeedZeroConfig(**section["zero_optimization"])
-        except (ValidationError, TypeError) as error:
-            details = error.errors() if isinstance(error, ValidationError) else []
-            for detail in details:
-                place = ".".join(str(part) for part in detail["loc"])
-                hint = ""
-                if detail["type"] == "extra_forbidden":
-                    hint = did_you_mean(place, DeepSpeedZeroConfig.model_fields)
-                found.append(f"zero_optimization.{place}: {detail['msg']}{hint}")
-            if not details:
-                found.append("zero_optimization: an object was expected")
+        except ValidationError as error:
+            known = DeepSpeedZeroConfig.model_fields
+            found += [f"zero_optimization.{fault}" for fault in _details(error, known)]
+        except TypeError:
+            found.append("zero_optimization: an object was expected")
+    return found + monitor_faults(section)
+
+
+def monitor_faults(section: dict[str, Any]) -> list[str]:
+    """Faults of the monitors in a `"deepspeed"` section, and packages that they lack."""
+    from deepspeed.monitor.config import get_monitor_config
+
+    monitors = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+    found = []
+    for name in [*monitors, "csv_monitor"]:
+        if name not in section:
+            continue
+        try:
+            enabled = getattr(get_monitor_config({name: section[name]}), name).enabled
+        except ValidationError as error:
+            found += _details(error, ())
+            continue
+        if enabled and name in monitors and find_spec(monitors[name]) is None:
+            found.append(f"{name}: the package {monitors[name]} is not installed; pip install it")
+    return found
+
+
+def _details(error: ValidationError, known: Iterable[str]) -> list[str]:
+    """`place: message` of each fault that one of DeepSpeed's own models found."""
+    found = []
+    for detail in error.errors():
+        place = ".".join(str(part) for part in detail["loc"])
+        unknown = detail["type"] == "extra_forbidden" and known
+        hint = did_you_mean(place, known) if unknown else ""
+        found.append(f"{place}: {detail['msg']}{hint}")
     return found
 
 
 class OptimizerSettings(StrictModel):
     """AdamW and its schedule, in the names of Hugging Face's TrainingArguments."""
 
-    learning_rate: Positive
+    learning_rate: Positive = Field(examples=[1e-5])
     weight_decay: NonNegative = 0.0
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.95
@@ -81,9 +108,9 @@ class OptimizerSettings(StrictModel):
 class StageConfig(StrictModel):
     """What every stage's JSON has."""
 
-    model_name_or_path: str
+    model_name_or_path: str = Field(examples=["owner/model"])
     """Hub name or local Hugging Face directory of the weights that the stage starts from."""
-    output_dir: str
+    output_dir: str = Field(examples=["runs/example"])
     overwrite_output_dir: bool = False
     """Whether a non-empty output_dir may be deleted and written anew."""
     seed: Annotated[int, Field(ge=0)] = 42
@@ -136,6 +163,9 @@ class StageConfig(StrictModel):
         found = []
         if self.overwrite_output_dir:
             found.append("overwrite_output_dir: contradicts resume_from_checkpoint; choose one")
+        output = Path(self.output_dir)
+        if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+            found.append(f"output_dir: {output} holds no config.json, so it is no run to resume")
         if self.resume_from_checkpoint != "latest" and not (source / "state.json").is_file():
             found.append(
                 f"resume_from_checkpoint: {source} is not a complete checkpoint (no state.json); "
@@ -152,7 +182,7 @@ class SupervisedConfig(StageConfig, OptimizerSettings):
     """Optimizer steps in all; overrides num_train_epochs."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between evaluations; 0 evaluates at the end of each epoch only."""
-    data: DataSettings
+    data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
 
 
 def model_path_faults(field: str, name_or_path: str) -> list[str]:

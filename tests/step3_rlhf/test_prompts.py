@@ -83,8 +83,8 @@ def test_centering_divides_its_prompts_over_the_ranks(
     for rank in range(2):
         monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
         parts += stream.for_centering(7)[2]
-    assert sorted(parts) == seeds
-    assert stream.for_centering(1)[2]  # no rank is without work
+    rounded_up = [(42, module.CENTERING, position) for position in range(8)]
+    assert sorted(parts) == rounded_up  # as many on every rank
 
 
 def test_iterations(configured, monkeypatch: pytest.MonkeyPatch) -> None:

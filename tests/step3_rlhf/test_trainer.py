@@ -1,5 +1,6 @@
 """One PPO iteration: its gradients by hand, and what must not change them."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from training import engine
 from training.config import check_config
 from training.data import read_records, tokenize
 from training.engine import TrainedModule
+from training.errors import UserError
 from training.models import Policy, ScalarModel, load_policy, load_scalar_model
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -344,12 +346,23 @@ def test_a_constant_in_the_reward_does_not_change_advantages_beyond_the_value(ex
 # Around the trainer
 
 
-def test_where_the_critic_starts(configured, tiny_world) -> None:
-    base = str(tiny_world / "base")
-    assert critic_source(configured()) == base  # a function rewards: the policy
-    models = {"models": [{"model_name_or_path": "a/first"}, {"model_name_or_path": "a/second"}]}
-    assert critic_source(configured(reward=models)) == "a/first"
-    assert critic_source(configured(critic_model_name_or_path="a/critic")) == "a/critic"
+def test_where_the_critic_starts(configured, tiny_world, tmp_path, world_tokenizer) -> None:
+    base, same, other = str(tiny_world / "base"), str(tmp_path / "same"), str(tmp_path / "other")
+    world_tokenizer.save_pretrained(same)
+    longer = copy.deepcopy(world_tokenizer)
+    longer.add_tokens(["<another>"])
+    longer.save_pretrained(other)
+
+    def source(**changes: object) -> str:
+        return critic_source(configured(**changes), world_tokenizer)
+
+    assert source() == base  # a function rewards: the policy
+    models = [{"model_name_or_path": same}, {"model_name_or_path": other}]
+    assert source(reward={"models": models}) == same
+    assert source(reward={"models": models[::-1]}) == base  # it would read other words
+    assert source(critic_model_name_or_path=same) == same
+    with pytest.raises(UserError, match="critic_model_name_or_path: .*another vocabulary"):
+        source(critic_model_name_or_path=other)
 
 
 def test_an_evaluations_means_are_logged() -> None:

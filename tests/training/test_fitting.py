@@ -87,13 +87,17 @@ def test_evaluation_every_so_many_steps_and_at_the_end(fitted) -> None:
 
 def test_only_the_best_weights_are_saved_and_patience_ends_the_run(fitted) -> None:
     _, stopping, saved, final, lines = fitted(
-        [3.0, 1.0, 2.0, math.nan, 0.0], patience=2, num_train_epochs=9.0
+        [3.0, 1.0, 2.0, 1.5, 0.0], patience=2, num_train_epochs=9.0
     )
     assert [m["eval/loss"] for m in saved] == [3.0, 1.0]
     assert stopping.best == {"eval/loss": 1.0}
     assert lines[-1]["step"] == 12  # 5 evaluations were there; the fifth was never asked for
-    assert lines[-1]["eval/loss"] is None  # not finite: visible as null
-    assert math.isnan(final["eval/loss"])
+    assert final["eval/loss"] == 1.5
+
+
+def test_an_evaluation_that_is_no_number_ends_the_run(fitted) -> None:
+    with pytest.raises(FloatingPointError, match="the evaluation loss is nan"):
+        fitted([3.0, math.nan], patience=2, num_train_epochs=9.0)
 
 
 def test_an_evaluation_that_is_better_resets_the_patience() -> None:

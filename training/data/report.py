@@ -24,15 +24,6 @@ class Report:
         """heading -> what -> how many."""
         return {heading: dict(counts) for heading, counts in self._counts.items()}
 
-    @classmethod
-    def from_counts(cls, counts: Mapping[str, Mapping[str, int]]) -> "Report":
-        """The report that `counts` came from."""
-        report = cls()
-        for heading, inner in counts.items():
-            for what, count in inner.items():
-                report.add(heading, what, count)
-        return report
-
     def lines(self) -> list[str]:
         """One line per heading: `hh.jsonl: 2312 read; 5 dropped: their prompts differ`."""
         return [

@@ -73,7 +73,7 @@ class DataSettings(StrictModel):
     """Which records a stage sees, and how long they may be."""
 
     # A JSON array reaches the validator as a list: tuple fields take either.
-    sources: Annotated[tuple[Source, ...], Field(strict=False)]
+    sources: Annotated[tuple[Source, ...], Field(strict=False, examples=[["owner/dataset"]])]
     eval_sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
     """Evaluation data; where there is none, eval_fraction of the stage's prompts is held out."""
     stage_proportions: Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)] = (
