@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -352,6 +353,8 @@ def test_where_the_critic_starts(configured, tiny_world, tmp_path, world_tokeniz
     longer = copy.deepcopy(world_tokenizer)
     longer.add_tokens(["<another>"])
     longer.save_pretrained(other)
+    for directory in (same, other):
+        shutil.copy(f"{base}/config.json", directory)
 
     def source(**changes: object) -> str:
         return critic_source(configured(**changes), world_tokenizer)
@@ -361,7 +364,7 @@ def test_where_the_critic_starts(configured, tiny_world, tmp_path, world_tokeniz
     assert source(reward={"models": models}) == same
     assert source(reward={"models": models[::-1]}) == base  # it would read other words
     assert source(critic_model_name_or_path=same) == same
-    with pytest.raises(UserError, match="critic_model_name_or_path: .*another vocabulary"):
+    with pytest.raises(UserError, match=r"critic_model_name_or_path: .*another vocabulary"):
         source(critic_model_name_or_path=other)
 
 

@@ -116,6 +116,26 @@ def test_low_precision_models_are_normalized_in_float32() -> None:
     assert (in_bfloat16.double() - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("rows", [0, 3, 1024, 1025])
+def test_a_rank_makes_as_many_calls_of_the_head_as_it_is_told(rows: int) -> None:
+    """Under ZeRO-3 each call is a collective: a rank with fewer tokens calls with none."""
+    torch.manual_seed(0)
+    head, calls = nn.Linear(4, 7), []
+    head.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    hidden = torch.randn(rows, 4, requires_grad=True)
+    targets = torch.randint(7, (rows,))
+    logp, entropy = token_logprobs(hidden, targets, head, with_entropy=True, chunks=3)
+    assert len(calls) == 3
+    assert sum(calls) == rows
+    expected = head(hidden).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logp, expected)
+    assert entropy.shape == (rows,)
+    calls.clear()
+    logp.sum().backward()
+    assert len(calls) == 3  # recomputed: as many in the backward pass
+    assert hidden.grad is not None
+
+
 def test_masked_sums_do_not_see_what_is_masked() -> None:
     values = torch.tensor([[1.0, 2.0, float("nan")], [4.0, float("inf"), 8.0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])

@@ -285,3 +285,25 @@ def test_gradient_checkpointing_changes_no_gradient(
 def test_the_worlds_base_model_loads(tiny_world: Path, world_tokenizer) -> None:
     assert AutoTokenizer.from_pretrained(tiny_world / "base").pad_token_id == PAD
     assert load_policy(str(tiny_world / "base"), world_tokenizer).model.config.pad_token_id == PAD
+
+
+def test_a_bfloat16_reward_model_gives_float32_rewards(tmp_path: Path, world_tokenizer) -> None:
+    """In bfloat16 a reward near 10 would be a multiple of 1/16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(world_tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=world_tokenizer.pad_token_id,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    world_tokenizer.save_pretrained(tmp_path)
+    model = load_scalar_model(str(tmp_path), world_tokenizer, torch.bfloat16)
+    with torch.no_grad():
+        model.model.score.weight.fill_(1.0)
+        values = model(torch.arange(5, 25)[None], torch.ones(1, 20, dtype=torch.long))
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float())  # finer than bfloat16 can say
