@@ -24,6 +24,7 @@ from step3_rlhf.config import PPOConfig
 from step3_rlhf.metrics import total_variation
 from step3_rlhf.optimum import ResponseSet, optimum
 from step3_rlhf.prompts import Prompts
+from step3_rlhf.regularizers import parse_regularizer
 from step3_rlhf.rollout import Rollout, assemble
 from step3_rlhf.trainer import PPOTrainer
 from training import engine
@@ -52,8 +53,11 @@ SLOW = {
     # spread leaves the optimum where it is.
     "forward_kl": {"name": "f_divergence", "divergence": "forward_kl", "max_marginal": 6.0},
     "chi_squared": {"name": "f_divergence", "divergence": "chi_squared"},
-    "generalized_pl": {"name": "generalized_pl", "g": "softplus"},
+    "generalized_pl-softplus": {"name": "generalized_pl", "g": "softplus"},
 }
+# Where no response has most of the probability, softplus is close to the exponential, and its
+# optimum 0.02 away from pm's: what tells Theorem 3 from Theorem 1 is `test_optimum.py`.
+CLOSE_TO_PM = {"pm", "generalized_pl-softplus"}
 SEED = 0
 
 
@@ -143,9 +147,9 @@ def trainer_for(regularizer: dict[str, object], reward: TableReward, seed: int) 
 
 
 @torch.no_grad()
-def mean_distance(trainer: PPOTrainer, reward: TableReward, policy: nn.Module) -> float:
-    """Total variation between `policy` and the exact optimum, mean over the prompts."""
-    distances = []
+def log_policies(trainer: PPOTrainer, policy: nn.Module) -> list[tuple[Tensor, ResponseSet]]:
+    """For each prompt log π of every response, [K] float64, and what theory needs of them."""
+    found = []
     for number, prompt in enumerate(PROMPTS):
         rollout = assemble(
             [prompt] * len(RESPONSES),
@@ -157,37 +161,60 @@ def mean_distance(trainer: PPOTrainer, reward: TableReward, policy: nn.Module) -
         views = (rollout.input_ids, rollout.attention_mask, rollout.scored_mask)
         logp = rollout.response_part(policy(*views)[0]).double().sum(-1)
         assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-4)  # the tree is complete
-        ref_logp = rollout.response_part(trainer.reference(*views)[0]).double()
-        tokens = rollout.input_ids[:, rollout.prompt_length :]
-        table = reward.table[number].double()
-        best = optimum(
-            trainer.regularizer, ResponseSet(tokens, ref_logp, rollout.response_mask, table)
+        responses = ResponseSet(
+            rollout.input_ids[:, rollout.prompt_length :],
+            rollout.response_part(trainer.reference(*views)[0]).double(),
+            rollout.response_mask,
+            trainer.reward.table[number].double(),
         )
-        distances.append(total_variation(logp, best).item())
+        found.append((logp, responses))
+    return found
+
+
+def mean_distance(
+    trainer: PPOTrainer, policy: nn.Module, regularizer: dict[str, object] | None = None
+) -> float:
+    """Total variation between `policy` and the regularizer's exact optimum, mean over prompts."""
+    wanted = parse_regularizer(regularizer) if regularizer else trainer.regularizer
+    distances = [
+        total_variation(logp, optimum(wanted, responses)).item()
+        for logp, responses in log_policies(trainer, policy)
+    ]
     return sum(distances) / len(distances)
 
 
-def distances_before_and_after(regularizer: dict[str, object], seed: int) -> tuple[float, float]:
-    reward = TableReward(seed)
-    trainer = trainer_for(regularizer, reward, seed)
-    before = mean_distance(trainer, reward, trainer.reference)
+def distances(regularizer: dict[str, object], seed: int) -> dict[str, float]:
+    """To the optimum before and after training; after it also to the optima of pm and kl."""
+    trainer = trainer_for(regularizer, TableReward(seed), seed)
+    before = mean_distance(trainer, trainer.reference)
     for number in range(ITERATIONS):
         trainer.iteration(number)
-    return before, mean_distance(trainer, reward, trainer.actor.module)
+    actor = trainer.actor.module
+    return {
+        "before": before,
+        "after": mean_distance(trainer, actor),
+        "pm": mean_distance(trainer, actor, {"name": "pm"}),
+        "kl": mean_distance(trainer, actor, {"name": "kl"}),
+    }
+
+
+def check(name: str, regularizer: dict[str, object]) -> None:
+    found = distances(regularizer, SEED)
+    assert found["before"] > 2 * LARGEST_TV  # there is a way to go
+    assert found["after"] <= LARGEST_TV
+    # It is this optimum and no other: a trainer that ignored its regularizer would fail.
+    assert name in CLOSE_TO_PM or found["pm"] > 1.5 * LARGEST_TV
+    assert name == "kl" or found["kl"] > 1.5 * LARGEST_TV
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("regularizer", QUICK.values(), ids=QUICK.keys())
-def test_ppo_reaches_the_optimum(regularizer: dict[str, object]) -> None:
-    before, after = distances_before_and_after(regularizer, SEED)
-    assert before > 2 * LARGEST_TV  # there is a way to go
-    assert after <= LARGEST_TV
+@pytest.mark.parametrize("name", QUICK)
+def test_ppo_reaches_the_optimum(name: str) -> None:
+    check(name, QUICK[name])
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("regularizer", SLOW.values(), ids=SLOW.keys())
-def test_ppo_reaches_the_optimum_slow(regularizer: dict[str, object]) -> None:
-    before, after = distances_before_and_after(regularizer, SEED)
-    assert before > 2 * LARGEST_TV
-    assert after <= LARGEST_TV
+@pytest.mark.parametrize("name", SLOW)
+def test_ppo_reaches_the_optimum_slow(name: str) -> None:
+    check(name, SLOW[name])
