@@ -9,8 +9,8 @@ that matches preferences lies on the diagonal.
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,17 +124,15 @@ def _finish(figure: Figure, path: str | Path, legend_of: Axes) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m step3_rlhf.figures OUT_DIR", file=sys.stderr)
-        return 2
-    directory = Path(arguments[0])
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The paper's analytic figures, as PNGs.")
+    parser.add_argument("directory", type=Path, help="where the figures go")
+    directory: Path = parser.parse_args(arguments).directory
     directory.mkdir(parents=True, exist_ok=True)
     for draw in (figure2, figure2_f_divergences, figure9):
         draw(directory / f"{draw.__name__}.png")
         print(directory / f"{draw.__name__}.png")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

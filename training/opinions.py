@@ -47,7 +47,7 @@ class WorldSizes:
     """How much of the world is written."""
 
     texts_per_prompt: int = 40
-    comparisons_per_prompt: int = 40
+    comparisons_per_prompt: int = 64
     eval_texts_per_prompt: int = 8
     eval_comparisons_per_prompt: int = 64
     eval_openers: int = 2
