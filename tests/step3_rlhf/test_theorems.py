@@ -94,7 +94,7 @@ def test_theorem_1_sufficiency(seed: int, c1: float, c2: float) -> None:
     assert distance(optimum_of(regularizer, rewards, ref_logp).exp(), rewards.softmax(0)) <= 1e-14
 
 
-def residual_of_equation_3_7(regularizer: Regularizer, log_ref: float) -> Tensor:
+def residual_of_the_pm_equation(regularizer: Regularizer, log_ref: float) -> Tensor:
     """πR'' + 2R' + 1/π, the PM differential equation, at several π; zero for PM regularizers."""
     pi = torch.linspace(0.05, 0.9, 12, dtype=torch.float64, requires_grad=True)
     value = value_of(regularizer, torch.full_like(pi, log_ref))(pi.log())
@@ -122,7 +122,7 @@ def residual_of_equation_3_7(regularizer: Regularizer, log_ref: float) -> Tensor
 def test_theorem_1_necessity(config: dict[str, object], solves: bool) -> None:
     """The solutions of πR'' + 2R' + 1/π = 0 match preferences; the others do not."""
     regularizer = parse_regularizer(config)
-    largest = residual_of_equation_3_7(regularizer, log_ref=-1.0).abs().max().item()
+    largest = residual_of_the_pm_equation(regularizer, log_ref=-1.0).abs().max().item()
     rewards, ref_logp = problem(seed=0)
     ref_logp = torch.full_like(ref_logp, -torch.tensor(5.0).log().item())
     error = distance(optimum_of(regularizer, rewards, ref_logp).exp(), rewards.softmax(0))
@@ -137,18 +137,28 @@ def test_theorem_1_necessity(config: dict[str, object], solves: bool) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_theorem_2_the_constant_of_1_over_pi_may_depend_on_the_response(seed: int) -> None:
     """R_{x,y} = −log π + C_{1,x} + C_{2,x,y}/π yields the PM policy."""
-    rewards, _ = problem(seed)
+    rewards, ref_logp = problem(seed)
     c2 = torch.randn(len(rewards), dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    with_c2 = expected(rewards, lambda logp: -logp + 1.3 + c2 * torch.exp(-logp))
-    assert distance(maximizer(with_c2, len(rewards)), rewards.softmax(0)) <= 1e-6
+    pm = parse_regularizer({"name": "pm", "c2": 0.7})
+    own = value_of(pm, ref_logp)
+    with_c2 = expected(rewards, lambda logp: own(logp) + 1.3 + c2 * torch.exp(-logp))
+    found = maximizer(with_c2, len(rewards))
+    assert distance(found, rewards.softmax(0)) <= 1e-6
+    assert distance(found, optimum_of(pm, rewards, ref_logp).exp()) <= 1e-6
+    # c2 is in the value: R grows by C_2/π
+    plain = value_of(parse_regularizer({"name": "pm"}), ref_logp)
+    logp = rewards.log_softmax(0)
+    torch.testing.assert_close(own(logp) - plain(logp), 0.7 * torch.exp(-logp))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_theorem_2_a_constant_of_1_that_depends_on_the_response_does_not(seed: int) -> None:
     """C_1(y) biases the policy; KL RLHF has C_1(y) = log π_ref(y|x), which is Proposition 3.7."""
     rewards, ref_logp = problem(seed)
-    with_c1 = expected(rewards, lambda logp: -logp + ref_logp)
-    assert distance(maximizer(with_c1, len(rewards)), rewards.softmax(0)) > 0.05
+    kl = parse_regularizer({"name": "kl"})
+    found = maximizer(expected(rewards, value_of(kl, ref_logp)), len(rewards))
+    assert distance(found, rewards.softmax(0)) > 0.05
+    assert distance(found, optimum_of(kl, rewards, ref_logp).exp()) <= 1e-5
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -219,7 +229,7 @@ def test_proposition_3_7_kl_does_not_match_preferences(seed: int) -> None:
         kl = parse_regularizer({"name": "kl", "beta": beta})
         optimum = optimum_of(kl, rewards, ref_logp).exp()
         assert distance(optimum, (rewards / beta).softmax(0)) > 0.01
-    residual = residual_of_equation_3_7(parse_regularizer({"name": "kl"}), log_ref=-1.0)
+    residual = residual_of_the_pm_equation(parse_regularizer({"name": "kl"}), log_ref=-1.0)
     # R_{x,y} solves the equation for one y; what Theorem 2 forbids is that its C_1 depends on y.
     assert residual.abs().max().item() <= 1e-10
     uniform = torch.full_like(rewards, -torch.tensor(5.0).log().item())
