@@ -68,7 +68,7 @@ def test_topics():
         assert population_shares(topic).sum() == pytest.approx(1, abs=1e-12)
         assert writers_shares(topic).sum() == pytest.approx(1, abs=1e-12)
         assert population_shares(topic).min() >= 0.04
-        assert writers_shares(topic).min() >= 0.05
+        assert writers_shares(topic).min() >= 0.08
         assert softmax(utilities(topic)) == pytest.approx(population_shares(topic), abs=1e-12)
 
 
@@ -94,7 +94,7 @@ def test_the_bias_that_kl_inherits_is_large():
         tilted = softmax(np.log(writers_shares(topic)) + utilities(topic))
         biases.append(0.5 * np.abs(tilted - population).sum())
         assert kl_bias(topic) == pytest.approx(biases[-1], abs=1e-12)
-    assert np.mean(biases) >= 0.32
+    assert np.mean(biases) >= 0.31
 
 
 def test_phrasings_rotate():
