@@ -38,6 +38,7 @@ RESPONSES = [
     *([x, y, z] for x, y, z in itertools.product((A, B), (A, B), (EOS, A, B))),
 ]
 ITERATIONS = 80
+MORE_ITERATIONS = 160  # where rewards or marginals are large beside the entropy
 LARGEST_TV = 0.08
 
 QUICK = {
@@ -110,7 +111,9 @@ def llama_config() -> LlamaConfig:
     )
 
 
-def trainer_for(regularizer: dict[str, object], reward: TableReward, seed: int) -> PPOTrainer:
+def trainer_for(
+    regularizer: dict[str, object], reward: TableReward, seed: int, iterations: int
+) -> PPOTrainer:
     settings = {
         "model_name_or_path": "random weights",
         "output_dir": "nowhere",
@@ -129,7 +132,8 @@ def trainer_for(regularizer: dict[str, object], reward: TableReward, seed: int) 
         "cliprange_value": 100.0,
     }
     config = PPOConfig.model_validate_json(json.dumps(settings))
-    steps = ITERATIONS * config.num_mini_batches
+    steps = iterations * config.num_mini_batches
+    torch.manual_seed(seed)
     critic = LlamaForSequenceClassification(llama_config())
     nn.init.zeros_(critic.score.weight)
     data = Dataset.from_dict(
@@ -183,11 +187,13 @@ def mean_distance(
     return sum(distances) / len(distances)
 
 
-def distances(regularizer: dict[str, object], seed: int) -> dict[str, float]:
+def distances(
+    regularizer: dict[str, object], seed: int, iterations: int = ITERATIONS
+) -> dict[str, float]:
     """To the optimum before and after training; after it also to the optima of pm and kl."""
-    trainer = trainer_for(regularizer, TableReward(seed), seed)
+    trainer = trainer_for(regularizer, TableReward(seed), seed, iterations)
     before = mean_distance(trainer, trainer.reference)
-    for number in range(ITERATIONS):
+    for number in range(iterations):
         trainer.iteration(number)
     actor = trainer.actor.module
     return {
@@ -198,8 +204,8 @@ def distances(regularizer: dict[str, object], seed: int) -> dict[str, float]:
     }
 
 
-def check(name: str, regularizer: dict[str, object]) -> None:
-    found = distances(regularizer, SEED)
+def check(name: str, regularizer: dict[str, object], iterations: int = ITERATIONS) -> None:
+    found = distances(regularizer, SEED, iterations)
     assert found["before"] > 2 * LARGEST_TV  # there is a way to go
     assert found["after"] <= LARGEST_TV
     # It is this optimum and no other: a trainer that ignored its regularizer would fail.
@@ -217,4 +223,4 @@ def test_ppo_reaches_the_optimum(name: str) -> None:
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", SLOW)
 def test_ppo_reaches_the_optimum_slow(name: str) -> None:
-    check(name, SLOW[name])
+    check(name, SLOW[name], MORE_ITERATIONS)
