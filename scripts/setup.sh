@@ -30,7 +30,7 @@ if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
     # torch by its exact version, first: a range would bring a much larger build of a newer one.
     python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' scripts/constraints.txt)"
     PYTHONWARNINGS=ignore python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt \
-        --editable ".[plots,tracking,test]"
+        --editable ".[gguf,plots,tracking,test]"
     if [[ "$gpus" == 0 ]]; then
         # DeepSpeed compiles its communication between CPU processes when it is first used.
         echo "Compiling DeepSpeed's CPU communication (a minute, once)"

@@ -1,6 +1,8 @@
 """Tokenizer, policy and scalar models (reward, critic), on top of Hugging Face's Auto classes."""
 
 import inspect
+import struct
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,10 +23,20 @@ from training.errors import UserError
 from training.logprobs import chunks_of, position_ids, token_logprobs
 
 PAD_TOKEN = "<pad>"
+UNREADABLE = (OSError, ValueError, KeyError, struct.error)
+"""What transformers raises for a model that is missing, of another kind, or cut off."""
 DROPOUT_FIELDS = (
     "dropout attention_dropout hidden_dropout activation_dropout embd_pdrop attn_pdrop resid_pdrop "
     "hidden_dropout_prob attention_probs_dropout_prob layerdrop classifier_dropout"
 ).split()
+
+
+def _source(name_or_path: str) -> dict[str, str]:
+    """Where `from_pretrained` looks: a Hub name, a directory, or one GGUF file."""
+    path = Path(name_or_path)
+    if path.suffix != ".gguf":
+        return {"pretrained_model_name_or_path": name_or_path}
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -33,8 +46,10 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     is no pad token of its own, `<pad>` is added (the embeddings grow in `load_policy`).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            **_source(name_or_path), trust_remote_code=trust_remote_code
+        )
+    except UNREADABLE as error:
         raise UserError(f"no tokenizer could be loaded from {name_or_path}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name_or_path} has no EOS token; responses need an end")
@@ -148,8 +163,10 @@ def _positions(takes_positions: bool, attention_mask: Tensor) -> dict[str, Tenso
 
 def load_model_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(
+            **_source(name_or_path), trust_remote_code=trust_remote_code
+        )
+    except UNREADABLE as error:
         raise UserError(f"no model config could be loaded from {name_or_path}: {error}") from error
 
 
@@ -232,21 +249,25 @@ def _load(
         for field in DROPOUT_FIELDS:
             if isinstance(getattr(config, field, None), float):
                 setattr(config, field, 0.0)
+    gguf = "gguf_file" in _source(name_or_path)
     verbosity = transformers_logging.get_verbosity()
     # A causal model's missing classification head is expected, and said in `load_scalar_model`.
     transformers_logging.set_verbosity_error()
     try:
         model = auto_class.from_pretrained(
-            name_or_path,
+            **_source(name_or_path),
+            **({"quantization_config": GgufConfig(dequantize=True)} if gguf else {}),
             config=config,
             dtype=dtype,
             use_safetensors=True,  # nothing pickled is ever loaded
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"no model could be loaded from {name_or_path}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if gguf and hasattr(model, "hf_quantizer"):  # plain weights now, which can be saved
+        model.hf_quantizer.remove_quantization_config(model)
     if not dropout:  # also where a config names it in a way of its own
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -265,6 +286,8 @@ def _ready(
             if layer is not None:
                 layer.weight.data[known:] = layer.weight.data[:known].mean(0)
     model.config.pad_token_id = tokenizer.pad_token_id
+    # The padding row gets no gradient: left at a model's own pad = EOS, EOS would learn nothing.
+    model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
     if isinstance(getattr(model, "score", None), nn.Linear):
         model.score = Float32Head.like(model.score)
     if gradient_checkpointing:

@@ -109,7 +109,7 @@ class StageConfig(StrictModel):
     """What every stage's JSON has."""
 
     model_name_or_path: str = Field(examples=["owner/model"])
-    """Hub name or local Hugging Face directory of the weights that the stage starts from."""
+    """Hub name, Hugging Face directory or GGUF file of the weights that the stage starts from."""
     output_dir: str = Field(examples=["runs/example"])
     overwrite_output_dir: bool = False
     """Whether a non-empty output_dir may be deleted and written anew."""
@@ -188,9 +188,21 @@ class SupervisedConfig(StageConfig, OptimizerSettings):
 def model_path_faults(field: str, name_or_path: str) -> list[str]:
     """A name that can only be a path must exist; `owner/name` may be one of the Hub's."""
     path = Path(name_or_path)
-    if path.exists():
-        if path.is_dir() and not (path / "config.json").is_file():
-            return [f"{field}: {name_or_path} has no config.json; it is not a model directory"]
-        return []
+    if path.suffix == ".gguf":
+        return _gguf_faults(field, path)
+    if path.is_file():
+        return [f"{field}: {name_or_path} is a file; name a model directory or a .gguf file"]
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return []
+        return [f"{field}: {name_or_path} has no config.json; it is not a model directory"]
     looks_local = path.is_absolute() or len(path.parts) > 2 or name_or_path.startswith(".")
     return [f"{field}: {name_or_path} does not exist"] if looks_local else []
+
+
+def _gguf_faults(field: str, path: Path) -> list[str]:
+    """Faults of a model in a single GGUF file, whose weights transformers turns into float32."""
+    if not path.is_file():
+        return [f"{field}: {path} does not exist"]
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    return [f"{field}: reading {path} needs pip install {' '.join(missing)}"] if missing else []
