@@ -27,8 +27,38 @@ launch() {
             arguments+=(--num_gpus "$NUM_PROCESSES")
         fi
     fi
+    # In a session of its own: Ctrl-C reaches this script alone, which passes it on to the ranks.
+    RANK_PIDS="$(mktemp -d)"
+    export RANK_PIDS
     # shellcheck disable=SC2086
-    deepspeed "${arguments[@]}" ${DEEPSPEED_ARGS:-} --module "$@"
+    setsid deepspeed "${arguments[@]}" ${DEEPSPEED_ARGS:-} --module "$@" &
+    launcher=$! signals=0
+    trap 'pass_on TERM 143' TERM
+    trap 'pass_on INT 130' INT
+    local code interrupted
+    while :; do
+        interrupted="$signals" code=0
+        wait "$launcher" || code=$?
+        [[ "$signals" != "$interrupted" ]] || break # else the signal, not the launcher, ended wait
+    done
+    trap - TERM INT
+    rm -rf "$RANK_PIDS"
+    return "$code"
+}
+
+# SIGNAL CODE: the first one goes to the ranks, which save a checkpoint and end; not to the launcher,
+# which would kill them after 30 s. Where no rank is ready, and the second time, all end at once.
+pass_on() {
+    signals=$((signals + 1))
+    local ranks
+    ranks="$(ls "$RANK_PIDS")"
+    if ((signals > 1)) || [[ -z "$ranks" ]]; then
+        kill -KILL -- "-$launcher" 2>/dev/null || true
+        rm -rf "$RANK_PIDS"
+        exit "$2"
+    fi
+    # shellcheck disable=SC2086
+    kill -s "$1" $ranks 2>/dev/null || true
 }
 
 free_port() {

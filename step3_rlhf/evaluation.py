@@ -36,7 +36,7 @@ from step3_rlhf.response_sets import FiniteSet, read_response_sets
 from step3_rlhf.rewards import RewardSource, check_reward, load_reward
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts, sample
 from training import engine
-from training.cli import add_common_options, start, user_errors_end_cleanly
+from training.cli import add_common_options, errors_end_cleanly, start
 from training.config import apply_overrides, check_config, read_mapping
 from training.data import encode_responses, read_records, tokenize
 from training.errors import UserError
@@ -436,7 +436,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="key.path=value, over the run's own settings")
     add_common_options(parser)
     options = parser.parse_args(arguments)
-    with user_errors_end_cleanly(options.debug):
+    with errors_end_cleanly(options.debug):
         settings = run_settings(options.run_dir)
         faults = apply_overrides(settings, options.overrides)
         heading = f"{options.run_dir} cannot be evaluated:"

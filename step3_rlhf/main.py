@@ -31,6 +31,7 @@ from training.data import read_records, tokenize
 from training.errors import UserError
 from training.fitting import require_evaluation
 from training.models import load_policy, load_scalar_model, load_tokenizer
+from training.signals import Stopped, requests
 from training.tracking import Tracker, say
 
 SHOWN = ("objective/rlhf_reward", "objective/kl", "policy/entropy_per_token", "response/length")
@@ -120,6 +121,7 @@ def require_same_tokens(
         )
 
 
+@requests.deferred()
 def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig) -> None:
     config = trainer.config
     checkpoints = Checkpoints(config, {"actor": trainer.actor, "critic": trainer.critic})
@@ -141,8 +143,12 @@ def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: Evalua
         if done % config.logging_steps == 0 or done == count:
             tracker.log(done, metrics, SHOWN)
         tracker.advance()
-        if config.save_steps and done % config.save_steps == 0:
+        stop = requests.agreed()
+        if stop or checkpoints.is_due(done, count):
             checkpoints.save(done, {"reward_center": trainer.reward_center})
+        if stop:
+            tracker.close()
+            raise Stopped(stop, done)
     tracker.close()
 
 

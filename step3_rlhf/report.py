@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from step3_rlhf.report_findings import METRICS, Run, number, read_findings, report_of
-from training.cli import user_errors_end_cleanly
+from training.cli import errors_end_cleanly
 from training.errors import UserError
 
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("directory", help="the quickstart's folder, such as runs/quickstart")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_args(arguments)
-    with user_errors_end_cleanly(options.debug):
+    with errors_end_cleanly(options.debug):
         print(write_report(Path(options.directory)))
 
 

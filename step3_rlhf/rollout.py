@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -67,6 +67,10 @@ class Rollout:
     def state_part(self, values: Tensor) -> Tensor:
         """[B, R] of values [B, P + R] of the state before each response token."""
         return values[:, self.prompt_length - 1 : -1]
+
+    def readable(self) -> dict[str, object]:
+        """All of it, for a person who looks for what went wrong."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def rows(self, first: int, last: int) -> "Rollout":
         """Rows first … last − 1, trimmed to their longest prompt and response."""

@@ -13,6 +13,7 @@ from step3_rlhf.prompts import Prompts
 from step3_rlhf.rewards import RewardSource
 from step3_rlhf.rollout import Rollout, sample
 from training.engine import TrainedModule, optimizer_step, sum_over_ranks
+from training.faults import dumped, require_finite
 from training.logprobs import masked_sum
 
 
@@ -70,22 +71,24 @@ class PPOTrainer:
         """
         batch = self.prompts.of_iteration(number)
         rollout = sample(self.actor.engine, self.tokenizer, *batch, self.config.sampling)
-        rewards, raw_rewards = self.shaped(self.reward(rollout), rollout)
-        ref_logp = self.score_reference(rollout)
-        parts = self.micro_batches(rollout, rewards, ref_logp)
+        with dumped(self.config.output_dir, number + 1, rollout.readable):
+            rewards, raw_rewards = self.shaped(self.reward(rollout), rollout)
+            require_finite("rewards", rewards)
+            ref_logp = self.score_reference(rollout)
+            parts = self.micro_batches(rollout, rewards, ref_logp)
 
-        statistics = Statistics(self.regularizer)
-        if not self.config.uses_rollout_once:
-            parts = self.with_advantages([self.scored(part) for part in parts])
-        accumulation = self.config.gradient_accumulation_steps
-        for _ in range(self.config.num_ppo_epochs):
-            for first in range(0, len(parts), accumulation):
-                optimizer_step(
-                    [self.actor, self.critic],
-                    parts[first : first + accumulation],
-                    lambda part: self.losses(part, statistics),
-                    items=lambda part: int(part.rollout.response_mask.sum()),
-                )
+            statistics = Statistics(self.regularizer)
+            if not self.config.uses_rollout_once:
+                parts = self.with_advantages([self.scored(part) for part in parts])
+            accumulation = self.config.gradient_accumulation_steps
+            for _ in range(self.config.num_ppo_epochs):
+                for first in range(0, len(parts), accumulation):
+                    optimizer_step(
+                        [self.actor, self.critic],
+                        parts[first : first + accumulation],
+                        lambda part: self.losses(part, statistics),
+                        items=lambda part: int(part.rollout.response_mask.sum()),
+                    )
         return statistics.averages(raw_rewards, self)
 
     def losses(self, part: Experience, statistics: "Statistics") -> Sequence[Tensor]:
@@ -260,4 +263,6 @@ class Statistics:
             "actor/grad_norm": trainer.actor.grad_norm,
             "critic/learning_rate": trainer.critic.learning_rate,
             "critic/grad_norm": trainer.critic.grad_norm,
+            **trainer.actor.loss_scaling("actor"),
+            **trainer.critic.loss_scaling("critic"),
         }

@@ -1,6 +1,7 @@
 """What a stage leaves behind: checkpoints to resume from, and Hugging Face directories."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -14,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.engine import TrainedModule, barrier, is_partitioned, rank, world_size
-from training.errors import UserError
+from training.errors import RunError, UserError
 from training.stage_config import StageConfig
 
 # Settings that do not change what a run computes.
@@ -55,12 +56,40 @@ class Checkpoints:
         self.engines = engines
         self.directory = Path(config.output_dir) / "checkpoints"
 
+    def is_due(self, step: int, steps: int) -> bool:
+        """Every `save_steps` and after the last of all `steps`; never where `save_steps` is 0."""
+        every = self.config.save_steps
+        return every > 0 and (step % every == 0 or step == steps)
+
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the checkpoint of `step` steps, then drop the oldest beyond `save_total_limit`."""
+        """Write the checkpoint of `step` steps, then drop the oldest beyond `save_total_limit`.
+
+        Raises:
+            RunError: it could not be written; the earlier ones are as they were.
+        """
         name = f"step-{step:08d}"
-        draft = self.directory / f"{name}.unfinished"
+        try:
+            self._write(name, step, state)
+        except (OSError, RuntimeError) as error:  # torch says a full disk as a RuntimeError
+            shutil.rmtree(self._draft(name), ignore_errors=True)
+            earlier = complete_checkpoints(self.directory)
+            raise RunError(
+                f"The checkpoint of step {step} could not be written to {self.directory}: {error}\n"
+                + (
+                    f"The last complete one is {earlier[-1]}"
+                    if earlier
+                    else "There is no earlier one"
+                )
+            ) from error
+
+    def _draft(self, name: str) -> Path:
+        return self.directory / f"{name}.unfinished"
+
+    def _write(self, name: str, step: int, state: dict[str, Any]) -> None:
+        draft = self._draft(name)
         if rank() == 0:
-            shutil.rmtree(draft, ignore_errors=True)
+            for leftover in self.directory.glob("step-*.*"):
+                shutil.rmtree(leftover)
             draft.mkdir(parents=True)
         barrier()
         for label, trained in self.engines.items():
@@ -75,11 +104,14 @@ class Checkpoints:
                 "state": state,
             }
             (draft / STATE).write_text(json.dumps(record, indent=2) + "\n")
-            shutil.rmtree(self.directory / name, ignore_errors=True)
+            for path in draft.rglob("*"):
+                _to_disk(path)
+            _remove(self.directory / name)
             draft.rename(self.directory / name)
+            _to_disk(self.directory)
             kept = self.config.save_total_limit or 0
             for old in complete_checkpoints(self.directory)[:-kept] if kept else []:
-                shutil.rmtree(old)
+                _remove(old)
         barrier()
 
     def restore(self) -> tuple[int, dict[str, Any]]:
@@ -145,6 +177,23 @@ def complete_checkpoints(directory: Path) -> list[Path]:
         for path in directory.iterdir()
         if re.fullmatch(r"step-\d{8}", path.name) and (path / STATE).is_file()
     )
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete it; it loses its name first, so that half of one is never found."""
+    if checkpoint.is_dir():
+        nameless = checkpoint.with_name(checkpoint.name + ".removed")
+        checkpoint.rename(nameless)
+        shutil.rmtree(nameless)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until the operating system has written it: a name must not survive its contents."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

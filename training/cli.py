@@ -9,10 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from training.config import Config, load_config
-from training.errors import UserError
+from training.errors import RunError, UserError
 from training.stage_config import StageConfig
 
 SECONDS_FOR_RANK_0 = 20.0
@@ -25,10 +25,13 @@ Stage = TypeVar("Stage", bound=StageConfig)
 def run_stage(
     config_class: type[Stage], stage: Callable[[Stage], None], arguments: list[str] | None = None
 ) -> None:
-    """Parse, check, run. A user's mistake ends with its message and exit code 2."""
+    """Parse, check, run; every end but success has its message and its exit code.
+
+    A user's mistake: 2. A run that cannot go on: 1. SIGTERM and SIGINT: 143 and 130.
+    """
     parser = stage_parser(config_class)
     options = parser.parse_args(arguments)
-    with user_errors_end_cleanly(options.debug):
+    with errors_end_cleanly(options.debug):
         config = load_config(config_class, options.config, options.overrides)
         start(lambda: stage(config), config.seed)
 
@@ -38,8 +41,10 @@ def start(stage: Callable[[], None], seed: int) -> None:
     import transformers
 
     from training import engine
+    from training.signals import requests
 
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the stage's own
+    requests.install()
     engine.connect()
     transformers.set_seed(seed)
     try:
@@ -49,19 +54,42 @@ def start(stage: Callable[[], None], seed: int) -> None:
 
 
 @contextlib.contextmanager
-def user_errors_end_cleanly(debug: bool) -> Iterator[None]:
-    """A UserError becomes its message, said once, and exit code 2; `debug` keeps the traceback."""
+def errors_end_cleanly(debug: bool) -> Iterator[None]:
+    """Errors that explain themselves become their message and an exit code.
+
+    Args:
+        debug: let them through, with the traceback.
+    """
     try:
         yield
-    except UserError as error:
-        if debug:
+    except Exception as error:
+        from training.faults import OUT_OF_MEMORY, is_out_of_memory
+        from training.signals import Stopped
+
+        if debug and not isinstance(error, Stopped):
             raise
-        # Every rank finds the same fault and rank 0 says so. The launcher ends all processes with
-        # the first one that ends: the others wait, and speak only if they are still there.
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(SECONDS_FOR_RANK_0)
-        print(f"\n{error}\n", file=sys.stderr, flush=True)
-        sys.exit(2)
+        if isinstance(error, Stopped):
+            _end(str(error), error.code)
+        if isinstance(error, UserError):
+            _end(str(error), 2)
+        if isinstance(error, RunError):
+            _end(str(error), 1)
+        if is_out_of_memory(error):
+            _end(f"{error}\n\n{OUT_OF_MEMORY}", 1, everywhere=False)
+        raise
+
+
+def _end(message: str, code: int, everywhere: bool = True) -> NoReturn:
+    """Print `message` and exit.
+
+    Args:
+        everywhere: all ranks end in this way, and rank 0 says why. The launcher ends all processes
+            with the first one that fails: the others wait, and speak only if still there.
+    """
+    if everywhere and os.environ.get("RANK", "0") != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+    print(f"\n{message}\n", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def stage_parser(config_class: type[Config]) -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from training.errors import NotFiniteError
 from training.stage_config import OptimizerSettings, StageConfig
 
 Batch = TypeVar("Batch")
@@ -125,6 +126,16 @@ class TrainedModule:
         self.module = module
         self.learning_rate = math.nan
         """Of the step just taken; DeepSpeed itself tells the next step's."""
+        self.bad_gradients = torch.zeros((), device=device())
+        """Gradient tensors of this rank that were not finite, since the last step."""
+        if not config.fp16:
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(self._watch)
+
+    def _watch(self, gradient: Tensor) -> None:
+        # Before ZeRO takes it away; a sum is not finite where any entry is not.
+        self.bad_gradients += (~gradient.sum(dtype=torch.float32).isfinite()).float()
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.engine(*arguments, **named)
@@ -137,6 +148,18 @@ class TrainedModule:
         """
         norm = self.engine.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
+
+    def loss_scaling(self, prefix: str) -> dict[str, float]:
+        """fp16's loss scale, and how many steps it has skipped so far; nothing in other precision.
+
+        Named `prefix`/loss_scale and `prefix`/skipped_steps.
+        """
+        if not self.engine.fp16_enabled():
+            return {}
+        return {
+            f"{prefix}/loss_scale": float(self.engine.optimizer.loss_scale),
+            f"{prefix}/skipped_steps": float(self.engine.skipped_steps),
+        }
 
 
 def optimizer_step(
@@ -160,7 +183,8 @@ def optimizer_step(
         Each module's mean loss per item over the global batch.
 
     Raises:
-        FloatingPointError: before the optimizer step, on every rank, if a loss is not finite.
+        NotFiniteError: before the optimizer step, on every rank, if a loss or a gradient is not
+            finite. In fp16 gradients may overflow: DeepSpeed then skips the step and scales down.
     """
     count = sum_over_ranks(torch.tensor(sum(items(batch) for batch in micro_batches)))
     count = max(count.item(), 1.0)
@@ -172,14 +196,28 @@ def optimizer_step(
     for index, batch in enumerate(micro_batches):
         losses = loss_sums(batch)
         totals += torch.stack([loss.detach().double() for loss in losses])
-        if index == len(micro_batches) - 1:
+        last = index == len(micro_batches) - 1
+        if last:
             totals = sum_over_ranks(totals)
             if not totals.isfinite().all():
-                raise FloatingPointError(f"the loss is not finite: {totals.tolist()}")
+                raise NotFiniteError(f"the loss is {(totals / count).tolist()}")
         for module, loss in zip(trained, losses, strict=True):
             module.engine.backward(loss * scale, scale_wrt_gas=False)
+        if last:
+            _require_finite_gradients(trained)
+        for module in trained:
             module.engine.step()
     return [total / count for total in totals.tolist()]
+
+
+def _require_finite_gradients(trained: Sequence[TrainedModule]) -> None:
+    counts = sum_over_ranks(torch.stack([module.bad_gradients for module in trained]))
+    for module in trained:
+        module.bad_gradients.zero_()
+    if counts.any():
+        raise NotFiniteError(
+            f"the loss is finite, but gradients are not ({int(counts.sum())} parameter tensors)"
+        )
 
 
 @contextlib.contextmanager

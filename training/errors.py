@@ -1,17 +1,25 @@
-"""Errors that are the user's to mend: one message, no traceback, exit code 2."""
+"""Errors that end in one message, without a traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A fault in what the user gave: a config, a data file, a path, a reward function."""
+    """A fault in what the user gave: a config, a data file, a path, a reward function. Exit 2."""
 
     def __init__(self, faults: str | Iterable[str], heading: str = "") -> None:
         self.faults = [faults] if isinstance(faults, str) else list(faults)
         self.heading = heading
         lines = ([heading] if heading else []) + [f"  - {fault}" for fault in self.faults]
         super().__init__(self.faults[0] if len(lines) == 1 and not heading else "\n".join(lines))
+
+
+class RunError(Exception):
+    """A sound run that cannot go on: no memory, no disk, figures that are not finite. Exit 1."""
+
+
+class NotFiniteError(Exception):
+    """A loss, reward or gradient that is NaN or infinite, found before it reached the weights."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

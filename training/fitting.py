@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
+from datasets import Dataset
 
 from training.checkpoint import Checkpoints
 from training.data import GlobalBatches, StageRecords, shard
 from training.engine import TrainedModule, optimizer_step, rank, sum_over_ranks, world_size
-from training.errors import UserError
+from training.errors import RunError, UserError
+from training.faults import dumped
+from training.signals import Stopped, requests
 from training.stage_config import SupervisedConfig
 from training.tracking import Tracker, say
 
@@ -19,6 +22,8 @@ Batch = TypeVar("Batch")
 
 class Task(Protocol[Batch]):
     """What is learned. Losses are sums over items; `fit` divides by the global number of items."""
+
+    train: Dataset
 
     def collate(self, rows: list[int], training: bool) -> Batch:
         """The micro-batch of these rows of the data; a row of -1 carries no loss."""
@@ -83,6 +88,7 @@ def global_batch_size(config: SupervisedConfig) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
 
 
+@requests.deferred()
 def fit(
     config: SupervisedConfig,
     trained: TrainedModule,
@@ -96,6 +102,10 @@ def fit(
 
     Returns:
         The metrics of the last evaluation.
+
+    Raises:
+        Stopped: by SIGTERM or SIGINT, after the step in which it came.
+        RunError: a figure is not finite.
     """
     order = GlobalBatches(examples, global_batch_size(config), config.seed)
     steps = total_steps(config, examples)
@@ -116,16 +126,17 @@ def fit(
             config.gradient_accumulation_steps,
         )
         micro_batches = [task.collate(part, training=True) for part in rows]
-        (loss,) = optimizer_step(
-            [trained], micro_batches, lambda batch: [task.loss_sum(batch)], task.items
-        )
         done = step + 1
+        with dumped(config.output_dir, done, lambda rows=rows: texts_of(task.train, rows)):
+            (loss,) = optimizer_step(
+                [trained], micro_batches, lambda batch: [task.loss_sum(batch)], task.items
+            )
         metrics = {
             "train/loss": loss,
             "train/epoch": done / order.steps_per_epoch,
             "train/learning_rate": trained.learning_rate,
             "train/grad_norm": trained.grad_norm,
-        }
+        } | trained.loss_scaling("train")
         evaluated = (
             done == steps or done % order.steps_per_epoch == 0 or _is_due(done, config.eval_steps)
         )
@@ -133,17 +144,26 @@ def fit(
             trained.engine.eval()
             evaluation = task.evaluate()
             if not math.isfinite(evaluation["eval/loss"]):
-                raise FloatingPointError(f"the evaluation loss is {evaluation['eval/loss']}")
+                raise RunError(f"The evaluation loss after step {done} is not finite")
             metrics |= evaluation
             if stopping.improved(evaluation):
                 on_improvement(evaluation)
         if evaluated or _is_due(done, config.logging_steps):
             tracker.log(done, metrics, shown=("train/loss", "eval/loss"))
         tracker.advance()
-        if _is_due(done, config.save_steps):
+        stop = requests.agreed()
+        if stop or checkpoints.is_due(done, steps):
             checkpoints.save(done, {"stopping": stopping.state, "evaluation": evaluation})
+        if stop:
+            tracker.close()
+            raise Stopped(stop, done)
     tracker.close()
     return evaluation
+
+
+def texts_of(data: Dataset, micro_batches: list[list[int]]) -> list[list[dict[str, Any]]]:
+    """The rows of each micro-batch as the data has them: prompts as text, and all token ids."""
+    return [[{"row": row, **data[row]} for row in rows if row >= 0] for rows in micro_batches]
 
 
 def _is_due(step: int, every: int) -> bool:

