@@ -15,7 +15,7 @@ from training import engine, fitting
 from training.checkpoint import check_resumable, export
 from training.cli import prepare_output, run_stage
 from training.data import SequenceBatch, collate_texts, read_records, tokenize
-from training.models import load_policy, load_tokenizer
+from training.models import check_positions, load_policy, load_tokenizer
 from training.tracking import say
 
 
@@ -64,6 +64,12 @@ def main(config: SFTConfig) -> None:
     fitting.require_evaluation(records)
     say(str(records.report))
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    check_positions(
+        config.model_name_or_path,
+        config.data.max_prompt_length,
+        config.data.max_response_length,
+        config.trust_remote_code,
+    )
     with engine.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "sft")
     say(str(data.report))

@@ -21,7 +21,7 @@ from training import engine, fitting
 from training.checkpoint import check_resumable, export
 from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, collate_groups, read_records, tokenize
-from training.models import last_token, load_scalar_model, load_tokenizer
+from training.models import check_positions, last_token, load_scalar_model, load_tokenizer
 from training.tracking import say
 
 
@@ -101,6 +101,12 @@ def main(config: RewardConfig) -> None:
     fitting.require_evaluation(records)
     say(str(records.report))
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    check_positions(
+        config.model_name_or_path,
+        config.data.max_prompt_length,
+        config.data.max_response_length,
+        config.trust_remote_code,
+    )
     with engine.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "reward")
     say(str(data.report))

@@ -30,7 +30,7 @@ from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
 from training.errors import UserError
 from training.fitting import require_evaluation
-from training.models import load_policy, load_scalar_model, load_tokenizer
+from training.models import check_positions, load_policy, load_scalar_model, load_tokenizer
 from training.signals import Stopped, requests
 from training.tracking import Tracker, say
 
@@ -44,6 +44,12 @@ def main(config: PPOConfig) -> None:
     read_response_sets(config.evaluation.response_sets)
     check_reward(config.reward, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    check_positions(
+        config.model_name_or_path,
+        config.data.max_prompt_length,
+        config.response_length,
+        config.trust_remote_code,
+    )
     with engine.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "ppo")
     try:

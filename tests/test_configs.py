@@ -49,7 +49,10 @@ def create_what_is_named(data: dict[str, Any]) -> None:
         path = Path(text)
         if path.is_absolute() or not text.startswith("runs/"):
             continue
-        if key.endswith("model_name_or_path"):
+        if text.endswith(".gguf"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        elif key.endswith("model_name_or_path"):
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.json").write_text("{}")
         elif text.endswith((".jsonl", ".json", ".parquet")):

@@ -63,7 +63,7 @@ def errors_end_cleanly(debug: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from training.faults import OUT_OF_MEMORY, is_out_of_memory
+        from training.faults import remedy
         from training.signals import Stopped
 
         if debug and not isinstance(error, Stopped):
@@ -74,8 +74,8 @@ def errors_end_cleanly(debug: bool) -> Iterator[None]:
             _end(str(error), 2)
         if isinstance(error, RunError):
             _end(str(error), 1)
-        if is_out_of_memory(error):
-            _end(f"{error}\n\n{OUT_OF_MEMORY}", 1, everywhere=False)
+        if advice := remedy(error):
+            _end(f"{error}\n\n{advice}", 1, everywhere=False)
         raise
 
 

@@ -1,8 +1,10 @@
-"""What ends a run in the middle: figures that are not finite, and memory that does not suffice.
+"""What ends a run in the middle: figures that are not finite, memory or disk that is too small.
 
 A figure that is not finite stops the run before it reaches the weights, and what caused it is kept.
 """
 
+import errno
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,10 @@ OUT_OF_MEMORY = """The memory does not suffice. What takes less, the cheapest fi
   - deepspeed.zero_optimization.stage=2 or 3, and 3 in frozen_deepspeed
   - deepspeed.zero_optimization.offload_optimizer.device=cpu
 --dry-run estimates the memory of a config without running it."""
+
+ALLOCATION = re.compile(r"can't allocate memory|not enough memory|CUDA error: out of memory")
+DISK_FULL = """The disk is full. Make room and go on with resume_from_checkpoint=latest;
+save_total_limit keeps only the newest checkpoints."""
 
 
 @contextmanager
@@ -75,9 +81,15 @@ def _on_cpu(value: Any) -> Any:
     return value
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU (which torch says in its own words)."""
+def remedy(error: Exception) -> str | None:
+    """What to do about memory (a GPU's or the CPU's) or disk that did not suffice; None for others.
+
+    torch and safetensors say both in words of their own.
+    """
+    words = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("can't allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        return OUT_OF_MEMORY
+    if isinstance(error, RuntimeError) and ALLOCATION.search(words):
+        return OUT_OF_MEMORY
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return DISK_FULL if full or "No space left on device" in words else None

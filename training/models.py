@@ -170,6 +170,23 @@ def load_model_config(name_or_path: str, trust_remote_code: bool = False) -> Pre
         raise UserError(f"no model config could be loaded from {name_or_path}: {error}") from error
 
 
+def check_positions(
+    name_or_path: str, prompt: int, response: int, trust_remote_code: bool = False
+) -> None:
+    """Refuse lengths for which the model has no positions, before its weights are loaded.
+
+    Args:
+        prompt, response: the longest allowed, in tokens.
+    """
+    config = load_model_config(name_or_path, trust_remote_code)
+    known = getattr(config, "max_position_embeddings", None)
+    if known is not None and prompt + response > known:
+        raise UserError(
+            f"{name_or_path} knows {known} positions; a prompt of {prompt} tokens "
+            f"(data.max_prompt_length) and a response of {response} need {prompt + response}"
+        )
+
+
 def load_policy(
     name_or_path: str,
     tokenizer: PreTrainedTokenizerBase,

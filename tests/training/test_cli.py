@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from step1_sft.config import SFTConfig
-from training import cli, engine
+from training import cli, engine, signals
 from training.cli import prepare_output, run_stage, stage_parser
 from training.config import check_config
-from training.errors import UserError
+from training.errors import RunError, UserError
 
 Settings = Callable[[str], dict[str, Any]]
 
@@ -20,6 +21,7 @@ Settings = Callable[[str], dict[str, Any]]
 def without_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "connect", lambda: None)
     monkeypatch.setattr(engine, "disconnect", lambda: None)
+    monkeypatch.setattr(signals.requests, "install", lambda: None)  # pytest keeps its own
     monkeypatch.delenv("RANK", raising=False)
 
 
@@ -64,6 +66,27 @@ def test_a_mistake_found_by_the_stage_ends_with_its_message(
         run_stage(SFTConfig, stage, [config_file])
     assert caught.value.code == 2
     assert capsys.readouterr().err.strip() == "The data cannot be used:\n  - one\n  - two"
+
+
+def test_memory_that_does_not_suffice_ends_with_what_to_change(
+    config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_stage(SFTConfig, lambda config: torch.empty(1 << 60), [config_file])
+    assert caught.value.code == 1
+    assert "gradient_checkpointing=true" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_go_on_ends_with_its_message(
+    config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stage(config: SFTConfig) -> None:
+        raise RunError("no room")
+
+    with pytest.raises(SystemExit) as caught:
+        run_stage(SFTConfig, stage, [config_file])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.strip() == "no room"
 
 
 def test_debug_keeps_the_traceback(config_file: str) -> None:

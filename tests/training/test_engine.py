@@ -13,6 +13,7 @@ from step1_sft.config import SFTConfig
 from training import engine
 from training.config import check_config
 from training.engine import TrainedModule, deepspeed_config, optimizer_step
+from training.errors import NotFiniteError
 from training.models import Policy
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -141,7 +142,7 @@ def test_a_batch_without_items_changes_nothing(configured) -> None:
 def test_a_loss_that_is_not_finite_ends_before_the_step(configured, bad: float) -> None:
     config = configured(gradient_accumulation_steps=2)
     trained = TrainedModule(Point(), config, config, 10)
-    with pytest.raises(FloatingPointError, match="loss is not finite"):
+    with pytest.raises(NotFiniteError, match=r"the loss is \[(nan|inf)\]"):
         optimizer_step(
             [trained],
             [torch.tensor([bad]), torch.tensor([1.0])],
@@ -149,6 +150,32 @@ def test_a_loss_that_is_not_finite_ends_before_the_step(configured, bad: float) 
             len,
         )
     assert trained.module.w.item() == 0.0
+
+
+class Root(Point):
+    """√|w| at 0: the value is 0, the gradient is not a number."""
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        return self.w.abs().sqrt().sum() * numbers.sum()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_ends_before_any_step(configured, stage, bf16) -> None:
+    config = configured(
+        gradient_accumulation_steps=2,
+        bf16=bf16,
+        deepspeed={"zero_optimization": {"stage": stage}},
+    )
+    dtype = engine.precision(config)
+    sound, broken = (TrainedModule(m().to(dtype), config, config, 10) for m in (Point, Root))
+    batches = [torch.tensor([1.0], dtype=dtype), torch.tensor([2.0], dtype=dtype)]
+    with pytest.raises(NotFiniteError, match=r"gradients are not \(2 parameter tensors\)"):
+        optimizer_step([sound, broken], batches, lambda batch: [sound(batch), broken(batch)], len)
+    for trained in (sound, broken):
+        parameters = list(trained.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
+            assert trained.module.w.item() == 0.0
 
 
 @pytest.mark.parametrize("stage", [0, 2])

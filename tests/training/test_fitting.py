@@ -15,7 +15,7 @@ from training.config import check_config
 from training.data import FILLER, StageRecords
 from training.data.report import Report
 from training.engine import TrainedModule
-from training.errors import UserError
+from training.errors import RunError, UserError
 from training.fitting import EarlyStopping, fit
 from training.tracking import Tracker
 
@@ -96,7 +96,7 @@ def test_only_the_best_weights_are_saved_and_patience_ends_the_run(fitted) -> No
 
 
 def test_an_evaluation_that_is_no_number_ends_the_run(fitted) -> None:
-    with pytest.raises(FloatingPointError, match="the evaluation loss is nan"):
+    with pytest.raises(RunError, match="evaluation loss after step 6 is not finite"):
         fitted([3.0, math.nan], patience=2, num_train_epochs=9.0)
 
 

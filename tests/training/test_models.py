@@ -20,6 +20,7 @@ from training.errors import UserError
 from training.models import (
     Policy,
     ScalarModel,
+    check_positions,
     last_token,
     load_policy,
     load_scalar_model,
@@ -307,3 +308,13 @@ def test_a_bfloat16_reward_model_gives_float32_rewards(tmp_path: Path, world_tok
         values = model(torch.arange(5, 25)[None], torch.ones(1, 20, dtype=torch.long))
     assert values.dtype == torch.float32
     assert not torch.equal(values, values.bfloat16().float())  # finer than bfloat16 can say
+
+
+def test_lengths_beyond_the_models_positions_are_refused(
+    tiny_opt: PreTrainedModel, tmp_path: Path
+) -> None:
+    tiny_opt.config.save_pretrained(tmp_path)
+    known = tiny_opt.config.max_position_embeddings
+    check_positions(str(tmp_path), known - 20, 20)
+    with pytest.raises(UserError, match=rf"knows {known} positions.*need {known + 1}"):
+        check_positions(str(tmp_path), known - 20, 21)
