@@ -80,6 +80,7 @@ def main(config: SFTConfig) -> None:
         engine.precision(config),
         dropout=True,
         gradient_checkpointing=config.gradient_checkpointing,
+        lora=config.lora,
         trust_remote_code=config.trust_remote_code,
     )
     steps = fitting.total_steps(config, len(data.train))

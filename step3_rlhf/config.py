@@ -176,6 +176,11 @@ class PPOConfig(StageConfig, SamplingSettings):
         for name in ("reference_model_name_or_path", "critic_model_name_or_path"):
             if getattr(self, name):
                 found += model_path_faults(name, getattr(self, name))
+        if self.lora is not None and self.lora.lora_dropout > 0:
+            found.append(
+                "lora.lora_dropout: PPO scores what it trains, and dropout would score another "
+                "policy; 0 is the value here"
+            )
         rollout = self.local_rollout_size()
         if rollout % self.rollout_batch_size and self.rollout_batch_size < rollout:
             found.append(

@@ -41,8 +41,11 @@ from training.config import apply_overrides, check_config, read_mapping
 from training.data import encode_responses, read_records, tokenize
 from training.errors import UserError
 from training.fitting import require_evaluation
+from training.lora import WithoutAdapter
 from training.models import load_policy, load_tokenizer
 from training.tracking import say
+
+Model = nn.Module | WithoutAdapter
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Models:
     """The triple that is measured, and the tokenizer of policy and reference."""
 
     policy: nn.Module
-    reference: nn.Module
+    reference: Model
     reward: RewardSource
     tokenizer: PreTrainedTokenizerBase
 
@@ -193,7 +196,7 @@ def over_ranks(count: int, batch_size: int, measure: Callable[[list[int]], list[
 
 
 @torch.no_grad()
-def sequence_logps(model: nn.Module, rollout: Rollout, config: EvaluationConfig) -> Tensor:
+def sequence_logps(model: Model, rollout: Rollout, config: EvaluationConfig) -> Tensor:
     """[B] float64 log-probability of each whole response."""
     size = config.per_device_eval_batch_size
     parts = []
@@ -206,7 +209,7 @@ def sequence_logps(model: nn.Module, rollout: Rollout, config: EvaluationConfig)
 
 
 @torch.no_grad()
-def token_logps(model: nn.Module, rollout: Rollout) -> Tensor:
+def token_logps(model: Model, rollout: Rollout) -> Tensor:
     """[B, R] float64 log-probability of each response token."""
     logp, _ = model(rollout.input_ids, rollout.attention_mask, rollout.scored_mask)
     return rollout.response_part(logp).double().cpu()

@@ -30,6 +30,7 @@ from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
 from training.errors import UserError
 from training.fitting import require_evaluation
+from training.lora import WithoutAdapter
 from training.models import check_positions, load_policy, load_scalar_model, load_tokenizer
 from training.signals import Stopped, requests
 from training.tracking import Tracker, say
@@ -83,24 +84,39 @@ def build(
     """The four models in their engines."""
     dtype = engine.precision(config)
     options = {"trust_remote_code": config.trust_remote_code}
-    trained = options | {"gradient_checkpointing": config.gradient_checkpointing}
+    trained = options | {
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "lora": config.lora,
+    }
     steps = count * config.num_ppo_epochs * config.num_mini_batches
 
     actor = load_policy(config.model_name_or_path, tokenizer, dtype, **trained)
     critic_path = critic_source(config, tokenizer)
     critic = load_scalar_model(critic_path, tokenizer, dtype, new_head=True, **trained)
-    reference_path = config.reference_model_name_or_path or config.model_name_or_path
-    require_same_tokens(reference_path, tokenizer, "reference_model_name_or_path", config)
-    reference = load_policy(reference_path, tokenizer, dtype, **options)
+    trained_actor = engine.TrainedModule(actor, config, config.actor, steps)
     return PPOTrainer(
         config,
-        engine.TrainedModule(actor, config, config.actor, steps),
+        trained_actor,
         engine.TrainedModule(critic, config, config.critic, steps),
-        engine.frozen(reference, config.frozen_deepspeed, dtype),
+        load_reference(config, trained_actor, tokenizer),
         load_reward(config.reward, tokenizer, config),
         prompts,
         tokenizer,
     )
+
+
+def load_reference(
+    config: PPOConfig, actor: engine.TrainedModule, tokenizer: PreTrainedTokenizerBase
+) -> nn.Module | WithoutAdapter:
+    """π_ref: a frozen model, or the actor without its adapter where it started as π_ref."""
+    path = config.reference_model_name_or_path
+    if config.lora is not None and path is None:
+        return WithoutAdapter(actor.engine)
+    path = path or config.model_name_or_path
+    require_same_tokens(path, tokenizer, "reference_model_name_or_path", config)
+    dtype = engine.precision(config)
+    reference = load_policy(path, tokenizer, dtype, trust_remote_code=config.trust_remote_code)
+    return engine.frozen(reference, config.frozen_deepspeed, dtype)
 
 
 def critic_source(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -21,6 +21,7 @@ from transformers import (
 from step3_rlhf.config import SamplingSettings
 from training import engine
 from training.data import encode_prompts, pad_prompts, prompt_messages, render_prompt
+from training.lora import WithoutAdapter
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def uniforms(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    policy: nn.Module,
+    policy: nn.Module | WithoutAdapter,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
     prompts: list[str],
@@ -126,7 +127,7 @@ def sample(
     """One response per prompt, `rollout_batch_size` at a time.
 
     Args:
-        policy: a Policy, or the DeepSpeed engine around one.
+        policy: a Policy, the DeepSpeed engine around one, or one without its adapter.
         seeds: one per prompt; the same seed draws the same response.
     """
     responses: list[list[int]] = []

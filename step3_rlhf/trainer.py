@@ -15,6 +15,7 @@ from step3_rlhf.rollout import Rollout, sample
 from training.engine import TrainedModule, optimizer_step, sum_over_ranks
 from training.faults import dumped, require_finite
 from training.logprobs import masked_sum
+from training.lora import WithoutAdapter
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PPOTrainer:
         config: PPOConfig,
         actor: TrainedModule,
         critic: TrainedModule,
-        reference: nn.Module,
+        reference: nn.Module | WithoutAdapter,
         reward: RewardSource,
         prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase,

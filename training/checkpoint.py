@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.engine import TrainedModule, barrier, is_partitioned, rank, world_size
 from training.errors import RunError, UserError
+from training.lora import merged_state
 from training.stage_config import StageConfig
 
 # Settings that do not change what a run computes.
@@ -29,6 +30,7 @@ STATE = "state.json"
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write `model` and `tokenizer` as safetensors that `from_pretrained` loads.
 
+    An adapter is merged into the weights that are written; `model` keeps it.
     Must be called on every rank; rank 0 writes. The directory appears whole or not at all.
     """
     parameters = list(model.parameters()) if is_partitioned(model) else []
@@ -36,7 +38,9 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory
         if rank() == 0:
             unfinished = directory.with_name(directory.name + ".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            model.save_pretrained(unfinished, safe_serialization=True)
+            model.save_pretrained(
+                unfinished, state_dict=merged_state(model), safe_serialization=True
+            )
             tokenizer.save_pretrained(unfinished)
             shutil.rmtree(directory, ignore_errors=True)
             unfinished.rename(directory)
@@ -92,8 +96,11 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             draft.mkdir(parents=True)
         barrier()
+        has_lora = self.config.lora is not None  # what is frozen comes with the model
         for label, trained in self.engines.items():
-            trained.engine.save_checkpoint(str(draft / label), tag="engine")
+            trained.engine.save_checkpoint(
+                str(draft / label), tag="engine", exclude_frozen_parameters=has_lora
+            )
         torch.save(_random_states(), draft / f"random-{rank()}.pt")
         barrier()
         if rank() == 0:
@@ -125,7 +132,9 @@ class Checkpoints:
             return 0, {}
         record = json.loads((source / STATE).read_text())
         for label, trained in self.engines.items():
-            trained.engine.load_checkpoint(str(source / label), tag="engine")
+            trained.engine.load_checkpoint(
+                str(source / label), tag="engine", load_module_strict=self.config.lora is None
+            )
         states = torch.load(source / f"random-{rank()}.pt", weights_only=True)
         _set_random_states(states)
         return record["step"], record["state"]

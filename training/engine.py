@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from training.errors import NotFiniteError
+from training.lora import WithoutAdapter, adapter_off
 from training.stage_config import OptimizerSettings, StageConfig
 
 Batch = TypeVar("Batch")
@@ -221,13 +222,18 @@ def _require_finite_gradients(trained: Sequence[TrainedModule]) -> None:
 
 
 @contextlib.contextmanager
-def whole_parameters(module: nn.Module) -> Iterator[nn.Module]:
+def whole_parameters(module: nn.Module | WithoutAdapter) -> Iterator[nn.Module]:
     """The bare module in evaluation mode with all of its parameters on this rank, to generate with.
 
     Args:
-        module: a plain module, or the DeepSpeed engine around one. ZeRO-3's hooks would give each
-            parameter back after its layer has run; they are taken off meanwhile.
+        module: a plain module, the DeepSpeed engine around one, or one without its adapter.
+            ZeRO-3's hooks would give each parameter back after its layer has run; they are taken
+            off meanwhile.
     """
+    if isinstance(module, WithoutAdapter):
+        with adapter_off(module.engine.module), whole_parameters(module.engine) as bare:
+            yield bare
+        return
     bare = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
     was_training = bare.training
     bare.eval()

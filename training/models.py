@@ -21,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 from training.engine import is_partitioned, max_over_ranks
 from training.errors import UserError
 from training.logprobs import chunks_of, position_ids, token_logprobs
+from training.lora import add_adapter
+from training.stage_config import LoraSettings
 
 PAD_TOKEN = "<pad>"
 UNREADABLE = (OSError, ValueError, KeyError, struct.error)
@@ -194,18 +196,20 @@ def load_policy(
     dropout: bool = False,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    lora: LoraSettings | None = None,
 ) -> Policy:
     """A causal language model as a Policy, its embeddings grown to hold the tokenizer's pad token.
 
     Args:
         dropout: keep the model's own dropout; off wherever log-probabilities must be reproducible.
+        lora: train an adapter of this kind and nothing else.
     """
     config = load_model_config(name_or_path, trust_remote_code)
     if any("SequenceClassification" in name for name in config.architectures or []):
         raise UserError(f"{name_or_path} is a sequence-classification model, not a language model")
     _refuse_scaled_logits(config, name_or_path)
     model = _load(AutoModelForCausalLM, name_or_path, config, dtype, dropout, trust_remote_code)
-    return Policy(_ready(model, tokenizer, gradient_checkpointing))
+    return Policy(_ready(model, tokenizer, gradient_checkpointing, lora))
 
 
 def load_scalar_model(
@@ -216,11 +220,13 @@ def load_scalar_model(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     new_head: bool = False,
+    lora: LoraSettings | None = None,
 ) -> ScalarModel:
     """A one-label sequence-classification model.
 
     Args:
         new_head: take a causal language model as well and give it a head, at 0.
+        lora: train an adapter of this kind, and the head.
 
     Raises:
         UserError: another number of labels, or no trained head where `new_head` is false.
@@ -236,7 +242,7 @@ def load_scalar_model(
     if not trained:
         # A random head would start from arbitrary preferences; 0 says p(y1 ≻ y2) = 1/2.
         nn.init.zeros_(model.score.weight)
-    return ScalarModel(_ready(model, tokenizer, gradient_checkpointing))
+    return ScalarModel(_ready(model, tokenizer, gradient_checkpointing, lora))
 
 
 def check_scalar_config(config: PretrainedConfig, name_or_path: str, new_head: bool) -> bool:
@@ -293,7 +299,10 @@ def _load(
 
 
 def _ready(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gradient_checkpointing: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    gradient_checkpointing: bool,
+    lora: LoraSettings | None,
 ) -> PreTrainedModel:
     known = model.get_input_embeddings().num_embeddings
     if known < len(tokenizer):
@@ -307,6 +316,11 @@ def _ready(
     model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
     if isinstance(getattr(model, "score", None), nn.Linear):
         model.score = Float32Head.like(model.score)
+    if lora is not None:
+        try:
+            add_adapter(model, lora)
+        except ValueError as error:
+            raise UserError(f"lora.target_modules: {error}") from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -105,6 +105,19 @@ class OptimizerSettings(StrictModel):
     """Fraction of all optimizer steps over which the learning rate rises from 0."""
 
 
+class LoraSettings(StrictModel):
+    """An adapter of LoRA (Hu et al. 2021), in peft's names."""
+
+    r: Count = 16
+    """Rank: A is [r, inputs], B is [outputs, r]."""
+    lora_alpha: Positive = 32.0
+    """The adapter adds lora_alpha / r · B A x to W x."""
+    lora_dropout: Fraction = 0.0
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get one, or a regular expression; all-linear is every linear layer
+    but the head."""
+
+
 class StageConfig(StrictModel):
     """What every stage's JSON has."""
 
@@ -120,6 +133,8 @@ class StageConfig(StrictModel):
     fp16: bool = False
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraSettings | None = None
+    """Train an adapter in place of all weights; exports have it merged. Null trains all."""
     per_device_train_batch_size: Count = 8
     """Sequences (pairs, rollouts) in one forward pass of one process."""
     per_device_eval_batch_size: Count = 8
