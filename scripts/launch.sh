@@ -1,8 +1,10 @@
 # Sourced: `launch MODULE ARGUMENTS...` starts a stage with the DeepSpeed launcher.
 #   NUM_PROCESSES=2   processes per node (default: every visible GPU; one on a CPU)
-#   HOSTFILE=path     several nodes, in DeepSpeed's hostfile format
+#   HOSTFILE=path     several nodes, in DeepSpeed's hostfile format, reached by pdsh over ssh; or,
+#   NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=port    with HOSTFILE: this node's part only, without
+#                     ssh; start the same on every node, each with its number
 #   MASTER_PORT=port  the port at which the processes meet (default: a free one)
-#   DEEPSPEED_ARGS=…  anything else for the launcher, such as --no_ssh --node_rank=1
+#   DEEPSPEED_ARGS=…  anything else for the launcher
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 launch() {
@@ -12,6 +14,11 @@ launch() {
         [[ -f "$HOSTFILE" ]] || fail "HOSTFILE=$HOSTFILE: no such file"
         arguments+=(--hostfile "$HOSTFILE")
         [[ -z "${NUM_PROCESSES:-}" ]] || arguments+=(--num_gpus "$NUM_PROCESSES")
+        if [[ -n "${NODE_RANK:-}" ]]; then
+            [[ -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" ]] ||
+                fail "NODE_RANK=$NODE_RANK: name the first node with MASTER_ADDR and a free port there with MASTER_PORT"
+            arguments+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+        fi
     else
         # DeepSpeed would read a hostfile of the machine's own accord; one node is meant here.
         arguments+=(--hostfile /dev/null)
