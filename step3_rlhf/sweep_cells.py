@@ -136,15 +136,15 @@ def is_finished(directory: Path) -> bool:
         return False
 
 
-def changed_settings(
-    settings: PPOConfig | EvaluationConfig, record: Path, free_to_change: tuple[str, ...]
-) -> list[str]:
-    """Names of the settings that differ from those in `record`, where there is one."""
-    if not record.is_file():
-        return []
+def changed_settings(settings: PPOConfig | EvaluationConfig, record: Path) -> list[str]:
+    """Names of the settings that differ from those that the cell was made with."""
+    from training.checkpoint import FREE_TO_CHANGE
+
     try:
         then = type(settings).model_validate_json(record.read_text()).model_dump(mode="json")
+    except OSError:
+        return [f"{record.name}, which is missing"]
     except ValidationError as error:
         return [".".join(map(str, detail["loc"])) for detail in error.errors()]
     now = settings.model_dump(mode="json")
-    return [name for name in now if name not in free_to_change and now[name] != then[name]]
+    return [name for name in now if name not in FREE_TO_CHANGE and now[name] != then[name]]

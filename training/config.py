@@ -6,6 +6,7 @@ each with its path in the file. What the stages' configs have in common is in `s
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -83,6 +84,8 @@ def check_config(
 ) -> Config:
     """Typed config from plain data, or one UserError with every fault."""
     faults = list(faults or [])
+    if unreadable := list(_half_characters(data)):
+        raise UserError(faults + unreadable, heading)
     config, found = _validated(config_class, data)
     faults += [f"{_place(location)}: {message}" for location, message in found]
     if config is not None:
@@ -111,6 +114,8 @@ def _faults_of_the_rest(
     config_class: type[Config], data: dict[str, Any], faulty: list[tuple[int | str, ...]]
 ) -> list[str]:
     """Contradictions in what is sound: the fields' own examples stand in for the faulty entries."""
+    if () in faulty:
+        return []  # the whole is of no use
     replaced: set[str] = set()
     for _ in range(3):  # an example may be needed for what is missing inside a removed entry
         for location in reversed(faulty):
@@ -145,6 +150,20 @@ def _put_example(
     if examples:
         parent[location[index]] = copy.deepcopy(examples[0])
     return index
+
+
+def _half_characters(value: Any, place: str = "") -> Iterator[str]:
+    r"""Faults of texts with half of an escaped pair (`\ud83d` alone): no file can hold them."""
+    if isinstance(value, str):
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            yield f"{place}: {value!a} is not valid Unicode"
+    elif isinstance(value, dict):
+        for name, member in value.items():
+            yield from _half_characters(name, f"the key {name!a}")
+            yield from _half_characters(member, f"{place}.{name}" if place else name)
+    elif isinstance(value, list):
+        for index, member in enumerate(value):
+            yield from _half_characters(member, f"{place}.{index}")
 
 
 def _place(location: tuple[int | str, ...]) -> str:

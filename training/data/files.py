@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def raw_records(source: Source, report: Report) -> Iterator[RawRecord]:
             yield from _from_file(source.path, report)
         else:
             yield from _from_datasets(source)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{source.path}: unreadable: {_one_line(error)}") from None
 
 

@@ -1,0 +1,117 @@
+"""What the finished cells of a sweep measured, and the words that go with it."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from step3_rlhf.metrics import Estimate, pm_divergence
+from step3_rlhf.sweep_cells import Cell, Grid, is_finished
+from training.errors import UserError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt: their log-odds in nats, seen by reference and reward model."""
+
+    reference: float
+    """log π_ref(y1|x) − log π_ref(y2|x)."""
+    reward: float
+    """r_θ(x, y1) − r_θ(x, y2), not yet divided by β."""
+
+
+class Measured:
+    """One finished cell's evaluation.json and instances.jsonl."""
+
+    def __init__(self, directory: Path) -> None:
+        self.report: dict[str, Any] = json.loads((directory / "evaluation.json").read_text())
+        self._instances = directory / "instances.jsonl"
+
+    def estimate(self, name: str) -> Estimate:
+        """A sampled metric by its name in evaluation.json."""
+        return Estimate(**self.report[name])
+
+    @cached_property
+    def divergences(self) -> list[float]:
+        """Instance PM divergence of every prompt, of its first pair of responses.
+
+        Section 6.1 has one pair; a mean over several would hide how far apart they are.
+        """
+        pairs = [entry["responses"][:2] for entry in self._entries()]
+        columns = [
+            torch.tensor([pair[place][name] for pair in pairs], dtype=torch.float64)
+            for name in ("logp", "reward")
+            for place in (0, 1)
+        ]
+        return pm_divergence(*columns, self.report["preference_temperature"]).tolist()
+
+    def pairs(self) -> list[Pair]:
+        """The first two responses of every prompt, where they are not the same text."""
+        found = []
+        for entry in self._entries():
+            first, second = entry["responses"][:2]
+            if first["text"] != second["text"]:
+                reference = first["ref_logp"] - second["ref_logp"]
+                found.append(Pair(reference, first["reward"] - second["reward"]))
+        return found
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._instances.open(encoding="utf-8")]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A sweep as far as it is finished."""
+
+    grid: Grid
+    measured: dict[Cell, Measured]
+
+    def get(self, cell: Cell) -> Measured | None:
+        return self.measured.get(cell)
+
+    @property
+    def missing(self) -> list[str]:
+        return [cell.name for cell in self.grid.cells() if cell not in self.measured]
+
+    @property
+    def any(self) -> Measured:
+        return next(iter(self.measured.values()))
+
+
+def read_results(directory: Path) -> Results:
+    """Every finished cell of the sweep in `directory`.
+
+    Raises:
+        UserError: it is no sweep, or none of its cells is finished.
+    """
+    grid = Grid.read(directory)
+    finished = [cell for cell in grid.cells() if is_finished(directory / cell.name)]
+    if not finished:
+        raise UserError(f"{directory}: no cell of this sweep is finished")
+    return Results(grid, {cell: Measured(directory / cell.name) for cell in finished})
+
+
+def best_alpha(results: Results, beta: float) -> Cell | None:
+    """Conditional PM with the lowest PM divergence of this β: the paper's "optimal α"."""
+    cells = [cell for cell in results.grid.row(beta) if cell.alpha is not None]
+    found = {
+        cell: measured.estimate("pm_divergence").mean
+        for cell in cells
+        if (measured := results.get(cell)) is not None
+    }
+    return min(found, key=lambda cell: found[cell]) if found else None
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^{−x}) for any x."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def cell_label(cell: Cell) -> str:
+    """As in the paper's tables."""
+    names = {"kl": "KL RLHF", "pm": "PM RLHF", "reference": "reference"}
+    return names.get(cell.kind) or f"α = {cell.alpha:g}"

@@ -1,0 +1,346 @@
+"""The sweep's plan: its cells and commands, what is finished, what goes on, what is refused."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from step3_rlhf import sweep
+from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.evaluation import run_settings
+from step3_rlhf.sweep_cells import (
+    SETTINGS,
+    Cell,
+    Grid,
+    State,
+    is_finished,
+    regularizer_of,
+    state_of,
+)
+from step3_rlhf.sweep_plan import Job, Request, plan
+from training.checkpoint import STATE
+from training.config import apply_overrides, check_config, load_config
+from training.errors import RunError, UserError
+
+GRID = Grid("a/model", (0.1, 0.3), (0.5, 1.0))
+NAMES = [
+    "reference",
+    "beta-0.5/conditional_pm-0.1",
+    "beta-0.5/conditional_pm-0.3",
+    "beta-0.5/kl",
+    "beta-1.0/conditional_pm-0.1",
+    "beta-1.0/conditional_pm-0.3",
+    "beta-1.0/kl",
+    "beta-1.0/pm",
+]
+
+
+@pytest.fixture
+def request_of(
+    stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> Callable[..., Request]:
+    config = tmp_path / "stage3.json"
+    config.write_text(json.dumps(stage_settings("ppo")))
+
+    def request(*overrides: str, grid: Grid = GRID) -> Request:
+        return Request(str(config), list(overrides), grid, tmp_path / "sweep")
+
+    return request
+
+
+def finish(directory: Path, config: Any = None, prompts: int = 2) -> None:
+    """What a cell that ended well leaves behind."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        name = "config.json" if isinstance(config, PPOConfig) else SETTINGS
+        (directory / name).write_text(config.model_dump_json())
+    (directory / "evaluation.json").write_text(json.dumps({"prompts": prompts}))
+    (directory / "instances.jsonl").write_text('{"prompt": "x"}\n' * prompts)
+
+
+def stop(directory: Path, config: Any) -> None:
+    """What a cell that was stopped after a checkpoint leaves behind."""
+    checkpoint = directory / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / STATE).write_text("{}")
+    (directory / "config.json").write_text(config.model_dump_json())
+
+
+# Cells
+
+
+def test_the_grid_has_the_papers_cells() -> None:
+    assert [cell.name for cell in GRID.cells()] == NAMES
+    only = Grid("a/model", (0.1, 0.3), (0.5, 1.0), grid_only=True)
+    assert [cell.name for cell in only.cells()] == NAMES[1:-1]
+    whole = Grid("a/model", sweep.ALPHAS, sweep.BETAS)
+    assert len(whole.cells()) == 3 * 4 + 2
+
+
+@pytest.mark.parametrize(("betas", "expected"), [((0.5, 1.0, 2.0), 1.0), ((0.1, 0.5), 0.5)])
+def test_figure_1_is_for_beta_1_or_the_largest(betas: tuple[float, ...], expected: float) -> None:
+    assert Grid("m", (0.1,), betas).main_beta == expected
+
+
+def test_conditional_pm_keeps_what_the_config_says_of_it() -> None:
+    cell = Cell("conditional_pm", 0.5, 0.3)
+    expected = {"name": "conditional_pm", "alpha": 0.3, "beta": 0.5}
+    assert regularizer_of(cell, {"name": "kl", "beta": 7.0}) == expected
+    given = {"name": "conditional_pm", "level": "sequence", "alpha_per_token": 0.1, "epsilon": 0.2}
+    assert regularizer_of(cell, given) == {
+        "name": "conditional_pm",
+        "level": "sequence",
+        "epsilon": 0.2,
+        "alpha_per_token": 0.3,
+        "beta": 0.5,
+    }
+    assert regularizer_of(Cell("kl", 0.5), given) == {"name": "kl", "beta": 0.5}
+
+
+def test_the_grid_survives_its_file(tmp_path: Path) -> None:
+    GRID.write(tmp_path / "new")
+    assert Grid.read(tmp_path / "new") == GRID
+    with pytest.raises(UserError, match=r"holds no sweep\.json, so it is no sweep"):
+        Grid.read(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"model": "m"}')
+    with pytest.raises(UserError, match=r"sweep\.json"):
+        Grid.read(tmp_path)
+
+
+# States
+
+
+def test_a_cell_is_finished_when_its_last_file_is_whole(tmp_path: Path) -> None:
+    assert not is_finished(tmp_path / "nowhere")
+    finish(tmp_path)
+    assert is_finished(tmp_path)
+    instances = tmp_path / "instances.jsonl"
+    whole = instances.read_text()
+    for cut in (whole[:-5], whole.splitlines()[0], ""):
+        instances.write_text(cut)
+        assert not is_finished(tmp_path)
+    instances.write_text(whole)
+    (tmp_path / "evaluation.json").write_text('{"promp')
+    assert not is_finished(tmp_path)
+
+
+def test_only_a_complete_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
+    assert state_of(tmp_path) is State.NEW
+    checkpoint = tmp_path / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    assert state_of(tmp_path) is State.NEW
+    (checkpoint / STATE).write_text("{}")
+    assert state_of(tmp_path) is State.STOPPED
+    finish(tmp_path)
+    assert state_of(tmp_path) is State.FINISHED
+
+
+# The plan
+
+
+def config_of(job: Job) -> PPOConfig:
+    """What stage 3 makes of the job's command."""
+    shell, script, path, *overrides = job.command
+    assert (shell, script) == ("bash", "scripts/step3_rlhf.sh")
+    return load_config(PPOConfig, path, overrides)
+
+
+def test_every_command_is_one_that_the_stage_accepts(request_of: Callable[..., Request]) -> None:
+    request = request_of("seed=7", "data.max_eval_samples=6")
+    reference, *trained = plan(request)
+    for job in trained:
+        config = config_of(job)
+        assert config == job.settings
+        assert config.output_dir == str(request.directory / job.cell.name)
+        assert (config.seed, config.data.max_eval_samples) == (7, 6)
+        assert config.regularizer.name == job.cell.kind
+        assert config.regularizer.beta == job.cell.beta
+        assert getattr(config.regularizer, "alpha", None) == job.cell.alpha
+        assert config.resume_from_checkpoint is None
+
+    shell, script, run_dir, *overrides = reference.command
+    assert (shell, script) == ("bash", "scripts/evaluate.sh")
+    Path(run_dir).mkdir(parents=True)
+    settings = run_settings(run_dir)
+    assert apply_overrides(settings, overrides) == []
+    measured = check_config(EvaluationConfig, settings, "reference:")
+    assert measured == reference.settings
+    config = config_of(trained[0])
+    assert measured.model_name_or_path == config.model_name_or_path
+    assert measured.regularizer is not None
+    assert measured.regularizer.preference_temperature == 1.0
+    assert (measured.seed, measured.evaluation) == (7, config.evaluation)
+    assert not any(job.directory.exists() for job in trained)
+
+
+def test_finished_cells_are_skipped_and_stopped_ones_go_on(
+    request_of: Callable[..., Request],
+) -> None:
+    jobs = plan(request_of("save_steps=2"))
+    finish(jobs[0].directory, jobs[0].settings)
+    finish(jobs[1].directory, jobs[1].settings)
+    stop(jobs[2].directory, jobs[2].settings)
+    jobs[3].directory.mkdir(parents=True)  # it ended before its first checkpoint
+    (jobs[3].directory / "config.json").write_text("{}")
+    again = plan(request_of("save_steps=1"))  # which does not change what a run computes
+    states = [State.FINISHED, State.FINISHED, State.STOPPED, *[State.NEW] * 5]
+    assert [job.state for job in again] == states
+    assert config_of(again[2]).resume_from_checkpoint == "latest"
+    assert config_of(again[3]).overwrite_output_dir
+    assert not config_of(again[4]).overwrite_output_dir
+
+
+def test_cells_of_other_settings_are_refused(request_of: Callable[..., Request]) -> None:
+    jobs = plan(request_of())
+    for job in jobs[:2]:
+        finish(job.directory, job.settings)
+    stop(jobs[2].directory, jobs[2].settings)
+    plan(request_of())
+    with pytest.raises(UserError) as caught:
+        plan(request_of("seed=7", "total_episodes=16"))
+    message = str(caught.value)
+    assert "reference: made with another seed\n" in message
+    assert "beta-0.5/conditional_pm-0.1: made with another seed, total_episodes\n" in message
+    assert "beta-0.5/conditional_pm-0.3: made with another seed, total_episodes\n" in message
+    assert "beta-0.5/kl" not in message
+    assert "choose another --output" in message
+
+
+def test_mistakes_are_found_before_the_first_cell(request_of: Callable[..., Request]) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(request_of("output_dir=x", "regularizer.alpha=0.1", "nonsense"))
+    message = str(caught.value)
+    assert "output_dir: the sweep sets it; see --output" in message
+    assert "regularizer.alpha: the sweep sets it" in message
+    assert "'nonsense': write it as key.path=value" in message
+    with pytest.raises(UserError, match="total_episode: unknown key; did you mean 'total_epi"):
+        plan(request_of("total_episode=4"))
+    with pytest.raises(UserError, match="regularizer: an object was expected"):
+        plan(request_of("regularizer=kl"))
+
+
+# Running
+
+
+def test_a_failed_cell_is_named_and_the_others_are_run(
+    request_of: Callable[..., Request], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = plan(request_of())[1]
+    finish(first.directory, first.settings)
+    jobs = plan(request_of())
+    commands: list[list[str]] = []
+
+    def launch(command: list[str]) -> int:
+        job = next(job for job in jobs if job.command == command)
+        commands.append(command)
+        if job.cell == Cell("kl", 0.5):
+            return 3
+        if job.cell != Cell("pm", 1.0):  # which says that all is well, and leaves nothing
+            finish(job.directory)
+        return 0
+
+    failed = sweep.run(jobs, launch)
+    assert failed == {"beta-0.5/kl": "exit code 3", "beta-1.0/pm": "ended without its results"}
+    assert commands == [job.command for job in jobs if job is not jobs[1]]
+    printed = capsys.readouterr().out
+    assert "=== cell 2 of 8: beta-0.5/conditional_pm-0.1: finished earlier ===" in printed
+    assert "=== cell 8 of 8: beta-1.0/pm: starts ===" in printed
+    assert "=== reference: done, 0 s; 6 more to run, about 0 s ===" in printed
+
+
+def test_the_sweep_fails_with_its_cells_names(
+    request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep.Launcher, "__call__", lambda self, command: 3)
+    with pytest.raises(RunError) as caught:
+        sweep.sweep(request_of())
+    assert "8 of 8 cells failed" in str(caught.value)
+    assert "  - beta-1.0/pm: exit code 3" in str(caught.value)
+
+
+def test_the_launcher_returns_the_exit_code() -> None:
+    with sweep.Launcher() as launch:
+        assert launch([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+
+
+def test_a_signal_reaches_the_command_and_ends_the_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command interrupts its parent, waits to be told to stop itself, and saves first."""
+    saved = tmp_path / "saved"
+    program = (
+        "import os, pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        f"    pathlib.Path({str(saved)!r}).touch()\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    with sweep.Launcher() as launch, pytest.raises(SystemExit) as caught:
+        launch([sys.executable, "-c", program])
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert saved.is_file()
+    assert "the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.4, "0 s"), (119, "119 s"), (600, "10 min"), (9000, "2.5 h")]
+)
+def test_durations(seconds: float, expected: str) -> None:
+    assert sweep.duration(seconds) == expected
+
+
+# The command line
+
+
+def test_options_may_stand_anywhere() -> None:
+    options = sweep.parsed(["c.json", "--betas", "1,0.5,1", "seed=7", "--alphas", "0.3", "a.b=c"])
+    assert (options.betas, options.alphas) == ((0.5, 1.0), (0.3,))
+    assert (options.config, options.overrides) == ("c.json", ["seed=7", "a.b=c"])
+    defaults = sweep.parsed(["c.json"])
+    assert (defaults.alphas, defaults.betas) == ((0.1, 0.3, 0.5), (0.1, 0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a stage-3 config, or --report"),
+        (["c.json", "--report", "d"], "give a stage-3 config, or --report"),
+        (["c.json", "--alphas", "0.1,x"], "numbers above 0 were expected"),
+        (["c.json", "--betas", "0"], "numbers above 0 were expected"),
+        (["c.json", "--betas", "inf"], "numbers above 0 were expected"),
+        (["c.json", "--alphas", ""], "numbers above 0 were expected"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_dry_run_starts_and_writes_nothing(
+    request_of: Callable[..., Request], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = request_of()
+    sweep.main([request.config, "--dry-run", "--alphas", "0.3", "--betas", "1"])
+    printed = capsys.readouterr().out
+    default = Path(request.settings()["output_dir"]).parent / "sweep"
+    assert f'output_dir="{default / "beta-1.0/kl"}"' in printed
+    assert printed.count("starts\n") == 4
+    assert not default.exists()
+
+
+def test_a_report_needs_a_finished_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GRID.write(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(["--report", str(tmp_path)])
+    assert "no cell of this sweep is finished" in capsys.readouterr().err
