@@ -444,7 +444,7 @@ def main(arguments: list[str] | None = None) -> None:
         faults = apply_overrides(settings, options.overrides)
         heading = f"{options.run_dir} cannot be evaluated:"
         config = check_config(EvaluationConfig, settings, heading, faults)
-        start(lambda: run(config), config.seed)
+        start(lambda: run(config), config.seed, config.trust_remote_code)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """What a stage leaves behind: checkpoints to resume from, and Hugging Face directories."""
 
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.engine import TrainedModule, barrier, is_partitioned, rank, world_size
@@ -25,6 +29,9 @@ FREE_TO_CHANGE = (
     "logging_steps"
 ).split()
 STATE = "state.json"
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load's own switch
+# The classes in DeepSpeed's checkpoints; they hold numbers.
+DEEPSPEEDS_OWN = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -131,10 +138,11 @@ class Checkpoints:
         if source is None:
             return 0, {}
         record = json.loads((source / STATE).read_text())
-        for label, trained in self.engines.items():
-            trained.engine.load_checkpoint(
-                str(source / label), tag="engine", load_module_strict=self.config.lora is None
-            )
+        with _no_code_in_files():
+            for label, trained in self.engines.items():
+                trained.engine.load_checkpoint(
+                    str(source / label), tag="engine", load_module_strict=self.config.lora is None
+                )
         states = torch.load(source / f"random-{rank()}.pt", weights_only=True)
         _set_random_states(states)
         return record["step"], record["state"]
@@ -186,6 +194,20 @@ def complete_checkpoints(directory: Path) -> list[Path]:
         for path in directory.iterdir()
         if re.fullmatch(r"step-\d{8}", path.name) and (path / STATE).is_file()
     )
+
+
+@contextlib.contextmanager
+def _no_code_in_files() -> Iterator[None]:
+    """DeepSpeed loads with pickle, which can run code; meanwhile torch takes plain data only."""
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(DEEPSPEEDS_OWN):
+            yield
+    finally:
+        del os.environ[FORCE_WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
 
 
 def _remove(checkpoint: Path) -> None:

@@ -17,6 +17,10 @@ from training.stage_config import StageConfig
 
 SECONDS_FOR_RANK_0 = 20.0
 """How long the other ranks wait for rank 0's message before they end."""
+FOREIGN_CODE = """
+WARNING: trust_remote_code=true: Python code that comes with any model named in the config
+may run on this machine, with all that you may do on it. Use models whose code you have read.
+"""
 
 
 Stage = TypeVar("Stage", bound=StageConfig)
@@ -33,11 +37,13 @@ def run_stage(
     options = parser.parse_args(arguments)
     with errors_end_cleanly(options.debug):
         config = load_config(config_class, options.config, options.overrides)
-        start(lambda: stage(config), config.seed)
+        start(lambda: stage(config), config.seed, config.trust_remote_code)
 
 
-def start(stage: Callable[[], None], seed: int) -> None:
+def start(stage: Callable[[], None], seed: int, trust_remote_code: bool) -> None:
     """Run `stage` inside the process group, all random states seeded."""
+    if trust_remote_code and os.environ.get("RANK", "0") == "0":
+        print(FOREIGN_CODE, file=sys.stderr, flush=True)
     import transformers
 
     from training import engine
