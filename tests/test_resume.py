@@ -122,6 +122,15 @@ def test_another_runs_checkpoint_names_what_differs(run: Run) -> None:
         run("sft", resume_from_checkpoint="latest", learning_rate=0.01)
 
 
+def test_another_number_of_processes_is_refused(run: Run) -> None:
+    output = run("sft")
+    state = complete_checkpoints(output / "checkpoints")[-1] / STATE
+    record = json.loads(state.read_text())
+    state.write_text(json.dumps(record | {"processes": 3}))
+    with pytest.raises(UserError, match="made by 3 processes, and there are 1 now; start as many"):
+        run("sft", resume_from_checkpoint="latest")
+
+
 def test_missing_checkpoint_is_refused_before_anything_starts(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a complete checkpoint"):
         run("sft", resume_from_checkpoint=str(tmp_path / "nowhere"))

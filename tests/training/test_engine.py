@@ -178,6 +178,26 @@ def test_a_gradient_that_is_not_finite_ends_before_any_step(configured, stage, b
             assert trained.module.w.item() == 0.0
 
 
+def test_fp16_skips_a_step_that_overflows_and_says_so(configured) -> None:
+    config = configured(fp16=True, deepspeed={"zero_optimization": {"stage": 2}})
+    trained = TrainedModule(Point().half(), config, config, 10)
+
+    def step(number: float) -> dict[str, float]:
+        batch = torch.tensor([number]).half()
+        optimizer_step([trained], [batch], lambda batch: [trained(batch).float()], len)
+        return trained.loss_scaling("train")
+
+    scale = step(200.0)["train/loss_scale"]  # 200 · 65536 is beyond float16
+    assert trained.module.w.item() == 0.0
+    for skipped in range(2, 30):
+        figures = step(200.0)
+        if trained.module.w.item() > 0.0:
+            break
+        assert figures["train/skipped_steps"] == skipped
+    assert figures["train/loss_scale"] < scale / 100
+    assert trained.module.w.item() == pytest.approx(adam(-200.0), rel=1e-2)
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_gradients_are_clipped_by_their_global_norm(configured, stage: int) -> None:
     config = configured(max_grad_norm=1.0, deepspeed={"zero_optimization": {"stage": stage}})
