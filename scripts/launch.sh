@@ -1,4 +1,5 @@
-# Sourced: `launch MODULE ARGUMENTS...` starts a stage with the DeepSpeed launcher.
+# Sourced: `launch MODULE ARGUMENTS...` starts a stage with the DeepSpeed launcher; with --dry-run
+# among the arguments the config is checked, for as many processes as there would be.
 #   NUM_PROCESSES=2   processes per node (default: every visible GPU; one on a CPU)
 #   HOSTFILE=path     several nodes, in DeepSpeed's hostfile format, reached by pdsh over ssh; or,
 #   NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=port    with HOSTFILE: this node's part only, without
@@ -8,6 +9,11 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 launch() {
+    # Without the launcher: a dry run is one process, which is told how many there would be.
+    if [[ " $* " == *" --dry-run "* ]]; then
+        python -m "$@" --processes "$(processes_in_all)"
+        return
+    fi
     local arguments=(--log_level error)
     arguments+=(--master_port "${MASTER_PORT:-$(free_port)}")
     if [[ -n "${HOSTFILE:-}" ]]; then
@@ -51,6 +57,17 @@ launch() {
     trap - TERM INT
     rm -rf "$RANK_PIDS"
     return "$code"
+}
+
+# Over all nodes.
+processes_in_all() {
+    if [[ -z "${HOSTFILE:-}" ]]; then
+        echo "${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
+    elif [[ -n "${NUM_PROCESSES:-}" ]]; then
+        echo $(($(grep -c slots= "$HOSTFILE") * NUM_PROCESSES))
+    else
+        sed -n 's/.*slots=\([0-9]*\).*/\1/p' "$HOSTFILE" | awk '{ all += $1 } END { print all }'
+    fi
 }
 
 # SIGNAL CODE: the first one goes to the ranks, which save a checkpoint and end; not to the launcher,

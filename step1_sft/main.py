@@ -15,6 +15,8 @@ from training import engine, fitting
 from training.checkpoint import check_resumable, export
 from training.cli import prepare_output, run_stage
 from training.data import SequenceBatch, collate_texts, read_records, tokenize
+from training.dry_run import Plan, plan_steps
+from training.memory import activations, logits
 from training.models import check_positions, load_policy, load_tokenizer
 from training.tracking import say
 
@@ -98,5 +100,26 @@ def main(config: SFTConfig) -> None:
     )
 
 
+def plan(config: SFTConfig, planned: Plan) -> None:
+    """What a run would do and need."""
+    data = config.data
+    check_positions(
+        config.model_name_or_path,
+        data.max_prompt_length,
+        data.max_response_length,
+        config.trust_remote_code,
+    )
+    shape = planned.shape(config.model_name_or_path, scalar=False, lora=True)
+    planned.add_trained("policy", shape)
+    plan_steps(config, planned, "sft", sequences=1)
+    rows = config.per_device_train_batch_size
+    tokens = rows * (data.max_prompt_length + data.max_response_length)
+    kept = activations(shape, tokens, engine.precision(config), config.gradient_checkpointing)
+    planned.phases["training"] = {
+        "activations": kept,
+        "logits": logits(shape, rows * data.max_response_length),
+    }
+
+
 if __name__ == "__main__":
-    run_stage(SFTConfig, main)
+    run_stage(SFTConfig, main, plan=plan)

@@ -21,6 +21,8 @@ from training import engine, fitting
 from training.checkpoint import check_resumable, export
 from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, collate_groups, read_records, tokenize
+from training.dry_run import Plan, plan_steps
+from training.memory import activations
 from training.models import check_positions, last_token, load_scalar_model, load_tokenizer
 from training.tracking import say
 
@@ -148,5 +150,23 @@ def write_report(report: dict[str, Any], output: Path) -> None:
         draw_reliability(report, output / "reliability.png")
 
 
+def plan(config: RewardConfig, planned: Plan) -> None:
+    """What a run would do and need; comparisons have two responses."""
+    data = config.data
+    check_positions(
+        config.model_name_or_path,
+        data.max_prompt_length,
+        data.max_response_length,
+        config.trust_remote_code,
+    )
+    shape = planned.shape(config.model_name_or_path, scalar=True, lora=True)
+    planned.add_trained("reward model", shape)
+    plan_steps(config, planned, "reward", sequences=2)
+    length = data.max_prompt_length + data.max_response_length
+    tokens = 2 * config.per_device_train_batch_size * length
+    kept = activations(shape, tokens, engine.precision(config), config.gradient_checkpointing)
+    planned.phases["training"] = {"activations": kept}
+
+
 if __name__ == "__main__":
-    run_stage(RewardConfig, main)
+    run_stage(RewardConfig, main, plan=plan)

@@ -438,7 +438,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run_dir", help="what a stage wrote, and where the results go")
     parser.add_argument("overrides", nargs="*", help="key.path=value, over the run's own settings")
     add_common_options(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
         settings = run_settings(options.run_dir)
         faults = apply_overrides(settings, options.overrides)

@@ -20,6 +20,7 @@ from step3_rlhf.evaluation import (
     summary,
     write_evaluation,
 )
+from step3_rlhf.plan import plan
 from step3_rlhf.prompts import Prompts, iterations
 from step3_rlhf.response_sets import read_response_sets
 from step3_rlhf.rewards import check_reward, load_reward
@@ -188,4 +189,4 @@ def flattened(report: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_stage(PPOConfig, main)
+    run_stage(PPOConfig, main, plan=plan)

@@ -59,19 +59,20 @@ class Prompts:
         return self._orders[epoch][offset]
 
 
-def iterations(config: PPOConfig, prompts: int) -> int:
+def iterations(config: PPOConfig, prompts: int, processes: int | None = None) -> int:
     """Iterations of the run; `total_episodes` must be a whole number of them.
 
     Raises:
         ValueError: with the path of the setting that does not fit.
     """
-    per_iteration = config.local_rollout_size() * world_size()
+    processes = processes or world_size()
+    per_iteration = config.local_rollout_size() * processes
     if config.total_episodes is None:
         return max(1, round(config.num_train_epochs * prompts / per_iteration))
     if config.total_episodes % per_iteration:
         raise ValueError(
             f"total_episodes: {config.total_episodes} is not a multiple of the {per_iteration} "
             "responses of one iteration (per_device_train_batch_size x "
-            f"gradient_accumulation_steps x num_mini_batches x {world_size()} processes)"
+            f"gradient_accumulation_steps x num_mini_batches x {processes} processes)"
         )
     return config.total_episodes // per_iteration

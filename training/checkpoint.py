@@ -25,8 +25,8 @@ from training.stage_config import StageConfig
 
 # Settings that do not change what a run computes.
 FREE_TO_CHANGE = (
-    "resume_from_checkpoint overwrite_output_dir output_dir save_steps save_total_limit "
-    "logging_steps"
+    "description resume_from_checkpoint overwrite_output_dir output_dir save_steps "
+    "save_total_limit logging_steps"
 ).split()
 STATE = "state.json"
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load's own switch

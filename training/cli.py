@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from training.config import Config, load_config
 from training.errors import RunError, UserError
 from training.stage_config import StageConfig
+
+if TYPE_CHECKING:
+    from training.dry_run import Plan
 
 SECONDS_FOR_RANK_0 = 20.0
 """How long the other ranks wait for rank 0's message before they end."""
@@ -27,17 +30,29 @@ Stage = TypeVar("Stage", bound=StageConfig)
 
 
 def run_stage(
-    config_class: type[Stage], stage: Callable[[Stage], None], arguments: list[str] | None = None
+    config_class: type[Stage],
+    stage: Callable[[Stage], None],
+    arguments: list[str] | None = None,
+    plan: "Callable[[Stage, Plan], None] | None" = None,
 ) -> None:
     """Parse, check, run; every end but success has its message and its exit code.
 
     A user's mistake: 2. A run that cannot go on: 1. SIGTERM and SIGINT: 143 and 130.
+
+    Args:
+        stage: runs it.
+        plan: adds to a dry run's plan what the stage would do and need.
     """
     parser = stage_parser(config_class)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
         config = load_config(config_class, options.config, options.overrides)
-        start(lambda: stage(config), config.seed, config.trust_remote_code)
+        if options.dry_run and plan is not None:
+            from training.dry_run import dry_run
+
+            dry_run(config, plan, options.processes, options.gpu_memory)
+        else:
+            start(lambda: stage(config), config.seed, config.trust_remote_code)
 
 
 def start(stage: Callable[[], None], seed: int, trust_remote_code: bool) -> None:
@@ -102,6 +117,9 @@ def stage_parser(config_class: type[Config]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(sys.modules[config_class.__module__].__doc__))
     parser.add_argument("config", help="the stage's JSON (or YAML) config")
     parser.add_argument("overrides", nargs="*", help="key.path=value, over the config's own")
+    parser.add_argument("--dry-run", action="store_true", help="check the config, load no weights")
+    parser.add_argument("--processes", type=int, default=1, help="of a dry run: GPUs in all")
+    parser.add_argument("--gpu-memory", type=float, help="of a dry run: GiB of each GPU")
     add_common_options(parser)
     return parser
 
@@ -117,8 +135,11 @@ def prepare_output(config: StageConfig) -> Path:
     Every rank calls; rank 0 acts.
     """
     from training.engine import barrier, rank
+    from training.tracking import say
 
     output = Path(config.output_dir)
+    if config.description:
+        say(config.description)
     barrier()  # no rank may still be checking whether the directory is empty
     if rank() == 0:
         if config.resume_from_checkpoint is None and output.is_dir():

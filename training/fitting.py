@@ -79,13 +79,15 @@ def require_evaluation(records: StageRecords) -> None:
         )
 
 
-def total_steps(config: SupervisedConfig, examples: int) -> int:
-    batches = GlobalBatches(examples, global_batch_size(config), config.seed)
+def total_steps(config: SupervisedConfig, examples: int, processes: int | None = None) -> int:
+    """Optimizer steps of the run on so many processes; by default those that there are."""
+    batches = GlobalBatches(examples, global_batch_size(config, processes), config.seed)
     return config.max_steps or math.ceil(config.num_train_epochs * batches.steps_per_epoch)
 
 
-def global_batch_size(config: SupervisedConfig) -> int:
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+def global_batch_size(config: SupervisedConfig, processes: int | None = None) -> int:
+    local = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return local * (processes or world_size())
 
 
 @requests.deferred()

@@ -121,6 +121,8 @@ class LoraSettings(StrictModel):
 class StageConfig(StrictModel):
     """What every stage's JSON has."""
 
+    description: str = ""
+    """What the config is for; printed when it is used."""
     model_name_or_path: str = Field(examples=["owner/model"])
     """Hub name, Hugging Face directory or GGUF file of the weights that the stage starts from."""
     output_dir: str = Field(examples=["runs/example"])

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("step1_sft", "step2_reward", "step3_rlhf")
 FILES = sorted(path for package in ("training", *STAGES) for path in (ROOT / package).rglob("*.py"))
-OPTIONAL = ("matplotlib", "peft", "wandb", "tensorboard")
+OPTIONAL = ("matplotlib", "gguf", "wandb", "tensorboard")
 
 
 def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:

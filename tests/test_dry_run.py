@@ -1,0 +1,157 @@
+"""`--dry-run`: every shipped config, offline, with local copies of the models' configs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from step1_sft import main as sft
+from step1_sft.config import SFTConfig
+from step2_reward import main as reward
+from step2_reward.config import RewardConfig
+from step3_rlhf import main as ppo
+from step3_rlhf.config import PPOConfig
+from training.cli import run_stage
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = Path(__file__).parent / "fixtures" / "model_configs"
+STAGES: dict[str, tuple[Any, Any]] = {
+    "step1_sft": (SFTConfig, sft),
+    "step2_reward": (RewardConfig, reward),
+    "step3_rlhf": (PPOConfig, ppo),
+}
+SHIPPED = sorted(
+    path
+    for stage in STAGES
+    for path in (ROOT / stage / "configs").glob("*.json")
+    if path.stem != "quickstart"  # its data is the bundled world's: below
+)
+DryRun = Callable[..., str]
+
+
+@pytest.fixture
+def dry_run(capsys: pytest.CaptureFixture[str]) -> DryRun:
+    def run(stage: str, config: Path, *arguments: str) -> str:
+        config_class, module = STAGES[stage]
+        run_stage(
+            config_class, module.main, [str(config), "--dry-run", *arguments], plan=module.plan
+        )
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def model_directory(
+    tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase
+) -> Callable[[str, str], str]:
+    """A directory with a model's config and a tokenizer: no weights."""
+
+    def make(family: str, kind: str) -> str:
+        directory = tmp_path / kind
+        directory.mkdir(exist_ok=True)
+        data = json.loads((FIXTURES / f"{family}.json").read_text())
+        if kind == "reward":
+            data["architectures"] = [
+                data["architectures"][0].replace("CausalLM", "SequenceClassification")
+            ]
+            data |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        (directory / "config.json").write_text(json.dumps(data))
+        world_tokenizer.save_pretrained(directory)
+        return str(directory)
+
+    return make
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_passes_offline(
+    path: Path, dry_run: DryRun, model_directory: Callable[[str, str], str], tmp_path: Path
+) -> None:
+    family = path.stem.removesuffix("-paper")
+    stage = path.parents[1].name
+    arguments = [
+        f"model_name_or_path={model_directory(family, 'policy')}",
+        f"output_dir={tmp_path / 'out'}",
+        "--processes=4",
+        "--gpu-memory=80",
+    ]
+    if stage == "step3_rlhf":
+        arguments.append(f"reward.model_name_or_path={model_directory(family, 'reward')}")
+    printed = dry_run(stage, path, *arguments)
+    assert "no weights were loaded" in printed
+    assert "it fits a GPU of 80 GiB" in printed
+    assert "not checked" in printed  # the data is on the Hub
+    assert ("top_p draws from another policy" in printed) == path.stem.endswith("-paper")
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_are_those_of_the_run(
+    dry_run: DryRun, stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    """24 episodes in iterations of 4 x 2; the tiny world's texts in batches of 4 x 2."""
+    settings = stage_settings("ppo") | {"total_episodes": 24, "reward": {"function": "json:dumps"}}
+    file = tmp_path / "ppo.json"
+    file.write_text(json.dumps(settings))
+    printed = dry_run("step3_rlhf", file, "--processes=2")
+    assert "responses drawn:      8 in each iteration" in printed
+    assert "iterations:           3\n" in printed
+    settings = stage_settings("sft")
+    del settings["max_steps"]
+    file.write_text(json.dumps(settings))
+    lines = dry_run("step1_sft", file, "--processes=2").splitlines()
+    facts = dict(line.strip().split(":", 1) for line in lines if ":" in line)
+    records = int(facts["data"].split()[0])
+    assert int(facts["optimizer steps"]) == -(-records // 8)
+
+
+def test_what_does_not_fit_is_said_with_what_to_change(
+    dry_run: DryRun, model_directory: Callable[[str, str], str], tmp_path: Path
+) -> None:
+    path = ROOT / "step1_sft" / "configs" / "llama-2-7b.json"
+    arguments = (
+        f"model_name_or_path={model_directory('llama-2-7b', 'policy')}",
+        f"output_dir={tmp_path / 'out'}",
+        'deepspeed={"zero_optimization": {"stage": 2}}',
+    )
+    printed = dry_run("step1_sft", path, *arguments, "--gpu-memory=80")
+    assert "it does NOT fit a GPU of 80 GiB" in printed
+    assert "deepspeed.zero_optimization.stage=3" in printed
+    printed = dry_run("step1_sft", path, *arguments, 'lora={"r": 16}', "--gpu-memory=80")
+    assert "it fits a GPU of 80 GiB" in printed
+
+
+def test_a_fault_of_the_config_ends_it(
+    dry_run: DryRun, stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = stage_settings("sft")
+    settings["data"]["max_prompt_length"] = 10_000
+    file = tmp_path / "sft.json"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(SystemExit) as caught:
+        dry_run("step1_sft", file)
+    assert caught.value.code == 2
+
+
+@pytest.mark.launcher
+def test_through_the_script(
+    stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    file = tmp_path / "sft.json"
+    file.write_text(json.dumps(stage_settings("sft")))
+    variables = {
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
+        "NUM_PROCESSES": "8",
+    }
+    ended = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "step1_sft.sh"), str(file), "--dry-run", "seed=7"],
+        env=os.environ | variables, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "processes:            8" in ended.stdout

@@ -1,0 +1,139 @@
+"""Memory by formula: against DeepSpeed's estimators, known counts, and measured bytes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+from training.memory import (
+    Shape,
+    Sharding,
+    activations,
+    frozen_weights,
+    key_value_cache,
+    logits,
+    on_meta,
+    trained_states,
+)
+
+BF16, FLOAT32 = torch.bfloat16, torch.float32
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "model_configs"
+KNOWN = {
+    "opt-1.3b": 1_315_758_080,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "smollm2": 134_515_008,
+}
+
+
+def shape_of(name: str) -> Shape:
+    data = json.loads((FIXTURES / f"{name}.json").read_text())
+    config = AutoConfig.for_model(data.pop("model_type"), **data)
+    return Shape.of(on_meta(AutoModelForCausalLM, config))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_are_the_known_ones(name: str) -> None:
+    assert shape_of(name).parameters == KNOWN[name]
+
+
+@pytest.mark.parametrize("processes", [1, 4, 8])
+@pytest.mark.parametrize("name", ["opt-1.3b", "llama-2-7b"])
+def test_model_states_are_deepspeeds_own_estimates(name: str, processes: int) -> None:
+    shape = shape_of(name)
+    _, zero_2 = estimate_zero2_model_states_mem_needs(
+        shape.parameters, processes, 1, cpu_offload=False
+    )
+    own = trained_states(shape, BF16, Sharding(2, processes))
+    assert own.total == pytest.approx(zero_2, abs=8)
+    _, zero_3, _ = estimate_zero3_model_states_mem_needs(
+        shape.parameters, shape.largest_layer, processes, 1, cpu_offload=False
+    )
+    own = trained_states(shape, BF16, Sharding(3, processes))
+    assert own.total == pytest.approx(zero_3, abs=8)
+    _, offloaded = estimate_zero2_model_states_mem_needs(shape.parameters, processes, 1)
+    own = trained_states(shape, BF16, Sharding(2, processes, offload_optimizer=True))
+    assert own.total == offloaded
+    _, offloaded, _ = estimate_zero3_model_states_mem_needs(
+        shape.parameters, shape.largest_layer, processes, 1, cpu_offload_params=False
+    )
+    own = trained_states(shape, BF16, Sharding(3, processes, offload_optimizer=True))
+    assert own.total == pytest.approx(offloaded, abs=8)
+
+
+def test_by_hand() -> None:
+    """10 parameters of which 4 are trained; the largest layer has 3; two processes."""
+    shape = Shape(10, 4, 3, 1, 1, 1, 1, 1, False, 1)
+    whole = trained_states(shape, FLOAT32, Sharding(0, 2))
+    assert (whole.weights, whole.gradients, whole.optimizer) == (40, 16, 32)
+    one = trained_states(shape, BF16, Sharding(1, 2))
+    assert (one.weights, one.gradients, one.optimizer) == (20, 8, 32)
+    three = trained_states(shape, BF16, Sharding(3, 2))
+    assert (three.weights, three.gradients, three.optimizer) == (10 + 12, 0, 32)
+    assert frozen_weights(shape, BF16, Sharding(3, 2)) == 10 + 6
+    assert frozen_weights(shape, BF16, Sharding(3, 2, offload_parameters=True)) == 6
+
+
+def test_cache_and_logits_by_hand() -> None:
+    shape = replace(shape_of("llama-3.2-1b"), vocabulary=100)
+    # 2 (keys, values) x 16 layers x 8 heads x 64 x 3 sequences x 50 tokens x 2 bytes
+    assert key_value_cache(shape, 3, 50, BF16) == 2 * 16 * 8 * 64 * 3 * 50 * 2
+    assert logits(shape, 10) == 3 * 4 * 10 * 100
+    assert logits(shape, 10**6) == 3 * 4 * 1024 * 100  # chunk by chunk
+
+
+def kept_by_autograd(model: PreTrainedModel, tokens: torch.Tensor) -> int:
+    """Bytes that the decoder's forward pass keeps for its backward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.get_decoder()(input_ids=tokens, use_cache=False)
+    total = sum(found.values())  # while `output` holds the graph, no address is used twice
+    del output
+    return total
+
+
+def tall_models() -> dict[str, PreTrainedModel]:
+    """Wide enough that what does not grow with the layers is small."""
+    llama = LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    opt = OPTConfig(
+        vocab_size=64, hidden_size=128, ffn_dim=512, num_hidden_layers=6, num_attention_heads=8,
+        word_embed_proj_dim=128, max_position_embeddings=128, dropout=0.0,
+    )  # fmt: skip
+    return {"llama": LlamaForCausalLM(llama), "opt": OPTForCausalLM(opt)}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_activations_are_what_autograd_keeps(name: str) -> None:
+    model = tall_models()[name].train()
+    tokens = torch.randint(64, (4, 96))
+    estimate = activations(Shape.of(model), tokens.numel(), FLOAT32, checkpointing=False)
+    assert estimate == pytest.approx(kept_by_autograd(model, tokens), rel=0.25)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept = kept_by_autograd(model, tokens)
+    with_checkpoints = activations(Shape.of(model), tokens.numel(), FLOAT32, checkpointing=True)
+    assert kept < with_checkpoints < estimate / 2

@@ -1,0 +1,180 @@
+"""`--dry-run`: a config checked as far as it can be without weights, and what it would need."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from training.data import DataSettings, Stage, StageRecords, read_records
+from training.engine import precision
+from training.errors import UserError
+from training.fitting import global_batch_size, require_evaluation, total_steps
+from training.lora import add_adapter
+from training.memory import ModelStates, Shape, Sharding, frozen_weights, on_meta, trained_states
+from training.models import check_scalar_config, load_model_config, load_tokenizer
+from training.stage_config import StageConfig, SupervisedConfig
+
+GIB = 1024**3
+USUAL_GPU = 80.0
+"""GiB that are assumed where there is no GPU to ask (A100)."""
+RESERVE = 0.1
+"""Share of a GPU that the estimate leaves to CUDA, communication buffers and fragmentation."""
+
+
+@dataclass
+class Plan:
+    """What a run would do and need; bytes are of one GPU."""
+
+    config: StageConfig
+    processes: int
+    facts: dict[str, str] = field(default_factory=dict)
+    models: dict[str, tuple[Shape, ModelStates]] = field(default_factory=dict)
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Memory that comes and goes, by phase and by what takes it."""
+
+    def shape(self, name_or_path: str, scalar: bool, lora: bool = False) -> Shape:
+        """The shape of a model that the config names, grown by a pad token where it lacks one.
+
+        Raises:
+            UserError: it cannot be found, or is of the wrong kind.
+        """
+        trusted = self.config.trust_remote_code
+        config = load_model_config(name_or_path, trusted)
+        if scalar:
+            check_scalar_config(config, name_or_path, new_head=True)
+            config.num_labels = 1
+        tokens = len(load_tokenizer(name_or_path, trusted))
+        config.vocab_size = max(config.vocab_size, tokens)
+        build = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+        model = on_meta(build, config)
+        if lora and self.config.lora is not None:
+            add_adapter(model, self.config.lora)
+        return Shape.of(model)
+
+    def add_trained(self, name: str, shape: Shape) -> None:
+        sharding = sharding_of(self.config.deepspeed, self.processes)
+        states = trained_states(shape, precision(self.config), sharding)
+        self.models[name] = shape, states
+
+    def add_frozen(self, name: str, shape: Shape, section: dict[str, Any]) -> None:
+        weights = frozen_weights(
+            shape, precision(self.config), sharding_of(section, self.processes)
+        )
+        self.models[name] = shape, ModelStates(weights, 0, 0)
+
+    def records(self, data: DataSettings, stage: Stage) -> StageRecords | None:
+        """The stage's records, or None where only the Hub has them and it cannot be reached.
+
+        Raises:
+            UserError: local data is at fault.
+        """
+        try:
+            found = read_records(data, stage)
+        except UserError as error:
+            if all(source.is_local for source in (*data.sources, *data.eval_sources)):
+                raise
+            self.facts["data"] = f"not checked: {error.faults[0]}"
+            return None
+        self.facts["data"] = f"{len(found.train)} records to train on, {len(found.eval)} held out"
+        return found
+
+    @property
+    def needed(self) -> int:
+        """Bytes of what stays and of the largest phase."""
+        staying = sum(states.total for _, states in self.models.values())
+        return staying + max((sum(parts.values()) for parts in self.phases.values()), default=0)
+
+    def report(self, gpu_memory: float) -> str:
+        """Everything, for the terminal; `gpu_memory` in GiB."""
+        lines = ["Dry run: the config is sound; no weights were loaded.", ""]
+        if self.config.description:
+            lines += [self.config.description, ""]
+        facts = {"processes": str(self.processes), **self.facts}
+        lines += [f"  {name + ':':<22}{value}" for name, value in facts.items()]
+        lines += ["", "  GiB on each GPU         parameters     trained  weights  grads  optimizer"]
+        for name, (shape, states) in self.models.items():
+            lines.append(
+                f"  {name:<20}{shape.parameters:>14,}{_trained(shape, states):>12}"
+                f"{states.weights / GIB:>9.2f}{states.gradients / GIB:>7.2f}"
+                f"{states.optimizer / GIB:>11.2f}"
+            )
+        for phase, parts in self.phases.items():
+            inside = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+            lines.append(f"  {phase + ':':<20}{sum(parts.values()) / GIB:>9.2f}  ({inside})")
+        usable = gpu_memory * (1 - RESERVE)
+        needed = self.needed / GIB
+        verdict = "fits" if needed <= usable else "does NOT fit"
+        lines += ["", f"  Estimate: {needed:.1f} GiB; it {verdict} a GPU of {gpu_memory:.0f} GiB, "
+                      f"{RESERVE:.0%} of which are left to CUDA."]  # fmt: skip
+        if needed > usable:
+            lines.append(f"  What takes less: {self.remedy()}")
+        return "\n".join(lines)
+
+    def remedy(self) -> str:
+        """Settings that would lower the estimate, for this config."""
+        zero = self.config.deepspeed.get("zero_optimization", {})
+        options = [
+            ("gradient_checkpointing=true", not self.config.gradient_checkpointing),
+            ("bf16=true", not self.config.bf16 and not self.config.fp16),
+            ("a smaller per_device_train_batch_size", self.config.per_device_train_batch_size > 1),
+            ("deepspeed.zero_optimization.stage=3", zero.get("stage", 0) < 3),
+            (
+                "deepspeed.zero_optimization.offload_optimizer.device=cpu",
+                "offload_optimizer" not in zero,
+            ),
+            ('lora={"r": 16}', self.config.lora is None),
+            ("more GPUs", zero.get("stage", 0) > 0),
+        ]
+        return ", ".join(name for name, helps in options if helps)
+
+
+def plan_steps(config: SupervisedConfig, planned: Plan, stage: Stage, sequences: int) -> None:
+    """The steps of a supervised stage, whose examples have so many sequences each."""
+    batch = global_batch_size(config, planned.processes)
+    length = config.data.max_prompt_length + config.data.max_response_length
+    records = planned.records(config.data, stage)
+    if records is not None:
+        require_evaluation(records)
+    steps = config.max_steps
+    if records is not None:
+        steps = total_steps(config, len(records.train), planned.processes)
+    planned.facts |= {
+        "examples per step": f"{batch:,}",
+        "tokens per step": f"{batch * sequences * length:,} at most",
+        "optimizer steps": f"{steps:,}" if steps else f"records / {batch:,} x num_train_epochs",
+    }
+
+
+def _trained(shape: Shape, states: ModelStates) -> str:
+    return f"{shape.trained:,}" if states.optimizer or states.gradients else "frozen"
+
+
+def sharding_of(section: dict[str, Any], processes: int) -> Sharding:
+    """What a DeepSpeed section says about dividing a model."""
+    zero = section.get("zero_optimization", {})
+
+    def offloaded(name: str) -> bool:
+        return zero.get(name, {}).get("device", "none") != "none"
+
+    return Sharding(
+        zero.get("stage", 0), processes, offloaded("offload_optimizer"), offloaded("offload_param")
+    )
+
+
+def gpu_memory() -> float:
+    """GiB of this machine's GPU, or those of a usual one."""
+    if get_accelerator().device_name() == "cpu":
+        return USUAL_GPU
+    return float(torch.cuda.get_device_properties(0).total_memory / GIB)
+
+
+def dry_run(
+    config: StageConfig, plan: Callable[[Any, Plan], None], processes: int, memory: float | None
+) -> None:
+    """Print what `config` would do and need on `processes` GPUs of `memory` GiB."""
+    prepared = Plan(config, processes)
+    plan(config, prepared)
+    print(prepared.report(memory or gpu_memory()))

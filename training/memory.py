@@ -1,0 +1,168 @@
+"""How much memory a GPU needs: formulae in bytes, from shapes alone.
+
+Model states follow the accounting of Rajbhandari et al. 2020 (ZeRO, section 3.1) and DeepSpeed's
+own estimators; activations count the tensors that a decoder layer keeps for its backward pass, as
+Korthikanti et al. 2022 do, with an attention that keeps no [length, length] matrix.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from training.logprobs import ROWS_PER_CHUNK
+
+ADAM = 8
+"""Bytes per trained parameter: two float32 moments."""
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulae need to know of a model."""
+
+    parameters: int
+    trained: int
+    largest_layer: int  # parameters of the largest single module
+    layers: int
+    hidden: int
+    query: int  # heads x head size
+    key: int  # key-value heads x head size
+    intermediate: int
+    gated: bool  # the feed-forward part has a gate beside its up-projection
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Shape":
+        """`model` may be on the meta device."""
+        config = model.config
+        parameters = list(model.parameters())
+        return cls(
+            parameters=sum(p.numel() for p in parameters),
+            trained=sum(p.numel() for p in parameters if p.requires_grad),
+            largest_layer=max(
+                sum(p.numel() for p in module.parameters(recurse=False))
+                for module in model.modules()
+            ),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            query=config.num_attention_heads * _head_size(config),
+            key=_key_heads(config) * _head_size(config),
+            intermediate=_intermediate(config),
+            gated=any(name.endswith("gate_proj") for name, _ in model.named_modules()),
+            vocabulary=model.get_input_embeddings().num_embeddings,
+        )
+
+
+def _head_size(config: PretrainedConfig) -> int:
+    own = getattr(config, "head_dim", None)
+    return own or config.hidden_size // config.num_attention_heads
+
+
+def _key_heads(config: PretrainedConfig) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _intermediate(config: PretrainedConfig) -> int:
+    for name in ("intermediate_size", "ffn_dim", "n_inner"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 4 * config.hidden_size
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How DeepSpeed divides a model's states."""
+
+    zero_stage: int = 0
+    processes: int = 1
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """Bytes on one GPU that stay for the whole run."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def trained_states(shape: Shape, precision: torch.dtype, sharding: Sharding) -> ModelStates:
+    """Weights, gradients and AdamW of a model that is trained.
+
+    In 16 bit: 2 bytes of weights, 2 of gradients, and 4 + 4 + 8 of float32 weights, gradients and
+    moments. In float32 ZeRO keeps such copies too; without ZeRO there are none. Stage 1 divides the
+    optimizer, 2 the gradients as well, 3 the weights as well, of which it holds one layer whole
+    (weights and gradients) and counts no other gradients but the float32 ones. All trained, this
+    is `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs`.
+    """
+    size, n = precision.itemsize, sharding.processes
+    copies = 2 * FLOAT32 if size < FLOAT32 or sharding.zero_stage > 0 else 0
+    optimizer = (copies + ADAM) * shape.trained
+    gradients = size * shape.trained
+    if sharding.zero_stage >= 1:
+        optimizer //= n
+    if sharding.zero_stage >= 2:
+        gradients //= n
+    if sharding.zero_stage == 3:
+        gradients = 0
+    if sharding.offload_optimizer:
+        optimizer = gradients = 0
+    return ModelStates(frozen_weights(shape, precision, sharding, True), gradients, optimizer)
+
+
+def frozen_weights(
+    shape: Shape, precision: torch.dtype, sharding: Sharding, with_gradients: bool = False
+) -> int:
+    """Whole weights, or ZeRO-3's part and one whole layer (and, if asked for, its gradients)."""
+    size = precision.itemsize
+    if sharding.zero_stage < 3:
+        return size * shape.parameters
+    part = 0 if sharding.offload_parameters else size * shape.parameters // sharding.processes
+    return part + (2 if with_gradients else 1) * size * shape.largest_layer
+
+
+def activations(shape: Shape, tokens: int, precision: torch.dtype, checkpointing: bool) -> int:
+    """What a forward pass over `tokens` (padding included) keeps for the backward pass.
+
+    A plain layer keeps the inputs and outputs of its two norms, queries, keys, values, the
+    attention's output and the feed-forward part's inner vector. One with a gate also has norms that
+    compute in float32, rotated queries and keys, and four inner vectors. Checkpointing keeps each
+    layer's input, and one layer whole while it is recomputed.
+    """
+    if shape.gated:
+        vectors = 8 * shape.hidden + 3 * shape.query + 3 * shape.key + 4 * shape.intermediate
+    else:
+        vectors = 4 * shape.hidden + 2 * shape.query + 2 * shape.key + shape.intermediate
+    layer = vectors * tokens * precision.itemsize
+    if not checkpointing:
+        return shape.layers * layer
+    return shape.layers * shape.hidden * tokens * precision.itemsize + layer
+
+
+def logits(shape: Shape, scored_tokens: int) -> int:
+    """Float32 logits of one chunk (logprobs.py), their gradient, and the softmax between them."""
+    return 3 * FLOAT32 * min(scored_tokens, ROWS_PER_CHUNK) * shape.vocabulary
+
+
+def key_value_cache(shape: Shape, sequences: int, length: int, precision: torch.dtype) -> int:
+    """Keys and values of every layer for all tokens of the sequences drawn at one time."""
+    return 2 * shape.layers * shape.key * sequences * length * precision.itemsize
+
+
+def drawing(shape: Shape, sequences: int) -> int:
+    """The sampler's float64 distribution over the vocabulary, summed up, beside float32 logits."""
+    return (2 * 8 + FLOAT32) * sequences * shape.vocabulary
+
+
+def on_meta(build: type, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of Auto class `build` without any weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = build.from_config(config)
+    return model
