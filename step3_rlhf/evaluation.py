@@ -1,13 +1,5 @@
-"""Measures an aligned policy: sampled metrics on held-out prompts, exact ones on finite sets.
+"""Measures an aligned policy: sampled metrics on held-out prompts, exact ones on finite sets."""
 
-    bash scripts/evaluate.sh RUN_DIR [key.path=value ...]
-
-RUN_DIR is what stage 3 wrote (its actor, reference, reward and regularizer are taken from its
-config.json), or what stage 1 wrote, or any directory for which the overrides name the models.
-Writes `evaluation.json` and, one line per prompt, `instances.jsonl` into RUN_DIR.
-"""
-
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,8 +9,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from step3_rlhf.blocks import Blocks
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.metrics import (
     Estimate,
@@ -33,16 +27,12 @@ from step3_rlhf.optimum import NoOptimumError, ResponseSet, optimum
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.regularizers import Regularizer
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
-from step3_rlhf.rewards import RewardSource, check_reward, load_reward
+from step3_rlhf.rewards import RewardSource
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts, sample
 from training import engine
-from training.cli import add_common_options, errors_end_cleanly, start
-from training.config import apply_overrides, check_config, read_mapping
 from training.data import encode_responses, read_records, tokenize
 from training.errors import UserError
-from training.fitting import require_evaluation
 from training.lora import WithoutAdapter
-from training.models import load_policy, load_tokenizer
 from training.tracking import say
 
 Model = nn.Module | WithoutAdapter
@@ -81,21 +71,28 @@ class Responses:
 
 
 def evaluate(
-    models: Models, held_out: HeldOut, regularizer: Regularizer | None, config: EvaluationConfig
+    models: Models,
+    held_out: HeldOut,
+    regularizer: Regularizer | None,
+    config: EvaluationConfig,
+    blocks: Blocks | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Every metric, and the per-prompt values behind the sampled ones; the same on every rank.
 
     Args:
         regularizer: whose optimum the policy is compared with on finite sets; None skips that.
+        blocks: where finished parts are kept and looked up; None keeps none.
     """
     temperature = regularizer.preference_temperature if regularizer else 1.0
     draws = range(2 * config.evaluation.pairs_per_prompt)
-    responses = [respond(models, held_out, config, draw) for draw in draws]
+    responses = [respond(models, held_out, config, draw, blocks) for draw in draws]
     report, instances = sampled_metrics(held_out.prompts, responses, temperature)
     if held_out.texts:
-        report["held_out_text"] = held_out_perplexity(models, held_out, config)
+        report["held_out_text"] = held_out_perplexity(models, held_out, config, blocks)
     if held_out.sets:
-        report["exact"] = exact_metrics(models, held_out.sets, regularizer, temperature, config)
+        report["exact"] = exact_metrics(
+            models, held_out.sets, regularizer, temperature, config, blocks
+        )
     return report, instances
 
 
@@ -155,10 +152,21 @@ def sampled_metrics(
     return report, instances
 
 
-def respond(models: Models, held_out: HeldOut, config: EvaluationConfig, draw: int) -> Responses:
-    """One seeded response to every prompt, the work divided over the ranks."""
+def respond(
+    models: Models,
+    held_out: HeldOut,
+    config: EvaluationConfig,
+    draw: int,
+    blocks: Blocks | None = None,
+) -> Responses:
+    """One seeded response to every prompt, the work divided over the ranks.
 
-    def measure(rows: list[int]) -> list[tuple[Any, ...]]:
+    Prompts of one length come together, since the shorter ones of a batch are padded.
+    """
+    order = sorted(range(len(held_out.prompts)), key=lambda row: len(held_out.prompt_ids[row]))
+
+    def measure(places: list[int]) -> list[tuple[Any, ...]]:
+        rows = [order[place] for place in places]
         rollout = sample(
             models.policy,
             models.tokenizer,
@@ -174,24 +182,42 @@ def respond(models: Models, held_out: HeldOut, config: EvaluationConfig, draw: i
         columns = (logp, ref_logp, models.reward(rollout), rollout.lengths, rollout.ended)
         return list(zip(rollout.responses, *(column.tolist() for column in columns), strict=True))
 
-    rows = over_ranks(len(held_out.prompts), config.sampling.rollout_batch_size, measure)
+    measured = over_ranks(
+        len(order), config.sampling.rollout_batch_size, measure, f"draw {draw + 1}", blocks
+    )
+    rows = [row for _, row in sorted(zip(order, measured, strict=True), key=lambda pair: pair[0])]
     texts, *columns = zip(*rows, strict=True)
     return Responses(list(texts), *(torch.tensor(column).double() for column in columns))
 
 
-def over_ranks(count: int, batch_size: int, measure: Callable[[list[int]], list[Any]]) -> list[Any]:
+def over_ranks(
+    count: int,
+    batch_size: int,
+    measure: Callable[[list[int]], list[Any]],
+    name: str,
+    blocks: Blocks | None = None,
+) -> list[Any]:
     """`measure` of 0 … count − 1 in batches, divided over the ranks; all ranks get all results.
 
     Every rank makes the same calls with the same number of rows, so that collectives inside are
-    reached by all; what a rank measures only to keep step is left out.
+    reached by all; what a rank measures only to keep step is left out. Results are JSON.
     """
     ranks, results = engine.world_size(), []
+    bar = tqdm(total=count, desc=name, disable=engine.rank() != 0, leave=False, mininterval=1.0)
     for first in range(0, count, batch_size * ranks):
-        size = min(batch_size, count - first)
-        start = first + engine.rank() * size
-        rows = [row for row in range(start, start + size) if row < min(count, first + size * ranks)]
-        measured = measure(rows + [0] * (size - len(rows)))
-        results += engine.gather_objects(measured[: len(rows)])
+        done = blocks.get(f"{name}:{first}") if blocks else None
+        if done is None:
+            size = min(batch_size, count - first)
+            start = first + engine.rank() * size
+            end = min(count, first + size * ranks)
+            rows = [row for row in range(start, start + size) if row < end]
+            measured = measure(rows + [0] * (size - len(rows)))
+            done = engine.gather_objects(measured[: len(rows)])
+            if blocks:
+                blocks.put(f"{name}:{first}", done)
+        results += done
+        bar.update(len(done))
+    bar.close()
     return results
 
 
@@ -216,7 +242,7 @@ def token_logps(model: Model, rollout: Rollout) -> Tensor:
 
 
 def held_out_perplexity(
-    models: Models, held_out: HeldOut, config: EvaluationConfig
+    models: Models, held_out: HeldOut, config: EvaluationConfig, blocks: Blocks | None = None
 ) -> dict[str, float]:
     """Perplexity per token of people's own texts under policy and reference."""
 
@@ -236,7 +262,8 @@ def held_out_perplexity(
         )
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
-    rows = over_ranks(len(held_out.texts), config.per_device_eval_batch_size, measure)
+    size = config.per_device_eval_batch_size
+    rows = over_ranks(len(held_out.texts), size, measure, "held-out texts", blocks)
     logp, ref_logp, lengths = (torch.tensor(column).double() for column in zip(*rows, strict=True))
     return {
         "texts": len(rows),
@@ -251,6 +278,7 @@ def exact_metrics(
     regularizer: Regularizer | None,
     temperature: float,
     config: EvaluationConfig,
+    blocks: Blocks | None = None,
 ) -> dict[str, Any]:
     """Distances between whole distributions on finite response sets, means over prompts.
 
@@ -261,7 +289,7 @@ def exact_metrics(
     def measure(rows: list[int]) -> list[dict[str, Any]]:
         return [measure_set(models, sets[row], regularizer, temperature) for row in rows]
 
-    per_prompt = over_ranks(len(sets), 1, measure)
+    per_prompt = over_ranks(len(sets), 1, measure, "response sets", blocks)
     report: dict[str, Any] = {"prompts": len(per_prompt)}
     for name in EXACT_FIGURES:
         values = [entry[name] for entry in per_prompt if entry.get(name) is not None]
@@ -383,69 +411,3 @@ def held_out_texts(
         return []
     texts = tokenize(records, tokenizer, config.data, "sft").eval[:]
     return list(zip(texts["prompt_ids"], texts["response_ids"], strict=True))
-
-
-def run(config: EvaluationConfig) -> None:
-    for warning in config.sampling.warnings():
-        say(f"Warning: {warning}")
-    records = read_records(config.data, "ppo")
-    require_evaluation(records)
-    read_response_sets(config.evaluation.response_sets)
-    check_reward(config.reward, config.trust_remote_code)
-    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    with engine.rank_zero_first():
-        prompts = tokenize(records, tokenizer, config.data, "ppo").eval
-    held_out = load_held_out(config, prompts, tokenizer)
-    dtype = engine.precision(config)
-
-    def load(path: str) -> nn.Module:
-        policy = load_policy(path, tokenizer, dtype, trust_remote_code=config.trust_remote_code)
-        return engine.frozen(policy, config.frozen_deepspeed, dtype)
-
-    policy = load(config.model_name_or_path)
-    reference_path = config.reference_model_name_or_path or config.model_name_or_path
-    same = reference_path == config.model_name_or_path
-    reference = policy if same else load(reference_path)
-    models = Models(policy, reference, load_reward(config.reward, tokenizer, config), tokenizer)
-    report, instances = evaluate(models, held_out, config.regularizer, config)
-    write_evaluation(report, instances, Path(config.output_dir))
-    say(f"{summary(report)}\n  written to: {Path(config.output_dir) / 'evaluation.json'}")
-
-
-def run_settings(run_dir: str) -> dict[str, Any]:
-    """The evaluation's settings as far as RUN_DIR knows them."""
-    directory = Path(run_dir)
-    if not directory.is_dir():
-        raise UserError(f"{run_dir}: no such directory")
-    known: dict[str, Any] = {}
-    saved: dict[str, Any] = {}
-    if (directory / "config.json").is_file():
-        saved = read_mapping(str(directory / "config.json"))
-    if (directory / "actor").is_dir() and saved:
-        known |= {name: saved[name] for name in EvaluationConfig.model_fields if name in saved}
-        known |= (saved.get("evaluation") or {}).get("sampling") or {}
-        known["reference_model_name_or_path"] = (
-            saved.get("reference_model_name_or_path") or saved["model_name_or_path"]
-        )
-        known["model_name_or_path"] = str(directory / "actor")
-    elif (directory / "model").is_dir():
-        known["model_name_or_path"] = str(directory / "model")
-    return known | {"output_dir": run_dir}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run_dir", help="what a stage wrote, and where the results go")
-    parser.add_argument("overrides", nargs="*", help="key.path=value, over the run's own settings")
-    add_common_options(parser)
-    options = parser.parse_intermixed_args(arguments)
-    with errors_end_cleanly(options.debug):
-        settings = run_settings(options.run_dir)
-        faults = apply_overrides(settings, options.overrides)
-        heading = f"{options.run_dir} cannot be evaluated:"
-        config = check_config(EvaluationConfig, settings, heading, faults)
-        start(lambda: run(config), config.seed, config.trust_remote_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from step3_rlhf.blocks import Blocks
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluation import (
     HeldOut,
@@ -70,8 +71,11 @@ def main(config: PPOConfig) -> None:
 
     export(trainer.actor.module.model, tokenizer, output / "actor")
     export(trainer.critic.module.model, tokenizer, output / "critic")
-    report, instances = evaluate(models(trainer), held_out, config.regularizer, evaluation)
+    identity = {"config": config.model_dump(mode="json"), "processes": engine.world_size()}
+    blocks = Blocks(output, identity)
+    report, instances = evaluate(models(trainer), held_out, config.regularizer, evaluation, blocks)
     write_evaluation(report, instances, output)
+    blocks.remove()
     say(
         f"PPO with {config.regularizer.name} is done after {count} iterations\n{summary(report)}\n"
         f"  actor:      {output / 'actor'}\n  critic:     {output / 'critic'}\n"

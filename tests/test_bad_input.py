@@ -14,7 +14,7 @@ from step1_sft import main as sft
 from step1_sft.config import SFTConfig
 from step2_reward import main as reward
 from step2_reward.config import RewardConfig
-from step3_rlhf import evaluation
+from step3_rlhf import evaluate
 from step3_rlhf import main as ppo
 from step3_rlhf.config import PPOConfig
 from training import engine, models
@@ -237,11 +237,11 @@ def test_every_fault_of_every_kind_in_one_message(refused: Refused) -> None:
 
 def test_the_evaluation_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in {
-        (str(tmp_path / "nowhere"),): "nowhere: no such directory",
-        (str(tmp_path), "seed=x"): "model_name_or_path: Field required",
+        (str(tmp_path / "nowhere"),): "the command has to name the models",
+        (str(tmp_path), "seed=x"): "pass model_name_or_path=POLICY",
     }.items():
         with pytest.raises(SystemExit) as caught:
-            evaluation.main(list(arguments))
+            evaluate.main(list(arguments))
         assert caught.value.code == 2
         assert expected in capsys.readouterr().err
 

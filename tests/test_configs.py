@@ -15,7 +15,7 @@ from deepspeed.launcher.runner import parse_args
 
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
-from step3_rlhf import evaluation
+from step3_rlhf import evaluate
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from training.cli import stage_parser
 from training.config import StrictModel, apply_overrides, check_config, load_config
@@ -100,13 +100,13 @@ def launch_lines() -> Iterator[tuple[str, str, list[str]]]:
     """(where, script, arguments) of every `bash scripts/NAME.sh ...` and `launch MODULE ...`."""
     scripts = "|".join([*SCRIPTS, "evaluate.sh"])
     call = re.compile(rf"(?:scripts/|/)({scripts})\"?((?:[ \t]+[^\s;|&#`)]+)*)")
-    direct = re.compile(r"^\s*launch (step\w+)\.(main|evaluation)((?:[ \t]+[^\s;|&#]+)*)", re.M)
+    direct = re.compile(r"^\s*launch (step\w+)\.(main|evaluate)((?:[ \t]+[^\s;|&#]+)*)", re.M)
     modules = {stage: script for script, stage in SCRIPTS.items()}
     for path in documents():
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         found = [(m[1], m[2]) for m in call.finditer(text)]
         found += [
-            ("evaluate.sh" if m[2] == "evaluation" else modules[m[1]], m[3])
+            ("evaluate.sh" if m[2] == "evaluate" else modules[m[1]], m[3])
             for m in direct.finditer(text)
         ]
         for script, line in found:
@@ -186,7 +186,7 @@ def test_a_script_starts_its_stage_with_arguments_that_every_parser_knows(
     launcher = recorded(script, *given)
     assert launcher.user_args == given
     stage = SCRIPTS.get(script)
-    assert launcher.user_script == (f"{stage}.main" if stage else "step3_rlhf.evaluation")
+    assert launcher.user_script == (f"{stage}.main" if stage else "step3_rlhf.evaluate")
     if stage:
         options = stage_parser(CLASSES[stage]).parse_args(["--local_rank=0", *launcher.user_args])
         assert (options.config, options.overrides) == (given[0], given[1:])
@@ -210,7 +210,7 @@ def test_every_phase_of_the_quickstart_starts_with_a_config_that_loads(
     launcher = recorded("quickstart.sh", "--only", phase, "--output", str(directory), "--seed", "7")
     if phase == "sft_evaluation":
         run_dir, *overrides = launcher.user_args
-        settings = evaluation.run_settings(run_dir)
+        settings = evaluate.run_settings(run_dir)
         faults = apply_overrides(settings, overrides)
         config: Any = check_config(EvaluationConfig, settings, "config:", faults)
         assert config.model_name_or_path == str(directory / "sft" / "model")
@@ -227,7 +227,7 @@ def test_every_phase_of_the_quickstart_starts_with_a_config_that_loads(
 
 def test_the_evaluations_parser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        evaluation.main(["--local_rank=0", str(tmp_path), "sede=7", "nonsense"])
+        evaluate.main(["--local_rank=0", str(tmp_path), "sede=7", "nonsense"])
     assert caught.value.code == 2
     message = capsys.readouterr().err
     assert "override 'nonsense': write it as key.path=value" in message

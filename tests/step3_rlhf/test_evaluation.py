@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from step3_rlhf import evaluation as module
 from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.evaluate import main, run_settings
 from step3_rlhf.evaluation import (
     EXACT_FIGURES,
     HeldOut,
@@ -21,7 +26,6 @@ from step3_rlhf.evaluation import (
     measure_set,
     over_ranks,
     respond,
-    run_settings,
     sampled_metrics,
     summary,
     write_evaluation,
@@ -117,7 +121,7 @@ def test_work_is_divided_over_the_ranks_and_joined_in_order(
         monkeypatch.setattr(
             module.engine, "gather_objects", lambda own, k=rank: contributed[k].append(own) or []
         )
-        over_ranks(count, 2, lambda rows, k=rank: calls[k].append(rows) or rows)
+        over_ranks(count, 2, lambda rows, k=rank: calls[k].append(rows) or rows, "rows")
     # As many calls on every rank, with as many rows: forwards inside are collectives under ZeRO-3.
     assert len({tuple(len(rows) for rows in made) for made in calls}) == 1
     joined = [row for round_ in zip(*contributed, strict=True) for part in round_ for row in part]
@@ -286,8 +290,7 @@ def test_other_directories_need_overrides(tmp_path: Path) -> None:
         "output_dir": str(tmp_path),
         "model_name_or_path": str(tmp_path / "model"),
     }
-    with pytest.raises(UserError, match="no such directory"):
-        run_settings(str(tmp_path / "nowhere"))
+    assert run_settings(str(tmp_path / "new")) == {"output_dir": str(tmp_path / "new")}
 
 
 # Finite sets
@@ -317,3 +320,41 @@ def test_every_faulty_set_is_named(tmp_path: Path) -> None:
         read_response_sets(str(file))
     numbers = [fault.removeprefix(f"{file}:").split(":")[0] for fault in caught.value.faults]
     assert numbers == ["3", "4", "5", "6", "7", "8"]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_any_triple_can_be_evaluated(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models that no stage has trained, into a new directory; the reward has its own tokenizer."""
+    reward = tmp_path / "foreign_reward"
+    vocabulary = {chr(code): code - 32 for code in range(32, 127)} | {"<pad>": 95, "</s>": 96}
+    own = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    own.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=own, pad_token="<pad>", eos_token="</s>"
+    ).save_pretrained(reward)
+    torch.manual_seed(3)
+    GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=95)
+    ).save_pretrained(reward)
+    monkeypatch.setattr("training.engine.connect", lambda: None)
+    monkeypatch.setattr("training.engine.disconnect", lambda: None)
+    monkeypatch.setattr("training.signals.requests.install", lambda: None)
+    output = tmp_path / "new" / "evaluation"
+    main(
+        [
+            str(output),
+            f"model_name_or_path={tiny_world / 'base'}",
+            f"reward.model_name_or_path={reward}",
+            f'data.sources=["{tiny_world / "comparisons.jsonl"}"]',
+            "evaluation.max_prompts=3",
+            "response_length=4",
+        ]
+    )
+    report = json.loads((output / "evaluation.json").read_text())
+    assert report["prompts"] == 3
+    assert report["kl"]["mean"] == 0.0  # the reference is the policy
+    assert report["reward"]["mean"] != 0.0
+    assert len((output / "instances.jsonl").read_text().splitlines()) == 3
+    assert not (output / "evaluation.unfinished").exists()

@@ -18,7 +18,7 @@ from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_rlhf import report, report_page
 from step3_rlhf.config import EvaluationConfig, PPOConfig
-from step3_rlhf.evaluation import run_settings
+from step3_rlhf.evaluate import run_settings
 from step3_rlhf.report_figures import abbreviated, in_columns, topic_shares
 from step3_rlhf.report_findings import (
     METRICS,
@@ -382,7 +382,7 @@ def test_quickstart_passes_what_the_stages_understand(
     regularizers = []
     for call in calls:
         module, config, *overrides = call[call.index("--module") + 1 :]
-        if module == "step3_rlhf.evaluation":
+        if module == "step3_rlhf.evaluate":
             settings = run_settings(config)
             faults = apply_overrides(settings, overrides)
             checked: Any = check_config(EvaluationConfig, settings, "faults:", faults)

@@ -11,7 +11,7 @@ import pytest
 
 from step3_rlhf import sweep
 from step3_rlhf.config import EvaluationConfig, PPOConfig
-from step3_rlhf.evaluation import run_settings
+from step3_rlhf.evaluate import run_settings
 from step3_rlhf.sweep_cells import (
     SETTINGS,
     Cell,

@@ -1,0 +1,76 @@
+"""The finished parts of a long evaluation, on disk: one that was stopped goes on from them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from training.engine import barrier, gather_objects, rank
+from training.tracking import say
+
+DIRECTORY = "evaluation.unfinished"
+SETTINGS, BLOCKS = "settings.json", "blocks.jsonl"
+
+
+class Blocks:
+    """Results of blocks of prompts by name, in the order in which they were measured.
+
+    Every rank knows them all; rank 0 writes each one, whole, before the next is begun. JSON keeps
+    every digit, so an evaluation that was resumed gives the figures of one that was not.
+    """
+
+    def __init__(self, run_directory: Path, identity: dict[str, Any]) -> None:
+        """Go on with what is there, if it was made with the same `identity` (JSON).
+
+        Args:
+            identity: everything that the results depend on, the division over ranks included.
+        """
+        self.directory = run_directory / DIRECTORY
+        self._known: dict[str, list[Any]] = {}
+        identity = json.loads(json.dumps(identity))
+        found = self._read(identity) if rank() == 0 else {}
+        for name, rows in gather_objects([found])[0].items():
+            self._known[name] = rows
+        if rank() == 0 and not self._known:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(parents=True)
+            (self.directory / SETTINGS).write_text(json.dumps(identity, indent=2) + "\n")
+        barrier()
+
+    def _read(self, identity: dict[str, Any]) -> dict[str, list[Any]]:
+        settings, blocks = self.directory / SETTINGS, self.directory / BLOCKS
+        if not settings.is_file() or not blocks.is_file():
+            return {}
+        if json.loads(settings.read_text()) != identity:
+            say(f"{self.directory}: of another evaluation; it is started anew")
+            return {}
+        lines = blocks.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]  # a kill may leave half a line
+        blocks.write_bytes(b"".join(whole))
+        found = dict(json.loads(line) for line in whole)
+        say(f"The evaluation goes on after {len(found)} finished blocks in {self.directory}")
+        return found
+
+    def get(self, name: str) -> list[Any] | None:
+        return self._known.get(name)
+
+    def put(self, name: str, rows: list[Any]) -> None:
+        """Keep a block's rows (JSON); all ranks call with the same."""
+        if rank() == 0:
+            with (self.directory / BLOCKS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps([name, rows]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """The evaluation is finished and written."""
+        if rank() == 0:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        barrier()
+
+
+def identity_of(path: str) -> list[Any]:
+    """Names, sizes and times of a local model's weights; a Hub name stands for itself."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    return [path, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
