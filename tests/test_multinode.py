@@ -78,3 +78,41 @@ def test_a_node_without_a_meeting_place_is_refused(config: Path, tmp_path: Path)
     printed, _ = node.communicate(timeout=60)
     assert node.returncode == 1
     assert "MASTER_ADDR" in printed
+
+
+SCONTROL = "#!/bin/sh\nprintf '127.0.0.1\\nlocalhost\\n'\n"
+SRUN = """#!/bin/bash
+# What srun does for two nodes: the command on each, with its number.
+while [[ "$1" == --* ]]; do shift 2; done
+for node in 0 1; do
+    SLURM_NODEID=$node "$@" &
+    started+=($!)
+done
+for each in "${started[@]}"; do wait "$each" || exit; done
+"""
+
+
+def test_slurm_example(config: Path, tmp_path: Path) -> None:
+    """With stand-ins for SLURM's two commands; everything else is real."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in {"scontrol": SCONTROL, "srun": SRUN}.items():
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    variables = {
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{commands}:{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": str(os.getpid()),
+    }
+    output = tmp_path / "slurm"
+    ended = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "slurm.sh"), "step1_sft.sh", str(config),
+         f"output_dir={output}"],
+        env=os.environ | variables, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    assert len(losses(output)) == 4
+    assert not list((ROOT / "runs").glob("hosts-*"))
