@@ -21,6 +21,7 @@ from step3_rlhf.metrics import (
     pm_divergence,
     response_perplexity,
     text_perplexity,
+    text_perplexity_ci95,
     total_variation,
 )
 from step3_rlhf.optimum import NoOptimumError, ResponseSet, optimum
@@ -268,7 +269,9 @@ def held_out_perplexity(
     return {
         "texts": len(rows),
         "perplexity": text_perplexity(logp, lengths),
+        "perplexity_ci95": text_perplexity_ci95(logp, lengths),
         "reference_perplexity": text_perplexity(ref_logp, lengths),
+        "reference_perplexity_ci95": text_perplexity_ci95(ref_logp, lengths),
     }
 
 

@@ -66,6 +66,22 @@ def text_perplexity(logp: Tensor, lengths: Tensor) -> float:
     return torch.exp(-logp.double().sum() / lengths.sum()).item()
 
 
+def text_perplexity_ci95(logp: Tensor, lengths: Tensor) -> float:
+    """Half the width of `text_perplexity`'s 95 % confidence interval over texts.
+
+    H = −Σ log π / Σ tokens is a ratio of sums: with residuals z_i = −log π_i − H · tokens_i its
+    variance is n/(n − 1) · Σ z_i² / (Σ tokens)² (Cochran 1977, section 6.5), and that of exp H is
+    exp(2H) times as large (delta method). 0 for a single text.
+    """
+    n, tokens = len(logp), lengths.double().sum()
+    if n < 2:
+        return 0.0
+    entropy = -logp.double().sum() / tokens
+    residuals = -logp.double() - entropy * lengths.double()
+    deviation = (n / (n - 1) * residuals.square().sum()).sqrt() / tokens
+    return (1.96 * deviation * entropy.exp()).item()
+
+
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     """½ Σ |p − q| of distributions given as normalized log-probabilities [..., K]."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
