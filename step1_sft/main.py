@@ -12,10 +12,11 @@ from datasets import Dataset
 
 from step1_sft.config import SFTConfig
 from training import engine, fitting
-from training.checkpoint import check_resumable, export
+from training.checkpoint import check_resumable
 from training.cli import prepare_output, run_stage
 from training.data import SequenceBatch, collate_texts, read_records, tokenize
 from training.dry_run import Plan, plan_steps
+from training.export import export
 from training.memory import activations, logits
 from training.models import check_positions, load_policy, load_tokenizer
 from training.tracking import say

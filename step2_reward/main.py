@@ -18,10 +18,11 @@ from step2_reward.calibration import calibration_report, draw_reliability
 from step2_reward.config import RewardConfig
 from step2_reward.losses import plackett_luce_loss
 from training import engine, fitting
-from training.checkpoint import check_resumable, export
+from training.checkpoint import check_resumable
 from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, collate_groups, read_records, tokenize
 from training.dry_run import Plan, plan_steps
+from training.export import export
 from training.memory import activations
 from training.models import check_positions, last_token, load_scalar_model, load_tokenizer
 from training.tracking import say

@@ -9,12 +9,8 @@ from step3_rlhf.ppo import AdvantageNormalization
 from step3_rlhf.regularizers import RegularizerField
 from training.config import Count, Fraction, NonNegative, Positive, StrictModel
 from training.data.settings import DataSettings
-from training.stage_config import (
-    OptimizerSettings,
-    StageConfig,
-    deepspeed_faults,
-    model_path_faults,
-)
+from training.deepspeed_section import deepspeed_faults
+from training.stage_config import OptimizerSettings, StageConfig, model_path_faults
 
 
 class RewardModelSettings(StrictModel):

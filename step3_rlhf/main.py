@@ -27,10 +27,11 @@ from step3_rlhf.response_sets import read_response_sets
 from step3_rlhf.rewards import check_reward, load_reward
 from step3_rlhf.trainer import PPOTrainer
 from training import engine
-from training.checkpoint import Checkpoints, check_resumable, export
+from training.checkpoint import Checkpoints, check_resumable
 from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
 from training.errors import UserError
+from training.export import export
 from training.fitting import require_evaluation
 from training.lora import WithoutAdapter
 from training.models import check_positions, load_policy, load_scalar_model, load_tokenizer

@@ -1,26 +1,22 @@
-"""What a stage leaves behind: checkpoints to resume from, and Hugging Face directories."""
+"""Checkpoints: a run that was stopped goes on from one as if it had not been."""
 
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import numpy as np
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.engine import TrainedModule, barrier, is_partitioned, rank, world_size
+from training.engine import TrainedModule, barrier, rank, world_size
 from training.errors import RunError, UserError
-from training.lora import merged_state
+from training.random_states import random_states, set_random_states
 from training.stage_config import StageConfig
 
 # Settings that do not change what a run computes.
@@ -32,26 +28,6 @@ STATE = "state.json"
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load's own switch
 # The classes in DeepSpeed's checkpoints; they hold numbers.
 DEEPSPEEDS_OWN = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write `model` and `tokenizer` as safetensors that `from_pretrained` loads.
-
-    An adapter is merged into the weights that are written; `model` keeps it.
-    Must be called on every rank; rank 0 writes. The directory appears whole or not at all.
-    """
-    parameters = list(model.parameters()) if is_partitioned(model) else []
-    with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
-        if rank() == 0:
-            unfinished = directory.with_name(directory.name + ".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            model.save_pretrained(
-                unfinished, state_dict=merged_state(model), safe_serialization=True
-            )
-            tokenizer.save_pretrained(unfinished)
-            shutil.rmtree(directory, ignore_errors=True)
-            unfinished.rename(directory)
-    barrier()
 
 
 class Checkpoints:
@@ -108,7 +84,7 @@ class Checkpoints:
             trained.engine.save_checkpoint(
                 str(draft / label), tag="engine", exclude_frozen_parameters=has_lora
             )
-        torch.save(_random_states(), draft / f"random-{rank()}.pt")
+        torch.save(random_states(), draft / f"random-{rank()}.pt")
         barrier()
         if rank() == 0:
             record = {
@@ -144,7 +120,7 @@ class Checkpoints:
                     str(source / label), tag="engine", load_module_strict=self.config.lora is None
                 )
         states = torch.load(source / f"random-{rank()}.pt", weights_only=True)
-        _set_random_states(states)
+        set_random_states(states)
         return record["step"], record["state"]
 
 
@@ -234,24 +210,3 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in data.items():
         flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
     return flat
-
-
-def _random_states() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, next_gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.tensor(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, list(internal), next_gauss],
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, internal, next_gauss = states["python"]
-    random.setstate((version, tuple(internal), next_gauss))

@@ -21,9 +21,9 @@ from step2_reward.config import RewardConfig
 from step3_rlhf import main as ppo
 from step3_rlhf.config import PPOConfig
 from training import engine
-from training.checkpoint import export
 from training.config import check_config
 from training.errors import UserError
+from training.export import export
 from training.lora import LoraSettings, WithoutAdapter, adapter_off, add_adapter, merged_state
 from training.models import Policy, load_policy, load_scalar_model, load_tokenizer
 

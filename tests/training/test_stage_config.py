@@ -1,4 +1,4 @@
-"""What every stage's config checks: precision, paths, output directories, DeepSpeed's section."""
+"""What every stage's config checks: precision, paths, output directories."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,6 @@ from step2_reward.config import RewardConfig
 from step3_rlhf.config import PPOConfig
 from training.config import check_config
 from training.errors import UserError
-from training.stage_config import DEEPSPEED_KEYS, STAGE_OWNED_KEYS, deepspeed_faults
 
 Settings = Callable[[str], dict[str, Any]]
 CLASSES = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
@@ -103,57 +102,6 @@ def test_a_hub_name_may_be_anything(stage_settings: Settings) -> None:
 def test_a_directory_without_a_model(stage_settings: Settings, tmp_path: Path) -> None:
     (fault,) = faults_of("sft", stage_settings("sft") | {"model_name_or_path": str(tmp_path)})
     assert "has no config.json" in fault
-
-
-# DeepSpeed's section
-
-
-@pytest.mark.parametrize("key", sorted(STAGE_OWNED_KEYS))
-def test_deepspeed_may_not_repeat_a_stage_field(key: str) -> None:
-    (fault,) = deepspeed_faults({key: 1})
-    assert fault.startswith(f"{key}: set by the stage's own ")
-    assert fault.endswith("; remove it here")
-
-
-def test_a_misspelt_deepspeed_key_is_a_fault() -> None:
-    assert deepspeed_faults({"zero_optimzation": {"stage": 2}}) == [
-        "zero_optimzation: unknown key; did you mean 'zero_optimization'?"
-    ]
-
-
-def test_faults_inside_zero_optimization() -> None:
-    (misspelt,) = deepspeed_faults({"zero_optimization": {"stagee": 2}})
-    assert misspelt.startswith("zero_optimization.stagee: ")
-    assert misspelt.endswith("; did you mean 'stage'?")
-    (impossible,) = deepspeed_faults({"zero_optimization": {"stage": 7}})
-    assert impossible.startswith("zero_optimization.stage: ")
-    (not_an_object,) = deepspeed_faults({"zero_optimization": 2})
-    assert not_an_object == "zero_optimization: an object was expected"
-    nested = deepspeed_faults({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}})
-    assert nested
-    assert nested[0].startswith("zero_optimization.offload_optimizer.devise: ")
-
-
-def test_sound_deepspeed_sections() -> None:
-    assert deepspeed_faults({}) == []
-    assert deepspeed_faults({"zero_optimization": {"stage": 3, "overlap_comm": False}}) == []
-    assert not DEEPSPEED_KEYS & STAGE_OWNED_KEYS.keys()
-
-
-def test_every_allowed_key_is_one_of_deepspeeds() -> None:
-    """The list of keys is ours; DeepSpeed's own source must know each."""
-    import deepspeed
-
-    root = Path(deepspeed.__file__).parent
-    source = "".join(
-        path.read_text()
-        for folder in ("runtime", "monitor", "profiling", "compile", "comm")
-        for path in (root / folder).rglob("*.py")
-    )
-    source += (root / "__init__.py").read_text()
-    assert {
-        key for key in DEEPSPEED_KEYS if f'"{key}"' not in source and key not in source
-    } == set()
 
 
 # Stage 3
