@@ -83,6 +83,7 @@ def main(config: SFTConfig) -> None:
         engine.precision(config),
         dropout=True,
         gradient_checkpointing=config.gradient_checkpointing,
+        packing=config.packing,
         lora=config.lora,
         trust_remote_code=config.trust_remote_code,
     )

@@ -119,6 +119,7 @@ def main(config: RewardConfig) -> None:
         tokenizer,
         engine.precision(config),
         gradient_checkpointing=config.gradient_checkpointing,
+        packing=config.packing,
         lora=config.lora,
         trust_remote_code=config.trust_remote_code,
         new_head=True,

@@ -216,6 +216,7 @@ class EvaluationConfig(SamplingSettings):
     trust_remote_code: bool = False
     bf16: bool = False
     fp16: bool = False
+    packing: bool = False
     per_device_eval_batch_size: Count = 8
     frozen_deepspeed: dict[str, Any] = Field(default_factory=dict)
 

@@ -42,7 +42,13 @@ def run(config: EvaluationConfig) -> None:
     dtype = engine.precision(config)
 
     def load(path: str) -> nn.Module:
-        policy = load_policy(path, tokenizer, dtype, trust_remote_code=config.trust_remote_code)
+        policy = load_policy(
+            path,
+            tokenizer,
+            dtype,
+            trust_remote_code=config.trust_remote_code,
+            packing=config.packing,
+        )
         return engine.frozen(policy, config.frozen_deepspeed, dtype)
 
     policy = load(config.model_name_or_path)

@@ -89,7 +89,7 @@ def build(
 ) -> PPOTrainer:
     """The four models in their engines."""
     dtype = engine.precision(config)
-    options = {"trust_remote_code": config.trust_remote_code}
+    options = {"trust_remote_code": config.trust_remote_code, "packing": config.packing}
     trained = options | {
         "gradient_checkpointing": config.gradient_checkpointing,
         "lora": config.lora,
@@ -121,7 +121,13 @@ def load_reference(
     path = path or config.model_name_or_path
     require_same_tokens(path, tokenizer, "reference_model_name_or_path", config)
     dtype = engine.precision(config)
-    reference = load_policy(path, tokenizer, dtype, trust_remote_code=config.trust_remote_code)
+    reference = load_policy(
+        path,
+        tokenizer,
+        dtype,
+        trust_remote_code=config.trust_remote_code,
+        packing=config.packing,
+    )
     return engine.frozen(reference, config.frozen_deepspeed, dtype)
 
 

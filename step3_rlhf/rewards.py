@@ -165,7 +165,11 @@ def load_reward(
     for member in settings.weighted_models:
         tokenizer = load_tokenizer(member.model_name_or_path, config.trust_remote_code)
         model = load_scalar_model(
-            member.model_name_or_path, tokenizer, dtype, trust_remote_code=config.trust_remote_code
+            member.model_name_or_path,
+            tokenizer,
+            dtype,
+            trust_remote_code=config.trust_remote_code,
+            packing=config.packing,
         )
         sources.append(
             (

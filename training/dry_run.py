@@ -15,6 +15,7 @@ from training.fitting import global_batch_size, require_evaluation, total_steps
 from training.lora import add_adapter
 from training.memory import ModelStates, Shape, Sharding, frozen_weights, on_meta, trained_states
 from training.models import check_scalar_config, load_model_config, load_tokenizer
+from training.packing import refuse_unpackable
 from training.stage_config import StageConfig, SupervisedConfig
 
 GIB = 1024**3
@@ -43,6 +44,8 @@ class Plan:
         """
         trusted = self.config.trust_remote_code
         config = load_model_config(name_or_path, trusted)
+        if self.config.packing:
+            refuse_unpackable(config, name_or_path)
         if scalar:
             check_scalar_config(config, name_or_path, new_head=True)
             config.num_labels = 1

@@ -22,6 +22,7 @@ from training.engine import is_partitioned, max_over_ranks
 from training.errors import UserError
 from training.logprobs import chunks_of, position_ids, token_logprobs
 from training.lora import add_adapter
+from training.packing import pack, refuse_unpackable
 from training.stage_config import LoraSettings
 
 PAD_TOKEN = "<pad>"
@@ -63,10 +64,11 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 class Policy(nn.Module):
     """A causal language model that gives log-probabilities of given tokens, not logits."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, packing: bool = False) -> None:
         super().__init__()
         self.model = model
         self._takes_positions = _takes_positions(model.get_decoder())
+        self._packing = packing
 
     def forward(
         self,
@@ -86,12 +88,15 @@ class Policy(nn.Module):
             log-probabilities [batch, length] float32 in nats, 0 where not scored, and, if asked
             for, the entropy of the distribution from which each scored token was drawn.
         """
-        positions = _positions(self._takes_positions, attention_mask)
-        decoded = self.model.get_decoder()(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
+        states = _hidden_states(
+            self.model.get_decoder(),
+            input_ids,
+            attention_mask,
+            self._takes_positions,
+            self._packing,
         )
         predicting = scored_mask[:, 1:].bool()
-        hidden = decoded.last_hidden_state[:, :-1][predicting]
+        hidden = states[:, :-1][predicting]
         targets = input_ids[:, 1:][predicting]
         chunks = chunks_of(len(targets))
         if is_partitioned(self.model):  # ranks have different numbers of tokens
@@ -112,18 +117,17 @@ def _scatter(rows: Tensor, mask: Tensor) -> Tensor:
 class ScalarModel(nn.Module):
     """A sequence-classification model with one label: the reward model, and the critic."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, packing: bool = False) -> None:
         super().__init__()
         self.model = model
         self._takes_positions = _takes_positions(model.base_model)
+        self._packing = packing
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values [batch, length] float32: the head's scalar after each token."""
-        positions = _positions(self._takes_positions, attention_mask)
-        decoded = self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
-        )
-        return self.model.score(decoded.last_hidden_state).squeeze(-1)
+        decoder, takes_positions = self.model.base_model, self._takes_positions
+        states = _hidden_states(decoder, input_ids, attention_mask, takes_positions, self._packing)
+        return self.model.score(states).squeeze(-1)
 
     def rewards(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Rewards [batch]: the scalar after each row's last token."""
@@ -159,8 +163,29 @@ def _takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _positions(takes_positions: bool, attention_mask: Tensor) -> dict[str, Tensor]:
-    return {"position_ids": position_ids(attention_mask)} if takes_positions else {}
+def _hidden_states(
+    decoder: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    takes_positions: bool,
+    packing: bool,
+) -> Tensor:
+    """[batch, length, hidden] states after each token; on padding, anything."""
+    if packing:
+        packed = pack(input_ids, attention_mask)
+        decoded = decoder(
+            input_ids=packed.input_ids,
+            attention_mask=packed.attention_mask,
+            position_ids=packed.position_ids,
+            use_cache=False,
+        )
+        return packed.unpacked(decoded.last_hidden_state)
+    positions = {"position_ids": position_ids(attention_mask)} if takes_positions else {}
+    decoded = decoder(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
+    )
+    states: Tensor = decoded.last_hidden_state
+    return states
 
 
 def load_model_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -196,20 +221,24 @@ def load_policy(
     dropout: bool = False,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    packing: bool = False,
     lora: LoraSettings | None = None,
 ) -> Policy:
     """A causal language model as a Policy, its embeddings grown to hold the tokenizer's pad token.
 
     Args:
         dropout: keep the model's own dropout; off wherever log-probabilities must be reproducible.
+        packing: compute several short sequences in one row.
         lora: train an adapter of this kind and nothing else.
     """
     config = load_model_config(name_or_path, trust_remote_code)
     if any("SequenceClassification" in name for name in config.architectures or []):
         raise UserError(f"{name_or_path} is a sequence-classification model, not a language model")
     _refuse_scaled_logits(config, name_or_path)
+    if packing:
+        refuse_unpackable(config, name_or_path)
     model = _load(AutoModelForCausalLM, name_or_path, config, dtype, dropout, trust_remote_code)
-    return Policy(_ready(model, tokenizer, gradient_checkpointing, lora))
+    return Policy(_ready(model, tokenizer, gradient_checkpointing, lora), packing)
 
 
 def load_scalar_model(
@@ -220,12 +249,14 @@ def load_scalar_model(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     new_head: bool = False,
+    packing: bool = False,
     lora: LoraSettings | None = None,
 ) -> ScalarModel:
     """A one-label sequence-classification model.
 
     Args:
         new_head: take a causal language model as well and give it a head, at 0.
+        packing: compute several short sequences in one row.
         lora: train an adapter of this kind, and the head.
 
     Raises:
@@ -233,6 +264,8 @@ def load_scalar_model(
     """
     config = load_model_config(name_or_path, trust_remote_code)
     trained = check_scalar_config(config, name_or_path, new_head)
+    if packing:
+        refuse_unpackable(config, name_or_path)
     config.num_labels = 1
     model = _load(
         AutoModelForSequenceClassification, name_or_path, config, dtype, dropout, trust_remote_code
@@ -242,7 +275,7 @@ def load_scalar_model(
     if not trained:
         # A random head would start from arbitrary preferences; 0 says p(y1 ≻ y2) = 1/2.
         nn.init.zeros_(model.score.weight)
-    return ScalarModel(_ready(model, tokenizer, gradient_checkpointing, lora))
+    return ScalarModel(_ready(model, tokenizer, gradient_checkpointing, lora), packing)
 
 
 def check_scalar_config(config: PretrainedConfig, name_or_path: str, new_head: bool) -> bool:

@@ -56,6 +56,9 @@ class StageConfig(StrictModel):
     fp16: bool = False
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    packing: bool = False
+    """Compute several short sequences of a micro-batch in one row: less work on padding, the same
+    losses."""
     lora: LoraSettings | None = None
     """Train an adapter in place of all weights; exports have it merged. Null trains all."""
     per_device_train_batch_size: Count = 8
