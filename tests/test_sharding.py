@@ -1,7 +1,7 @@
 """The same losses, rollouts and exports however a global batch is divided.
 
-One process and two, accumulation 1 and 4, ZeRO 0 to 3, through the real launcher. The division
-changes the padding as well: a micro-batch is padded to its own longest row.
+One process and two, accumulation 1 and 4, ZeRO 0 to 3, padded and packed, through the real
+launcher. The division changes the padding as well: a micro-batch is padded to its own longest row.
 """
 
 import json
@@ -52,16 +52,19 @@ class Division:
     processes: int
     accumulation: int
     zero: int
+    packed: bool = False
 
     def settings(self) -> dict[str, Any]:
         return {
             "per_device_train_batch_size": GLOBAL_BATCH // (self.processes * self.accumulation),
             "gradient_accumulation_steps": self.accumulation,
             "deepspeed": {"zero_optimization": {"stage": self.zero}},
+            "packing": self.packed,
         }
 
     def __str__(self) -> str:
-        return f"{self.processes}x{self.accumulation}-zero{self.zero}"
+        name = f"{self.processes}x{self.accumulation}-zero{self.zero}"
+        return name + ("-packed" if self.packed else "")
 
 
 WHOLE = Division(1, 1, 0)
@@ -70,7 +73,7 @@ DIVISIONS = [
     for processes in (1, 2)
     for accumulation in (1, 4)
     for zero in (0, 1, 2, 3)
-]
+] + [Division(1, 1, 0, packed=True), Division(2, 4, 2, packed=True), Division(2, 1, 3, packed=True)]
 CONTROL = Division(2, 4, 0)
 
 
