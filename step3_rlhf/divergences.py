@@ -250,7 +250,8 @@ class FDivergence(Regularizer):
     one token's probabilities. Its value is the sum of the per-step divergences. Its marginal is
     exact for the token on which it stands; to earlier tokens it credits −βf'(u_t) where the
     summed divergence would have −βf(u_t)/u_t, which no function of the sampled token can do at
-    once. `log_optimum` is where policy gradients with this marginal come to rest.
+    once. `log_optimum` is where policy gradients with this marginal come to rest, which is not
+    where the expected value is largest, except for reverse KL.
     """
 
     name: Literal["f_divergence"] = "f_divergence"
@@ -269,7 +270,8 @@ class FDivergence(Regularizer):
     max_marginal: Positive = 20.0
     """Bound on |marginal|, in units of reward, where f' grows as a power of u: forward_kl,
     alpha_divergence, hellinger (u → 0) and chi_squared (u → ∞). Above the spread of the rewards
-    it leaves the optimum untouched. The others are never bounded."""
+    it leaves the optimum untouched. The others are never bounded. The reported value takes
+    |log u| as 80 nats where it is more, so that it stays finite in float32."""
 
     @model_validator(mode="after")
     def _alpha_where_it_belongs(self) -> "FDivergence":

@@ -27,7 +27,7 @@ from training.config import Positive
 
 
 class Link(ABC):
-    """One g, with G(r) = ∫_{-∞}^r g."""
+    """One g, with G its integral from where g begins: −∞, or 0 for a power."""
 
     @abstractmethod
     def inverse(self, log_pi: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Softplus(Link):
         return log_pi + torch.where(tiny, pi / 2.0, torch.log(torch.expm1(safe) / safe))
 
     def integral_ratio(self, log_pi: Tensor) -> Tensor:
-        # G(g^{-1}(π)) = −Li₂(1 − e^π); its series converges on [0, 1] like (π/2π)^n.
+        # G(g^{-1}(π)) = −Li₂(1 − e^π); its series converges on [0, 1] like (π/6.28)^n.
         pi = torch.exp(log_pi)
         total = torch.zeros_like(pi)
         for coefficient in reversed(self.coefficients):
@@ -180,7 +180,8 @@ class GeneralizedPL(Regularizer):
     exponent: Positive | None = None
     """k of the power link r^k."""
     max_marginal: Positive = 20.0
-    """`sigmoid` only: its marginal is held above −max_marginal (units of reward) as π → 1."""
+    """`sigmoid` only: its marginal is held above −max_marginal (units of reward) as π → 1. The
+    optimum stays where it is unless a response exceeds π = 1/(1 + e^{−max_marginal/β}) there."""
 
     @model_validator(mode="after")
     def _exponent_where_it_belongs(self) -> "GeneralizedPL":

@@ -65,7 +65,8 @@ class PreferenceMatching(LogLinear):
     """w = 1, eq. (3.9), Theorem 1: R = −β log π + C_2/π; optimum softmax(r/β), eq. (3.2).
 
     C_2/π has zero gradient in expectation, so `c2` enters the value and nothing else. A sample's
-    1/π is reported up to e^80.
+    1/π is reported up to e^80. With C_1 = log(1/k), k the number of responses, this is the KL
+    penalty to the uniform distribution (Example 3).
     """
 
     name: Literal["pm"] = "pm"
@@ -117,10 +118,11 @@ class MaximumEntropy(LogLinear):
 class ConditionalPM(LogLinear):
     """Preference matching on M(x), the responses that the reference finds regular (Def. 4.1).
 
-    level "token" (the paper's experiments): w_t = π_ref,t where π_ref,t < α, else 1.
-    level "sequence" (Theorem 4): M(x) = {y: π_ref(y|x) ≥ α}; w = 1 on M(x) and, outside it,
-    π_ref(y|x), or the fixed ε of eq. (4.1). log w stands on the last token, where the whole
-    response is known. The optimum, conditional on M(x), is softmax(r/β).
+    level "token" (what the published code does): w_t = π_ref,t where π_ref,t < α, else 1. It
+    matches preferences, softmax(r/β), among responses of which every token has π_ref,t ≥ α.
+    level "sequence" (Def. 4.1, Theorem 4): M(x) = {y: π_ref(y|x) ≥ α}; w = 1 on M(x) and, outside
+    it, π_ref(y|x), or the fixed ε of eq. (4.1). log w stands on the last token, where the whole
+    response is known. It matches preferences within M(x).
     α → 0 is pm; α > 1 is kl (unless ε is given).
     """
 
@@ -178,4 +180,6 @@ class KLInterpolation(LogLinear):
     kappa: Fraction
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        if self.kappa == 0.0:  # where π_ref = 0 as well
+            return torch.zeros_like(ref_logp)
         return self.kappa * torch.where(mask, ref_logp, 0.0)

@@ -3,7 +3,9 @@
     π* = argmax_π E_{y~π}[r(y) + R(π(y))],   π a distribution over the set
 
 On a finite set the optimum exists for every sequence-level regularizer of this package: the
-objective is concave and the set of distributions compact. Everything here is float64.
+objective is concave and the set of distributions compact. A token-level f-divergence, which is an
+approximation, has the distribution at which PPO with its marginal comes to rest in place of the
+argmax (divergences.py). Everything here is float64.
 """
 
 from __future__ import annotations
@@ -116,6 +118,8 @@ def backward_induction(
     Args:
         step: from the values [C] of the tokens that may follow a prefix and their reference
             log-probabilities [C], normalized over them, to their log π [C] and the prefix's value.
+            The reference is taken conditional on the set: a token weighs what the responses
+            through it weigh together.
 
     Returns:
         [K] log π(y) = Σ_t log π_t.
@@ -123,7 +127,8 @@ def backward_induction(
     log_pi = torch.zeros_like(responses.rewards)
     positions = [row.nonzero().flatten().tolist() for row in responses.mask]
 
-    def value(rows: list[int], depth: int) -> float:
+    def value_and_mass(rows: list[int], depth: int) -> tuple[float, float]:
+        """Of the prefix that `rows` share: its value; log of its reference mass in the set."""
         ended = [row for row in rows if len(positions[row]) == depth]
         if ended:
             if len(rows) > 1:
@@ -131,17 +136,19 @@ def backward_induction(
                     "responses: one of them is a prefix of (or the same as) another, so that "
                     "ending there is no token's choice; include the end-of-sequence token"
                 )
-            return responses.rewards[rows[0]].item()
+            return responses.rewards[rows[0]].item(), 0.0
         branches: dict[int, list[int]] = {}
         for row in rows:
             branches.setdefault(int(responses.tokens[row, positions[row][depth]]), []).append(row)
-        values = [value(branch, depth + 1) for branch in branches.values()]
+        further = [value_and_mass(branch, depth + 1) for branch in branches.values()]
+        values, masses = log_pi.new_tensor(further).unbind(-1)
         firsts = [branch[0] for branch in branches.values()]
         ref = torch.stack([responses.ref_logp[row, positions[row][depth]] for row in firsts])
-        step_logp, prefix_value = step(ref.new_tensor(values), torch.log_softmax(ref, 0))
+        mass = torch.logsumexp(ref + masses, 0)
+        step_logp, prefix_value = step(values, ref + masses - mass)
         for branch, logp in zip(branches.values(), step_logp, strict=True):
             log_pi[branch] += logp
-        return prefix_value
+        return prefix_value, mass.item()
 
-    value(list(range(len(positions))), 0)
+    value_and_mass(list(range(len(positions))), 0)
     return log_pi

@@ -7,6 +7,8 @@ responses, scores them with the table, and steps a DeepSpeed engine; nothing tel
 
 import itertools
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -57,11 +59,14 @@ SLOW = {
     "forward_kl": {"name": "f_divergence", "divergence": "forward_kl", "max_marginal": 6.0},
     "chi_squared": {"name": "f_divergence", "divergence": "chi_squared"},
     "generalized_pl-softplus": {"name": "generalized_pl", "g": "softplus"},
+    # Where no response has most of the probability, softplus is close to the exponential, and its
+    # optimum 0.02 away from pm's. Of this one pm is 0.4 away, and what R in place of R + πR' leads
+    # to 0.14.
+    "generalized_pl-power": {"name": "generalized_pl", "g": "power", "exponent": 2.0, "beta": 3.0},
 }
-# Where no response has most of the probability, softplus is close to the exponential, and its
-# optimum 0.02 away from pm's: what tells Theorem 3 from Theorem 1 is `test_optimum.py`.
 CLOSE_TO_PM = {"pm", "generalized_pl-softplus"}
-SEED = 0
+SEED = int(os.environ.get("CONVERGENCE_SEED", "0"))
+"""Another one proves the same of another reference, other rewards and other draws."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -177,42 +182,39 @@ def log_policies(trainer: PPOTrainer, policy: nn.Module) -> list[tuple[Tensor, R
     return found
 
 
-def mean_distance(
+def distances(
     trainer: PPOTrainer, policy: nn.Module, regularizer: dict[str, object] | None = None
-) -> float:
-    """Total variation between `policy` and the regularizer's exact optimum, mean over prompts."""
+) -> Tensor:
+    """[prompts] total variation between `policy` and the regularizer's exact optimum."""
     wanted = parse_regularizer(regularizer) if regularizer else trainer.regularizer
-    distances = [
-        total_variation(logp, optimum(wanted, responses)).item()
+    found = [
+        total_variation(logp, optimum(wanted, responses))
         for logp, responses in log_policies(trainer, policy)
     ]
-    return sum(distances) / len(distances)
-
-
-def distances(
-    regularizer: dict[str, object], seed: int, iterations: int = ITERATIONS
-) -> dict[str, float]:
-    """To the optimum before and after training; after it also to the optima of pm and kl."""
-    trainer = trainer_for(regularizer, TableReward(seed), seed, iterations)
-    before = mean_distance(trainer, trainer.reference)
-    for number in range(iterations):
-        trainer.iteration(number)
-    actor = trainer.actor.module
-    return {
-        "before": before,
-        "after": mean_distance(trainer, actor),
-        "pm": mean_distance(trainer, actor, {"name": "pm"}),
-        "kl": mean_distance(trainer, actor, {"name": "kl"}),
-    }
+    return torch.stack(found)
 
 
 def check(name: str, regularizer: dict[str, object], iterations: int = ITERATIONS) -> None:
-    found = distances(regularizer, SEED, iterations)
-    assert found["before"] > 2 * LARGEST_TV  # there is a way to go
-    assert found["after"] <= LARGEST_TV
+    reward = TableReward(SEED)
+    spread = reward.table.max() - reward.table.min()
+    assert spread <= regularizer.get("max_marginal", 20.0)  # the bound leaves the optimum alone
+    started = time.monotonic()
+    trainer = trainer_for(regularizer, reward, SEED, iterations)
+    before = distances(trainer, trainer.reference)
+    for number in range(iterations):
+        trainer.iteration(number)
+    actor = trainer.actor.module
+    after = distances(trainer, actor)
+    print(
+        f"{name}, seed {SEED}: TV to its optimum {before.mean():.3f} -> {after.mean():.3f}, "
+        f"at most {after.max():.3f}, in {time.monotonic() - started:.0f} s"
+    )
+    assert before.mean() > LARGEST_TV + 0.04  # there is a way to go
+    assert after.mean() <= LARGEST_TV
     # It is this optimum and no other: a trainer that ignored its regularizer would fail.
-    assert name in CLOSE_TO_PM or found["pm"] > 1.5 * LARGEST_TV
-    assert name == "kl" or found["kl"] > 1.5 * LARGEST_TV
+    others = {other: distances(trainer, actor, {"name": other}).mean() for other in ("pm", "kl")}
+    assert name in CLOSE_TO_PM or others["pm"] > 1.5 * LARGEST_TV
+    assert name == "kl" or others["kl"] > 1.5 * LARGEST_TV
 
 
 @pytest.mark.usefixtures("process_group")

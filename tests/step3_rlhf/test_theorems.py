@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from step3_rlhf.optimum import optimum_of
+from step3_rlhf.optimum import ResponseSet, optimum, optimum_of
 from step3_rlhf.regularization import Regularizer
 from step3_rlhf.regularizers import parse_regularizer
 
@@ -135,6 +135,31 @@ def test_theorem_1_necessity(config: dict[str, object], solves: bool) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("added", [lambda logp: logp.exp(), lambda logp: 0.3 * logp**2])
+def test_theorem_1_necessity_of_other_terms(seed: int, added: Callable[[Tensor], Tensor]) -> None:
+    """−log π plus anything but C_1 + C_2/π ends elsewhere."""
+    rewards, ref_logp = problem(seed)
+    own = value_of(parse_regularizer({"name": "pm"}), ref_logp)
+    found = maximizer(expected(rewards, lambda logp: own(logp) - added(logp)), len(rewards))
+    assert distance(found, rewards.softmax(0)) > 0.01
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_example_3_pm_is_the_kl_penalty_to_the_uniform_distribution(seed: int) -> None:
+    """C_1 = log(1/k): the same value but for the constant, the same optimum."""
+    rewards, _ = problem(seed)
+    k = len(rewards)
+    uniform = torch.zeros_like(rewards).log_softmax(0)
+    logp = torch.randn(k, generator=torch.Generator().manual_seed(seed)).double().log_softmax(0)
+    pm, kl = (parse_regularizer({"name": name}) for name in ("pm", "kl"))
+    c1 = torch.tensor(1 / k, dtype=torch.float64).log()
+    torch.testing.assert_close(value_of(kl, uniform)(logp), value_of(pm, uniform)(logp) + c1)
+    torch.testing.assert_close(
+        optimum_of(kl, rewards, uniform), optimum_of(pm, rewards, uniform), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_theorem_2_the_constant_of_1_over_pi_may_depend_on_the_response(seed: int) -> None:
     """R_{x,y} = −log π + C_{1,x} + C_{2,x,y}/π yields the PM policy."""
     rewards, ref_logp = problem(seed)
@@ -201,6 +226,34 @@ def test_theorem_4_preferences_are_matched_inside_the_regular_set(
         assert distance(pi[inside] / pi[inside].sum(), target) <= 1e-5
     kl = optimum_of(parse_regularizer({"name": "kl"}), rewards, ref_logp).exp()
     assert distance(kl[inside] / kl[inside].sum(), target) > 0.01
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_theorem_4_for_another_set_and_any_constants(beta: float) -> None:
+    """M(x) by the geometric mean of a token's probability; C_1 and C_2/π in the objective."""
+    # Geometric means 0.3, 0.9, 0.5, 0.4, 0.7, 0.2; probabilities 0.3, 0.9, 0.25, 0.16, 0.34, 0.01.
+    mean = torch.tensor([0.3, 0.9, 0.5, 0.4, 0.7, 0.2], dtype=torch.float64).log()
+    mask = torch.arange(3) < torch.tensor([1, 1, 2, 2, 3, 3])[:, None]
+    ref_logp = mean[:, None].expand(6, 3)
+    rewards = torch.tensor([0.4, -0.3, 1.1, 0.0, -0.8, 0.6], dtype=torch.float64)
+    regularizer = parse_regularizer(
+        {"name": "conditional_pm", "level": "sequence", "alpha_per_token": 0.45, "beta": beta}
+    )
+    inside = torch.tensor([False, True, True, False, True, False])  # no threshold on π_ref is that
+
+    def objective(logp: Tensor) -> Tensor:
+        tokens = torch.zeros_like(ref_logp)
+        tokens = tokens.index_put((torch.arange(6), torch.zeros(6, dtype=torch.long)), logp)
+        value = regularizer.value(tokens, ref_logp, mask) + 1.7 + 0.2 * torch.exp(-logp)
+        return (logp.exp() * (rewards + value)).sum()
+
+    found = maximizer(objective, 6)
+    exact = optimum(
+        regularizer, ResponseSet(torch.arange(18).view(6, 3), ref_logp, mask, rewards)
+    ).exp()
+    target = (rewards[inside] / beta).softmax(0)
+    for pi in (exact, found):
+        assert distance(pi[inside] / pi[inside].sum(), target) <= 1e-5
 
 
 def test_theorem_4_as_epsilon_vanishes_only_the_regular_set_is_left() -> None:

@@ -13,6 +13,7 @@ from step3_rlhf import ppo
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.main import critic_source, flattened
 from step3_rlhf.prompts import Prompts
+from step3_rlhf.regularizers import parse_regularizer
 from step3_rlhf.rewards import FunctionReward
 from step3_rlhf.rollout import sample
 from step3_rlhf.trainer import Experience, PPOTrainer, Statistics
@@ -277,6 +278,19 @@ def test_metrics_of_the_first_iteration_by_hand(experience) -> None:
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
     missing = {"policy/entropy_per_token", "loss/policy", "loss/value", "val/explained_variance"}
     assert missing <= metrics.keys()
+
+
+def test_how_often_a_bound_takes_effect_is_logged(experience) -> None:
+    """χ²: |2β(u − 1)| above the bound; a bound between the fourth and the fifth of eight."""
+    trainer, part, _ = experience
+    with torch.no_grad():
+        ratio = own_logp(trainer.actor.module, part) - own_logp(trainer.reference, part)
+    log_u = (ratio * part.rollout.response_mask).sum(-1)
+    sizes = (2 * (log_u.exp() - 1)).abs().sort().values
+    bound = (sizes[4] + sizes[5]).item() / 2
+    settings = {"name": "f_divergence", "divergence": "chi_squared", "max_marginal": bound}
+    trainer.regularizer = parse_regularizer(settings)
+    assert trainer.iteration(0)["objective/bound_fraction"] == pytest.approx(3 / 8)
 
 
 def test_explained_variance_by_hand(experience) -> None:
