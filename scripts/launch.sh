@@ -43,18 +43,22 @@ launch() {
     # In a session of its own: Ctrl-C reaches this script alone, which passes it on to the ranks.
     RANK_PIDS="$(mktemp -d)"
     export RANK_PIDS
-    # shellcheck disable=SC2086
-    setsid deepspeed "${arguments[@]}" ${DEEPSPEED_ARGS:-} --module "$@" &
-    launcher=$! signals=0
+    launcher="" signals=0
     trap 'pass_on TERM 143' TERM
+    trap 'pass_on TERM 129' HUP
     trap 'pass_on INT 130' INT
+    trap 'pass_on USR1 138' USR1
+    # The launcher knows nothing of SIGUSR1, which would end it: it inherits that it is ignored.
+    # shellcheck disable=SC2086
+    (trap '' USR1 && exec setsid deepspeed "${arguments[@]}" ${DEEPSPEED_ARGS:-} --module "$@") &
+    launcher=$!
     local code interrupted
     while :; do
         interrupted="$signals" code=0
         wait "$launcher" || code=$?
         [[ "$signals" != "$interrupted" ]] || break # else the signal, not the launcher, ended wait
     done
-    trap - TERM INT
+    trap - TERM HUP INT USR1
     rm -rf "$RANK_PIDS"
     return "$code"
 }
@@ -72,8 +76,16 @@ processes_in_all() {
 
 # SIGNAL CODE: the first one goes to the ranks, which save a checkpoint and end; not to the launcher,
 # which would kill them after 30 s. Where no rank is ready, and the second time, all end at once.
+# Ranks on other machines, started by pdsh, cannot be reached: the launcher is told to end them.
 pass_on() {
     signals=$((signals + 1))
+    launcher="${launcher:-${!:-}}"
+    [[ -n "$launcher" ]] || exit "$2"
+    if [[ -n "${HOSTFILE:-}" && -z "${NODE_RANK:-}" ]] && ((signals == 1)); then
+        echo "Ending the processes of all nodes, without a checkpoint" >&2
+        kill -s INT "$launcher" 2>/dev/null || true
+        return
+    fi
     local ranks
     ranks="$(ls "$RANK_PIDS")"
     if ((signals > 1)) || [[ -z "$ranks" ]]; then

@@ -19,6 +19,9 @@ if [[ -z "${VIRTUAL_ENV:-}" && ( -z "${CONDA_PREFIX:-}" || "${CONDA_DEFAULT_ENV:
 fi
 recent python || fail "The active environment's python is not 3.10 or newer; deactivate it or use another"
 gpus="$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU ' || true)"
+if [[ "$gpus" != 0 && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+    gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)"
+fi
 [[ "$gpus" != 0 ]] || export DS_ACCELERATOR=cpu
 
 # A stamp holds what was installed; a change of the pins or of pyproject.toml installs anew.

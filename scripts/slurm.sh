@@ -6,9 +6,11 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
-#SBATCH --signal=TERM@300
-# Five minutes before its time is over the job is told so, and saves a checkpoint; submitted again
-# with resume_from_checkpoint=latest it goes on.
+#SBATCH --cpus-per-task=32
+#SBATCH --signal=USR1@300
+# Five minutes before its time is over every process of the job is told so: the ranks save a
+# checkpoint, and DeepSpeed's launcher, which SIGTERM would make kill them, ignores it. Submitted
+# again with resume_from_checkpoint=latest the job goes on.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the root of the repository}"
 
@@ -23,5 +25,5 @@ trap 'rm -f "$HOSTFILE"' EXIT
 # One launcher on each node; each starts its own processes, and they meet at MASTER_ADDR.
 bash scripts/setup.sh
 # shellcheck disable=SC2016
-srun --ntasks "${#nodes[@]}" --ntasks-per-node 1 \
+srun --ntasks "${#nodes[@]}" --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" \
     bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "scripts/$0" "$@"' "$@"

@@ -19,6 +19,7 @@ from training.dry_run import Plan, plan_steps
 from training.export import export
 from training.memory import activations, logits
 from training.models import check_positions, load_policy, load_tokenizer
+from training.signals import requests
 from training.tracking import say
 
 
@@ -67,12 +68,7 @@ def main(config: SFTConfig) -> None:
     fitting.require_evaluation(records)
     say(str(records.report))
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_positions(
-        config.model_name_or_path,
-        config.data.max_prompt_length,
-        config.data.max_response_length,
-        config.trust_remote_code,
-    )
+    check_positions(config.model_name_or_path, config.data.lengths(), config.trust_remote_code)
     with engine.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "sft")
     say(str(data.report))
@@ -91,10 +87,11 @@ def main(config: SFTConfig) -> None:
     trained = engine.TrainedModule(policy, config, config, steps)
     task = ResponseModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
     output = prepare_output(config)
-    final = fitting.fit(
-        config, trained, task, len(data.train), fitting.EarlyStopping(), description="SFT"
-    )
-    export(policy.model, tokenizer, output / "model")
+    with requests.deferred():
+        final = fitting.fit(
+            config, trained, task, len(data.train), fitting.EarlyStopping(), description="SFT"
+        )
+        export(policy.model, tokenizer, output / "model")
     say(
         f"SFT is done: evaluation loss {final['eval/loss']:.4f} nats per token, perplexity "
         f"{final['eval/perplexity']:.3f}\n  model:   {output / 'model'}\n"
@@ -105,12 +102,7 @@ def main(config: SFTConfig) -> None:
 def plan(config: SFTConfig, planned: Plan) -> None:
     """What a run would do and need."""
     data = config.data
-    check_positions(
-        config.model_name_or_path,
-        data.max_prompt_length,
-        data.max_response_length,
-        config.trust_remote_code,
-    )
+    check_positions(config.model_name_or_path, data.lengths(), config.trust_remote_code)
     shape = planned.shape(config.model_name_or_path, scalar=False, lora=True)
     planned.add_trained("policy", shape)
     plan_steps(config, planned, "sft", sequences=1)

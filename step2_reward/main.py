@@ -21,10 +21,12 @@ from training import engine, fitting
 from training.checkpoint import check_resumable
 from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, collate_groups, read_records, tokenize
+from training.disk import recover
 from training.dry_run import Plan, plan_steps
 from training.export import export
 from training.memory import activations
 from training.models import check_positions, last_token, load_scalar_model, load_tokenizer
+from training.signals import requests
 from training.tracking import say
 
 
@@ -104,12 +106,7 @@ def main(config: RewardConfig) -> None:
     fitting.require_evaluation(records)
     say(str(records.report))
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_positions(
-        config.model_name_or_path,
-        config.data.max_prompt_length,
-        config.data.max_response_length,
-        config.trust_remote_code,
-    )
+    check_positions(config.model_name_or_path, config.data.lengths(), config.trust_remote_code)
     with engine.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "reward")
     say(str(data.report))
@@ -128,6 +125,8 @@ def main(config: RewardConfig) -> None:
     trained = engine.TrainedModule(model, config, config, steps)
     task = PreferenceModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
     output = prepare_output(config)
+    if engine.rank() == 0:
+        recover(output / "model")
     stopping = fitting.EarlyStopping(config.early_stopping_patience)
 
     def save_best(metrics: dict[str, float]) -> None:
@@ -135,7 +134,8 @@ def main(config: RewardConfig) -> None:
         if engine.rank() == 0:
             write_report(task.report, output)
 
-    fitting.fit(config, trained, task, len(data.train), stopping, save_best, "reward model")
+    with requests.deferred():
+        fitting.fit(config, trained, task, len(data.train), stopping, save_best, "reward model")
     best = stopping.best
     say(
         f"The reward model is done: accuracy {best['eval/accuracy']:.3f}, log-loss "
@@ -155,12 +155,7 @@ def write_report(report: dict[str, Any], output: Path) -> None:
 def plan(config: RewardConfig, planned: Plan) -> None:
     """What a run would do and need; comparisons have two responses."""
     data = config.data
-    check_positions(
-        config.model_name_or_path,
-        data.max_prompt_length,
-        data.max_response_length,
-        config.trust_remote_code,
-    )
+    check_positions(config.model_name_or_path, data.lengths(), config.trust_remote_code)
     shape = planned.shape(config.model_name_or_path, scalar=True, lora=True)
     planned.add_trained("reward model", shape)
     plan_steps(config, planned, "reward", sequences=2)

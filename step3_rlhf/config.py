@@ -212,7 +212,7 @@ class EvaluationConfig(SamplingSettings):
     data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
     evaluation: EvaluationSettings = EvaluationSettings()
     output_dir: str = Field(examples=["runs/example"])
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     trust_remote_code: bool = False
     bf16: bool = False
     fp16: bool = False

@@ -17,6 +17,7 @@ from torch import nn
 from step3_rlhf.blocks import Blocks, identity_of
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation import Models, evaluate, load_held_out, summary, write_evaluation
+from step3_rlhf.lengths import check_lengths
 from step3_rlhf.response_sets import read_response_sets
 from step3_rlhf.rewards import check_reward, load_reward
 from training import engine
@@ -24,7 +25,7 @@ from training.cli import add_common_options, errors_end_cleanly, start
 from training.config import apply_overrides, check_config, read_mapping
 from training.data import read_records, tokenize
 from training.fitting import require_evaluation
-from training.models import load_policy, load_tokenizer
+from training.models import load_policy, load_tokenizer, require_same_tokens
 from training.tracking import say
 
 
@@ -33,9 +34,18 @@ def run(config: EvaluationConfig) -> None:
         say(f"Warning: {warning}")
     records = read_records(config.data, "ppo")
     require_evaluation(records)
-    read_response_sets(config.evaluation.response_sets)
+    sets = read_response_sets(config.evaluation.response_sets)
     check_reward(config.reward, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    check_lengths(config, sets, tokenizer)
+    reference_path = config.reference_model_name_or_path or config.model_name_or_path
+    require_same_tokens(
+        reference_path,
+        tokenizer,
+        "reference_model_name_or_path",
+        config.model_name_or_path,
+        config.trust_remote_code,
+    )
     with engine.rank_zero_first():
         prompts = tokenize(records, tokenizer, config.data, "ppo").eval
     held_out = load_held_out(config, prompts, tokenizer)
@@ -52,7 +62,6 @@ def run(config: EvaluationConfig) -> None:
         return engine.frozen(policy, config.frozen_deepspeed, dtype)
 
     policy = load(config.model_name_or_path)
-    reference_path = config.reference_model_name_or_path or config.model_name_or_path
     same = reference_path == config.model_name_or_path
     reference = policy if same else load(reference_path)
     models = Models(policy, reference, load_reward(config.reward, tokenizer, config), tokenizer)
@@ -94,6 +103,11 @@ def run_settings(run_dir: str) -> dict[str, Any]:
     return known | {"output_dir": run_dir}
 
 
+def settings_of_run(run_dir: str) -> EvaluationConfig:
+    """What `scripts/evaluate.sh RUN_DIR` uses where it is told nothing else."""
+    return check_config(EvaluationConfig, run_settings(run_dir), f"{run_dir} cannot be evaluated:")
+
+
 def missing_models(settings: dict[str, Any]) -> list[str]:
     """What to pass where RUN_DIR is not a run of stage 3."""
     needed = {
@@ -121,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         heading = f"{options.run_dir} cannot be evaluated:"
         faults += missing_models(settings)
         config = check_config(EvaluationConfig, settings, heading, faults)
-        start(lambda: run(config), config.seed, config.trust_remote_code)
+        start(lambda: run(config), config)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Writes `actor/` and `critic/` (Hugging Face directories, tokenizer included), `e
 `instances.jsonl`, `metrics.jsonl` and `config.json`.
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.blocks import Blocks
 from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.evaluate import identity, settings_of_run
 from step3_rlhf.evaluation import (
     HeldOut,
     Models,
@@ -21,6 +23,7 @@ from step3_rlhf.evaluation import (
     summary,
     write_evaluation,
 )
+from step3_rlhf.lengths import check_lengths
 from step3_rlhf.plan import plan
 from step3_rlhf.prompts import Prompts, iterations
 from step3_rlhf.response_sets import read_response_sets
@@ -34,7 +37,7 @@ from training.errors import UserError
 from training.export import export
 from training.fitting import require_evaluation
 from training.lora import WithoutAdapter
-from training.models import check_positions, load_policy, load_scalar_model, load_tokenizer
+from training.models import load_policy, load_scalar_model, load_tokenizer, require_same_tokens
 from training.signals import Stopped, requests
 from training.tracking import Tracker, say
 
@@ -45,15 +48,10 @@ def main(config: PPOConfig) -> None:
     check_resumable(config)
     records = read_records(config.data, "ppo")
     require_evaluation(records)
-    read_response_sets(config.evaluation.response_sets)
+    sets = read_response_sets(config.evaluation.response_sets)
     check_reward(config.reward, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_positions(
-        config.model_name_or_path,
-        config.data.max_prompt_length,
-        config.response_length,
-        config.trust_remote_code,
-    )
+    check_lengths(config, sets, tokenizer)
     with engine.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "ppo")
     try:
@@ -68,12 +66,11 @@ def main(config: PPOConfig) -> None:
     held_out = load_held_out(evaluation, data.eval, tokenizer)
     trainer = build(config, Prompts(data.train, config), tokenizer, count)
     output = prepare_output(config)
-    train(trainer, count, held_out, evaluation)
-
-    export(trainer.actor.module.model, tokenizer, output / "actor")
-    export(trainer.critic.module.model, tokenizer, output / "critic")
-    identity = {"config": config.model_dump(mode="json"), "processes": engine.world_size()}
-    blocks = Blocks(output, identity)
+    with requests.deferred():
+        went_on_from = train(trainer, count, held_out, evaluation)
+        write_models(trainer, output, trained_to_the_end_before=went_on_from == count)
+    say(f"Evaluating; where that is stopped, `bash scripts/evaluate.sh {output}` goes on")
+    blocks = Blocks(output, identity(settings_of_run(str(output))))
     report, instances = evaluate(models(trainer), held_out, config.regularizer, evaluation, blocks)
     write_evaluation(report, instances, output)
     blocks.remove()
@@ -119,7 +116,13 @@ def load_reference(
     if config.lora is not None and path is None:
         return WithoutAdapter(actor.engine)
     path = path or config.model_name_or_path
-    require_same_tokens(path, tokenizer, "reference_model_name_or_path", config)
+    require_same_tokens(
+        path,
+        tokenizer,
+        "reference_model_name_or_path",
+        config.model_name_or_path,
+        config.trust_remote_code,
+    )
     dtype = engine.precision(config)
     reference = load_policy(
         path,
@@ -135,7 +138,13 @@ def critic_source(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """Where the critic starts: at a reward model that reads the policy's tokens, or the policy."""
     if config.critic_model_name_or_path:
         path = config.critic_model_name_or_path
-        require_same_tokens(path, tokenizer, "critic_model_name_or_path", config)
+        require_same_tokens(
+            path,
+            tokenizer,
+            "critic_model_name_or_path",
+            config.model_name_or_path,
+            config.trust_remote_code,
+        )
         return path
     for member in config.reward.weighted_models[:1]:
         path = member.model_name_or_path
@@ -145,18 +154,20 @@ def critic_source(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     return config.model_name_or_path
 
 
-def require_same_tokens(
-    path: str, tokenizer: PreTrainedTokenizerBase, setting: str, config: PPOConfig
-) -> None:
-    """Refuse a model that would read the policy's token ids as other words."""
-    if load_tokenizer(path, config.trust_remote_code).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"{setting}: {path} has another vocabulary than {config.model_name_or_path}"
-        )
+def write_models(trainer: PPOTrainer, output: Path, trained_to_the_end_before: bool) -> None:
+    """`actor/` and `critic/`; those of a run that was stopped after its training stay as they are,
+    and so does what has been measured of them."""
+    trained = {"actor": trainer.actor, "critic": trainer.critic}
+    wanted = [
+        name for name in trained if not (trained_to_the_end_before and (output / name).is_dir())
+    ]
+    engine.barrier()  # all ranks have looked before the first writes
+    for name in wanted:
+        export(trained[name].module.model, trainer.tokenizer, output / name)
 
 
-@requests.deferred()
-def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig) -> None:
+def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig) -> int:
+    """All iterations from the one at which a resumed run goes on, which is returned."""
     config = trainer.config
     checkpoints = Checkpoints(config, {"actor": trainer.actor, "critic": trainer.critic})
     first, state = checkpoints.restore()
@@ -184,6 +195,7 @@ def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: Evalua
             tracker.close()
             raise Stopped(stop, done)
     tracker.close()
+    return first
 
 
 def models(trainer: PPOTrainer) -> Models:

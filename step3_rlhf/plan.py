@@ -1,26 +1,32 @@
 """What a stage-3 config would do and need, for `--dry-run`."""
 
+from pathlib import Path
+
 from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.lengths import check_lengths
 from step3_rlhf.prompts import iterations
+from step3_rlhf.response_sets import read_response_sets
 from step3_rlhf.rewards import check_reward
 from training.dry_run import Plan
 from training.engine import precision
 from training.errors import UserError
 from training.fitting import require_evaluation
 from training.memory import activations, drawing, key_value_cache, logits
-from training.models import check_positions
+from training.models import load_tokenizer, require_same_tokens
 
 
 def plan(config: PPOConfig, planned: Plan) -> None:
     """Four models; drawing, scoring and training take their memory one after the other."""
     dtype, data = precision(config), config.data
     check_reward(config.reward, config.trust_remote_code)
-    check_positions(
-        config.model_name_or_path,
-        data.max_prompt_length,
-        config.response_length,
-        config.trust_remote_code,
-    )
+    sets = read_response_sets(config.evaluation.response_sets)
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    check_lengths(config, sets, tokenizer)
+    for setting in ("reference_model_name_or_path", "critic_model_name_or_path"):
+        if path := getattr(config, setting):
+            require_same_tokens(
+                path, tokenizer, setting, config.model_name_or_path, config.trust_remote_code
+            )
     actor = planned.shape(config.model_name_or_path, scalar=False, lora=True)
     rewards = [member.model_name_or_path for member in config.reward.weighted_models]
     critic_path = config.critic_model_name_or_path or [*rewards, config.model_name_or_path][0]
@@ -34,7 +40,8 @@ def plan(config: PPOConfig, planned: Plan) -> None:
         planned.add_frozen("reference", reference, config.frozen_deepspeed)
     for path in rewards:
         reward = planned.shape(path, scalar=True)
-        planned.add_frozen(f"reward {path}"[-20:], reward, config.frozen_deepspeed)
+        name = "reward" if len(rewards) == 1 else f"reward {Path(path).name}"[:20]
+        planned.add_frozen(name, reward, config.frozen_deepspeed)
 
     _plan_iterations(config, planned)
     length = data.max_prompt_length + config.response_length
@@ -54,7 +61,7 @@ def plan(config: PPOConfig, planned: Plan) -> None:
     planned.phases["training"] = {
         "actor's activations": kept[0],
         "critic's": kept[1],
-        "logits": logits(actor, rows * config.response_length),
+        "logits": logits(actor, rows * config.response_length, with_entropy=True),
     }
 
 

@@ -101,8 +101,8 @@ def _imported(path: Any) -> type[Regularizer]:
         raise ValueError(f'class: {path!r}; write it as "package.module:Class"')
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"class: {module_name} cannot be imported: {error}") from error
+    except Exception as error:  # the module's own code runs here
+        raise ValueError(f"class: {module_name} cannot be imported: {error!r}") from error
     for part in class_name.split("."):
         found = getattr(found, part, None)
     if found is None:

@@ -32,12 +32,16 @@ def read_response_sets(path: str | None) -> list[FiniteSet]:
     if path is None:
         return []
     sets, faults = [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable: {error}") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             sets.append(_parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             faults.append(f"{path}:{number}: {error}")
     if faults:
         raise UserError(faults, f"{len(faults)} faulty lines:")
@@ -55,7 +59,8 @@ def _parse(entry: Any) -> FiniteSet:
     population = entry.get("population")
     if population is not None:
         shares = tuple(float(share) for share in population)
-        if len(shares) != len(responses) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+        sound = all(share >= 0.0 for share in shares) and len(shares) == len(responses)
+        if not sound or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
             raise ValueError('"population": one share per response, adding up to 1, was expected')
         population = shares
     return FiniteSet(entry["prompt"], tuple(responses), population, entry.get("topic"))

@@ -132,8 +132,8 @@ def import_function(path: str) -> RewardFunction:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward.function: {path} cannot be imported: {error}") from error
+    except Exception as error:  # the module's own code runs here
+        raise UserError(f"reward.function: {path} cannot be imported: {error!r}") from error
     if not callable(found):
         raise UserError(f"reward.function: {path} is not callable")
     return found

@@ -113,6 +113,7 @@ class State(Enum):
     """How far a cell is."""
 
     FINISHED = "finished earlier"
+    TRAINED = "trained earlier; its evaluation goes on"
     STOPPED = "goes on from its latest checkpoint"
     NEW = "starts"
 
@@ -123,6 +124,8 @@ def state_of(directory: Path) -> State:
 
     if is_finished(directory):
         return State.FINISHED
+    if all((directory / name).is_dir() for name in ("actor", "critic")):
+        return State.TRAINED
     return State.STOPPED if complete_checkpoints(directory / "checkpoints") else State.NEW
 
 
@@ -130,8 +133,10 @@ def is_finished(directory: Path) -> bool:
     """Whether the evaluation, a cell's last step, has been written to the end."""
     try:
         report = json.loads((directory / "evaluation.json").read_text())
-        lines = (directory / "instances.jsonl").read_text(encoding="utf-8").splitlines()
-        return len(lines) == report["prompts"] and isinstance(json.loads(lines[-1]), dict)
+        # Not splitlines: a response may hold characters at which that would break a line.
+        *lines, rest = (directory / "instances.jsonl").read_text(encoding="utf-8").split("\n")
+        whole = len(lines) == report["prompts"] and not rest
+        return whole and isinstance(json.loads(lines[-1]), dict)
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

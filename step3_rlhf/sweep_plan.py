@@ -99,7 +99,10 @@ def training_job(cell: Cell, request: Request) -> Job:
         PPOConfig, data | own, f"{request.config} cannot be used for {cell.name}:"
     )
     arguments = [request.config, *request.overrides, *as_overrides(own)]
-    return Job(cell, directory, state, settings, ["bash", "scripts/step3_rlhf.sh", *arguments])
+    command = ["bash", "scripts/step3_rlhf.sh", *arguments]
+    if state is State.TRAINED:
+        command = ["bash", "scripts/evaluate.sh", str(directory)]
+    return Job(cell, directory, state, settings, command)
 
 
 def reference_job(trained: Job, request: Request) -> Job:

@@ -180,6 +180,8 @@ class PPOTrainer:
         batch = self.prompts.for_centering(wanted)
         rollout = sample(self.reference, self.tokenizer, *batch, self.config.sampling)
         rewards = self.reward(rollout).double()
+        with dumped(self.config.output_dir, 0, rollout.readable):
+            require_finite("rewards of the reference's responses", rewards)
         total, count = sum_over_ranks(torch.stack([rewards.sum(), torch.ones_like(rewards).sum()]))
         self.reward_center = (total / count).item()
 

@@ -186,6 +186,60 @@ def test_when_a_rank_dies_the_others_end(configured: Configured, tmp_path: Path)
     assert not run.ranks()
 
 
+BROKEN = """
+import os
+from step3_rlhf.log_linear import KL
+
+class Broken(KL):
+    name: str = "broken"
+    def marginal(self, *given):
+        if os.environ["RANK"] == "1":
+            raise ZeroDivisionError("only here")
+        return super().marginal(*given)
+"""
+
+
+def test_a_rank_that_fails_says_why_before_the_others_notice(
+    configured: Configured, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    config = configured("ppo", "broken", regularizer={"class": "broken:Broken"})
+    run = Launched("ppo", config, 2)
+    code = run.script.wait(timeout=120)
+    printed = run.log.read_text()
+    assert code not in (0, 2), printed[-4000:]
+    assert "ZeroDivisionError: only here" in printed
+    after = printed[: printed.index("ZeroDivisionError: only here")]
+    assert "Connection" not in after, after[-3000:]
+    assert not run.ranks()
+
+
+def test_a_mistake_that_rank_0_finds_first_ends_with_its_message(configured: Configured) -> None:
+    data = json.loads(configured("sft", "sound").read_text())["data"]
+    settings = data | {"max_prompt_length": 1, "overlong_prompts": "drop"}
+    run = Launched("sft", configured("sft", "dropped", data=settings), 2)
+    printed = run.end(2, within=120)
+    assert "No training records are left for 'sft'" in printed
+    assert "Traceback" not in printed
+    assert not run.ranks()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_and_a_queues_signal(
+    configured: Configured, tmp_path: Path, number: signal.Signals
+) -> None:
+    """SIGUSR1 reaches every process of a SLURM job, DeepSpeed's launcher as well."""
+    run = Launched("sft", configured("sft", "stopped", save_steps=0, max_steps=4000), 1)
+    run.wait_for(tmp_path / "stopped" / "metrics.jsonl")
+    receivers = run.everything() if number is signal.SIGUSR1 else [psutil.Process(run.script.pid)]
+    for process in receivers:
+        process.send_signal(number)
+    printed = run.end(143 if number is signal.SIGHUP else 138, within=60)
+    assert "with a checkpoint" in printed
+    assert len(list((tmp_path / "stopped" / "checkpoints").iterdir())) == 1
+    assert not run.ranks()
+
+
 def survives_kills(
     stage: str, configured: Configured, trials: int, generator: random.Random
 ) -> None:

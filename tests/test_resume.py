@@ -14,11 +14,12 @@ from step1_sft import main as sft
 from step1_sft.config import SFTConfig
 from step2_reward import main as reward
 from step2_reward.config import RewardConfig
+from step3_rlhf import evaluate, evaluation
 from step3_rlhf import main as ppo
 from step3_rlhf.config import PPOConfig
-from training.checkpoint import STATE, complete_checkpoints
+from training.checkpoint import STATE, Checkpoints, complete_checkpoints
 from training.config import check_config
-from training.errors import UserError
+from training.errors import RunError, UserError
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -102,6 +103,41 @@ def test_resumed_equals_uninterrupted(stage: str, run: Run) -> None:
     assert metrics_of(other) != metrics
 
 
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("by", ["stage 3, resumed", "the evaluation's own command"])
+def test_an_evaluation_that_was_stopped_goes_on(
+    run: Run, by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = run("ppo")
+    expected = {
+        name: (output / name).read_text() for name in ("evaluation.json", "instances.jsonl")
+    }
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    output = output.with_name("stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "held_out_perplexity", killed)
+        with pytest.raises(Killed):
+            run("ppo", output_dir=str(output))
+    assert not (output / "evaluation.json").exists()
+    written = {path: path.stat().st_mtime_ns for path in output.glob("*/model.safetensors")}
+    assert len(written) == 2
+    capsys.readouterr()
+    if by == "stage 3, resumed":
+        run("ppo", output_dir=str(output), resume_from_checkpoint="latest")
+    else:
+        evaluate.run(evaluate.settings_of_run(str(output)))
+    assert "goes on after 2 finished blocks" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    for name, text in expected.items():
+        assert (output / name).read_text() == text
+
+
 def test_half_written_checkpoints_are_not_found(tmp_path: Path) -> None:
     for name in ("step-00000002", "step-00000004", "step-00000006.unfinished"):
         (tmp_path / name).mkdir()
@@ -128,6 +164,52 @@ def test_another_number_of_processes_is_refused(run: Run) -> None:
     record = json.loads(state.read_text())
     state.write_text(json.dumps(record | {"processes": 3}))
     with pytest.raises(UserError, match="made by 3 processes, and there are 1 now; start as many"):
+        run("sft", resume_from_checkpoint="latest")
+
+
+def test_going_on_from_an_earlier_step_takes_the_later_ones_anew(run: Run) -> None:
+    output = run("sft")
+    earlier, *later = complete_checkpoints(output / "checkpoints")
+    seen = []
+
+    def killed(self: Checkpoints, step: int, state: dict[str, Any]) -> None:
+        seen.append([path.name for path in complete_checkpoints(self.directory)])
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", killed)
+        with pytest.raises(Killed):
+            run("sft", resume_from_checkpoint=str(earlier))
+    assert seen == [[earlier.name]]
+    assert complete_checkpoints(output / "checkpoints") == [earlier]  # "latest" is of this run
+    run("sft", resume_from_checkpoint="latest")
+    assert complete_checkpoints(output / "checkpoints") == [earlier, *later]
+
+
+def test_a_checkpoint_elsewhere_is_refused(run: Run, tmp_path: Path) -> None:
+    """Its metrics, and stage 2's best weights, would be missing."""
+    (source, *_) = complete_checkpoints(run("sft") / "checkpoints")
+    with pytest.raises(UserError, match=r"is another run's; .* set output_dir="):
+        run("sft", output_dir=str(tmp_path / "new"), resume_from_checkpoint=str(source))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"step": "2"}', "x"])
+def test_a_checkpoint_that_says_nothing_is_refused(run: Run, content: str) -> None:
+    output = run("sft")
+    (complete_checkpoints(output / "checkpoints")[-1] / STATE).write_text(content)
+    with pytest.raises(UserError, match=r"state\.json is not what a checkpoint holds"):
+        run("sft", resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("part", ["*model_states.pt", "random-0.pt"])
+def test_a_damaged_checkpoint_is_named(run: Run, part: str) -> None:
+    output = run("sft")
+    checkpoint = complete_checkpoints(output / "checkpoints")[-1]
+    (file,) = checkpoint.rglob(part)
+    file.unlink()
+    with pytest.raises(
+        RunError, match=rf"{checkpoint.name} is damaged(.|\n)*an earlier checkpoint"
+    ):
         run("sft", resume_from_checkpoint="latest")
 
 

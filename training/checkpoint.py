@@ -14,6 +14,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from training.disk import REMOVED, UNFINISHED, draft_of, publish, remove
 from training.engine import TrainedModule, barrier, rank, world_size
 from training.errors import RunError, UserError
 from training.random_states import random_states, set_random_states
@@ -58,26 +59,24 @@ class Checkpoints:
         try:
             self._write(name, step, state)
         except (OSError, RuntimeError) as error:  # torch says a full disk as a RuntimeError
-            shutil.rmtree(self._draft(name), ignore_errors=True)
+            shutil.rmtree(self.directory / (name + UNFINISHED), ignore_errors=True)
             earlier = complete_checkpoints(self.directory)
+            last = (
+                f"The last complete one is {earlier[-1]}" if earlier else "There is no earlier one"
+            )
             raise RunError(
                 f"The checkpoint of step {step} could not be written to {self.directory}: {error}\n"
-                + (
-                    f"The last complete one is {earlier[-1]}"
-                    if earlier
-                    else "There is no earlier one"
-                )
+                f"{last}",
+                everywhere=False,
             ) from error
 
-    def _draft(self, name: str) -> Path:
-        return self.directory / f"{name}.unfinished"
-
     def _write(self, name: str, step: int, state: dict[str, Any]) -> None:
-        draft = self._draft(name)
+        draft = self.directory / (name + UNFINISHED)
         if rank() == 0:
-            for leftover in self.directory.glob("step-*.*"):
-                shutil.rmtree(leftover)
-            draft.mkdir(parents=True)
+            for suffix in (UNFINISHED, REMOVED):
+                for leftover in self.directory.glob(f"step-*{suffix}"):
+                    shutil.rmtree(leftover)
+            draft_of(self.directory / name)
         barrier()
         has_lora = self.config.lora is not None  # what is frozen comes with the model
         for label, trained in self.engines.items():
@@ -94,34 +93,48 @@ class Checkpoints:
                 "state": state,
             }
             (draft / STATE).write_text(json.dumps(record, indent=2) + "\n")
-            for path in draft.rglob("*"):
-                _to_disk(path)
-            _remove(self.directory / name)
-            draft.rename(self.directory / name)
-            _to_disk(self.directory)
+            publish(draft, self.directory / name)
             kept = self.config.save_total_limit or 0
             for old in complete_checkpoints(self.directory)[:-kept] if kept else []:
-                _remove(old)
+                remove(old)
         barrier()
 
     def restore(self) -> tuple[int, dict[str, Any]]:
         """Load what `resume_from_checkpoint` names into the engines.
 
+        Checkpoints of later steps, which the run will take anew, are removed.
+
         Returns:
             The number of steps done and the stage's state; 0 and nothing where the run starts anew.
+
+        Raises:
+            RunError: a file of the checkpoint is missing or damaged.
         """
         source = resumed_checkpoint(self.config)
         if source is None:
             return 0, {}
-        record = json.loads((source / STATE).read_text())
+        record = read_state(source)
+        try:
+            self._load(source)
+        except Exception as error:  # DeepSpeed, torch and pickle each have their own
+            raise RunError(
+                f"{source} is damaged: {error!r}\nName an earlier checkpoint of the run", False
+            ) from error
+        barrier()
+        if rank() == 0:
+            for later in complete_checkpoints(self.directory):
+                if later.name > source.name:
+                    remove(later)
+        barrier()
+        return record["step"], record["state"]
+
+    def _load(self, source: Path) -> None:
         with _no_code_in_files():
             for label, trained in self.engines.items():
                 trained.engine.load_checkpoint(
                     str(source / label), tag="engine", load_module_strict=self.config.lora is None
                 )
-        states = torch.load(source / f"random-{rank()}.pt", weights_only=True)
-        set_random_states(states)
-        return record["step"], record["state"]
+        set_random_states(torch.load(source / f"random-{rank()}.pt", weights_only=True))
 
 
 def resumed_checkpoint(config: StageConfig) -> Path | None:
@@ -135,6 +148,22 @@ def resumed_checkpoint(config: StageConfig) -> Path | None:
     return Path(wanted)
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: `step`, `processes`, `config` and the stage's `state`.
+
+    Raises:
+        UserError: it is no checkpoint of this project.
+    """
+    try:
+        record = json.loads((checkpoint / STATE).read_text())
+        kinds = {"step": int, "processes": int, "config": dict, "state": dict}
+        if all(isinstance(record[name], kind) for name, kind in kinds.items()):
+            return dict(record)
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise UserError(f"{checkpoint / STATE} is not what a checkpoint holds; name another one")
+
+
 def check_resumable(config: StageConfig) -> None:
     """Refuse another run's checkpoint, before anything is loaded or written.
 
@@ -144,7 +173,7 @@ def check_resumable(config: StageConfig) -> None:
     source = resumed_checkpoint(config)
     if source is None:
         return
-    record = json.loads((source / STATE).read_text())
+    record = read_state(source)
     now = _flat(config.model_dump(mode="json"))
     then = _flat(record["config"])
     faults = [
@@ -184,23 +213,6 @@ def _no_code_in_files() -> Iterator[None]:
         del os.environ[FORCE_WEIGHTS_ONLY]
         if before is not None:
             os.environ[FORCE_WEIGHTS_ONLY] = before
-
-
-def _remove(checkpoint: Path) -> None:
-    """Delete it; it loses its name first, so that half of one is never found."""
-    if checkpoint.is_dir():
-        nameless = checkpoint.with_name(checkpoint.name + ".removed")
-        checkpoint.rename(nameless)
-        shutil.rmtree(nameless)
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until the operating system has written it: a name must not survive its contents."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 
 from training.config import Config, load_config
 from training.errors import RunError, UserError
@@ -50,28 +50,40 @@ def run_stage(
         if options.dry_run and plan is not None:
             from training.dry_run import dry_run
 
+            announce_foreign_code(config.trust_remote_code)
             dry_run(config, plan, options.processes, options.gpu_memory)
         else:
-            start(lambda: stage(config), config.seed, config.trust_remote_code)
+            start(lambda: stage(config), config)
 
 
-def start(stage: Callable[[], None], seed: int, trust_remote_code: bool) -> None:
+class Startable(Protocol):
+    """What a config says of how its process begins."""
+
+    seed: int
+    trust_remote_code: bool
+    fp16: bool
+
+
+def start(stage: Callable[[], None], config: Startable) -> None:
     """Run `stage` inside the process group, all random states seeded."""
-    if trust_remote_code and os.environ.get("RANK", "0") == "0":
-        print(FOREIGN_CODE, file=sys.stderr, flush=True)
+    announce_foreign_code(config.trust_remote_code)
     import transformers
 
     from training import engine
     from training.signals import requests
 
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the stage's own
+    engine.require_fp16(config.fp16)
     requests.install()
     engine.connect()
-    transformers.set_seed(seed)
-    try:
-        stage()
-    finally:
-        engine.disconnect()
+    transformers.set_seed(config.seed)
+    stage()
+    engine.disconnect()  # not after an error: what it says comes before what the others then say
+
+
+def announce_foreign_code(trust_remote_code: bool) -> None:
+    if trust_remote_code and os.environ.get("RANK", "0") == "0":
+        print(FOREIGN_CODE, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -94,7 +106,7 @@ def errors_end_cleanly(debug: bool) -> Iterator[None]:
         if isinstance(error, UserError):
             _end(str(error), 2)
         if isinstance(error, RunError):
-            _end(str(error), 1)
+            _end(str(error), 1, error.everywhere)
         if advice := remedy(error):
             _end(f"{error}\n\n{advice}", 1, everywhere=False)
         raise

@@ -89,7 +89,10 @@ def check_config(
     config, found = _validated(config_class, data)
     faults += [f"{_place(location)}: {message}" for location, message in found]
     if config is not None:
-        faults += config.faults()
+        try:
+            faults += config.faults()
+        except OSError as error:  # of a path too long, or not to be looked into
+            faults.append(f"{error.filename}: {error.strerror}")
     else:
         faults += _faults_of_the_rest(config_class, data, [location for location, _ in found])
     if faults:
@@ -123,7 +126,10 @@ def _faults_of_the_rest(
             replaced.add(_place(location[: field + 1]))
         config, found = _validated(config_class, data)
         if config is not None:
-            return [f for f in config.faults() if not f.startswith(tuple(replaced))]
+            try:
+                return [f for f in config.faults() if not f.startswith(tuple(replaced))]
+            except OSError as error:
+                return [f"{error.filename}: {error.strerror}"]
         faulty = [location for location, _ in found]
     return []
 
@@ -217,14 +223,14 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> list[str]:
             continue
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = text
         target: Any = data
         for key in keys[:-1]:
             target = _child(target, key)
         if isinstance(target, dict):
             target[keys[-1]] = value
-        elif isinstance(target, list) and keys[-1].isdigit() and int(keys[-1]) < len(target):
+        elif isinstance(target, list) and keys[-1].isdecimal() and int(keys[-1]) < len(target):
             target[int(keys[-1])] = value
         else:
             faults.append(f"override {override!r}: {path!r} leads through a plain value")
@@ -234,6 +240,6 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> list[str]:
 def _child(parent: Any, key: str) -> Any:
     if isinstance(parent, dict):
         return parent.setdefault(key, {})
-    if isinstance(parent, list) and key.isdigit() and int(key) < len(parent):
+    if isinstance(parent, list) and key.isdecimal() and int(key) < len(parent):
         return parent[int(key)]
     return None

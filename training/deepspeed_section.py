@@ -54,7 +54,20 @@ def deepspeed_faults(section: dict[str, Any]) -> list[str]:
             found += [f"zero_optimization.{fault}" for fault in _details(error, known)]
         except TypeError:
             found.append("zero_optimization: an object was expected")
-    return found + monitor_faults(section)
+    found += monitor_faults(section)
+    return found or _refused(section)
+
+
+def _refused(section: dict[str, Any]) -> list[str]:
+    """What DeepSpeed itself says against a section that looks sound."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        config = DeepSpeedConfig({**section, "train_batch_size": 1})
+        _ = config.communication_data_type, config.seq_parallel_communication_data_type
+    except Exception as error:  # of many kinds
+        return [f"DeepSpeed refuses the section: {' '.join(str(error).split())}"]
+    return []
 
 
 def monitor_faults(section: dict[str, Any]) -> list[str]:

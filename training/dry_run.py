@@ -10,11 +10,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from training.data import DataSettings, Stage, StageRecords, read_records
 from training.engine import precision
-from training.errors import UserError
+from training.errors import UnreachableError
 from training.fitting import global_batch_size, require_evaluation, total_steps
 from training.lora import add_adapter
 from training.memory import ModelStates, Shape, Sharding, frozen_weights, on_meta, trained_states
-from training.models import check_scalar_config, load_model_config, load_tokenizer
+from training.models import (
+    check_head,
+    check_policy_config,
+    check_scalar_config,
+    load_model_config,
+    load_tokenizer,
+)
 from training.packing import refuse_unpackable
 from training.stage_config import StageConfig, SupervisedConfig
 
@@ -33,6 +39,7 @@ class Plan:
     processes: int
     facts: dict[str, str] = field(default_factory=dict)
     models: dict[str, tuple[Shape, ModelStates]] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
     phases: dict[str, dict[str, int]] = field(default_factory=dict)
     """Memory that comes and goes, by phase and by what takes it."""
 
@@ -49,10 +56,14 @@ class Plan:
         if scalar:
             check_scalar_config(config, name_or_path, new_head=True)
             config.num_labels = 1
+        else:
+            check_policy_config(config, name_or_path)
         tokens = len(load_tokenizer(name_or_path, trusted))
         config.vocab_size = max(config.vocab_size, tokens)
         build = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
         model = on_meta(build, config)
+        if scalar:
+            check_head(model, name_or_path)
         if lora and self.config.lora is not None:
             add_adapter(model, self.config.lora)
         return Shape.of(model)
@@ -67,19 +78,21 @@ class Plan:
             shape, precision(self.config), sharding_of(section, self.processes)
         )
         self.models[name] = shape, ModelStates(weights, 0, 0)
+        self.frozen.add(name)
 
     def records(self, data: DataSettings, stage: Stage) -> StageRecords | None:
-        """The stage's records, or None where only the Hub has them and it cannot be reached.
+        """The stage's records, or None where some are on the Hub and it cannot be reached.
 
         Raises:
-            UserError: local data is at fault.
+            UserError: the data is at fault, as far as it is here.
         """
         try:
             found = read_records(data, stage)
-        except UserError as error:
-            if all(source.is_local for source in (*data.sources, *data.eval_sources)):
-                raise
+        except UnreachableError as error:
             self.facts["data"] = f"not checked: {error.faults[0]}"
+            local = tuple(source for source in data.sources if source.is_local)
+            if local:
+                read_records(data.model_copy(update={"sources": local, "eval_sources": ()}), stage)
             return None
         self.facts["data"] = f"{len(found.train)} records to train on, {len(found.eval)} held out"
         return found
@@ -97,10 +110,12 @@ class Plan:
             lines += [self.config.description, ""]
         facts = {"processes": str(self.processes), **self.facts}
         lines += [f"  {name + ':':<22}{value}" for name, value in facts.items()]
-        lines += ["", "  GiB on each GPU         parameters     trained  weights  grads  optimizer"]
+        heading = f"{'parameters':>16}{'trained':>16}{'weights':>9}{'grads':>7}{'optimizer':>11}"
+        lines += ["", f"  {'GiB on each GPU':<20}{heading}"]
         for name, (shape, states) in self.models.items():
+            trained = "frozen" if name in self.frozen else f"{shape.trained:,}"
             lines.append(
-                f"  {name:<20}{shape.parameters:>14,}{_trained(shape, states):>12}"
+                f"  {name:<20}{shape.parameters:>16,}{trained:>16}"
                 f"{states.weights / GIB:>9.2f}{states.gradients / GIB:>7.2f}"
                 f"{states.optimizer / GIB:>11.2f}"
             )
@@ -114,6 +129,11 @@ class Plan:
                       f"{RESERVE:.0%} of which are left to CUDA."]  # fmt: skip
         if needed > usable:
             lines.append(f"  What takes less: {self.remedy()}")
+        if host := sum(states.host for _, states in self.models.values()):
+            lines.append(
+                f"  Offloaded to the host: {host / GIB:.0f} GiB over all processes, and half as "
+                "much again for buffers, divided by the number of nodes."
+            )
         return "\n".join(lines)
 
     def remedy(self) -> str:
@@ -151,16 +171,12 @@ def plan_steps(config: SupervisedConfig, planned: Plan, stage: Stage, sequences:
     }
 
 
-def _trained(shape: Shape, states: ModelStates) -> str:
-    return f"{shape.trained:,}" if states.optimizer or states.gradients else "frozen"
-
-
 def sharding_of(section: dict[str, Any], processes: int) -> Sharding:
     """What a DeepSpeed section says about dividing a model."""
-    zero = section.get("zero_optimization", {})
+    zero = section.get("zero_optimization") or {}
 
     def offloaded(name: str) -> bool:
-        return zero.get(name, {}).get("device", "none") != "none"
+        return (zero.get(name) or {}).get("device", "none") != "none"
 
     return Sharding(
         zero.get("stage", 0), processes, offloaded("offload_optimizer"), offloaded("offload_param")

@@ -13,11 +13,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from training.errors import NotFiniteError
+from training.errors import NotFiniteError, UserError
 from training.lora import WithoutAdapter, adapter_off
 from training.stage_config import OptimizerSettings, StageConfig
 
 Batch = TypeVar("Batch")
+SMALLEST_LOSS_SCALE = 1.0
+"""fp16: below it, small gradients are lost, and large ones have other causes."""
 
 
 def connect() -> None:
@@ -79,13 +81,28 @@ def rank_zero_first() -> Iterator[None]:
     """Rank 0 does the work (and fills the cache), then the others find it done."""
     if rank() != 0:
         barrier()
-    yield
-    if rank() == 0:
-        barrier()
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            barrier()
 
 
 def precision(config: StageConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+
+
+def require_fp16(wanted: bool) -> None:
+    """Refuse fp16 where the accelerator does not compute in it, before DeepSpeed does.
+
+    Raises:
+        UserError: it does not.
+    """
+    if wanted and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"fp16: this machine's {get_accelerator().device_name()} does not train in it; "
+            "bf16=true, or neither"
+        )
 
 
 def deepspeed_config(
@@ -140,6 +157,23 @@ class TrainedModule:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.engine(*arguments, **named)
+
+    def step(self) -> None:
+        """DeepSpeed's, which at the end of a global batch is the optimizer's.
+
+        Raises:
+            NotFiniteError: in fp16, on every rank: gradients overflow at the smallest loss scale.
+        """
+        fp16 = self.engine.fp16_enabled()
+        skipped, scale = self.engine.skipped_steps, self.engine.optimizer.loss_scale if fp16 else 0
+        try:
+            self.engine.step()
+        except Exception as error:  # ZeRO's own, of no class of its own
+            if "loss scale already at minimum" not in str(error):
+                raise
+            self.engine.skipped_steps = skipped + 1
+        if fp16 and self.engine.skipped_steps > skipped and scale <= SMALLEST_LOSS_SCALE:
+            raise NotFiniteError(f"gradients are not finite, at a loss scale of {scale:g}")
 
     @property
     def grad_norm(self) -> float:
@@ -207,7 +241,7 @@ def optimizer_step(
         if last:
             _require_finite_gradients(trained)
         for module in trained:
-            module.engine.step()
+            module.step()
     return [total / count for total in totals.tolist()]
 
 
@@ -267,8 +301,8 @@ def adamw(
         "betas": (settings.adam_beta1, settings.adam_beta2),
         "eps": settings.adam_epsilon,
     }
-    zero = config.deepspeed.get("zero_optimization", {})
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    zero = config.deepspeed.get("zero_optimization") or {}
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     return torch.optim.AdamW(groups, **options)
 

@@ -14,8 +14,19 @@ class UserError(Exception):
         super().__init__(self.faults[0] if len(lines) == 1 and not heading else "\n".join(lines))
 
 
+class UnreachableError(UserError):
+    """The Hub has what was named, or does not; it cannot be asked from here."""
+
+
 class RunError(Exception):
-    """A sound run that cannot go on: no memory, no disk, figures that are not finite. Exit 1."""
+    """A sound run that cannot go on: no memory, no disk, figures that are not finite. Exit 1.
+
+    everywhere: all ranks raise it, so rank 0 says it; otherwise the one that found it does.
+    """
+
+    def __init__(self, message: str, everywhere: bool = True) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class NotFiniteError(Exception):

@@ -1,11 +1,11 @@
 """A trained model as a Hugging Face directory."""
 
-import shutil
 from pathlib import Path
 
 import deepspeed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from training.disk import draft_of, publish
 from training.engine import barrier, is_partitioned, rank
 from training.lora import merged_state
 
@@ -19,12 +19,8 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory
     parameters = list(model.parameters()) if is_partitioned(model) else []
     with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
         if rank() == 0:
-            unfinished = directory.with_name(directory.name + ".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            model.save_pretrained(
-                unfinished, state_dict=merged_state(model), safe_serialization=True
-            )
-            tokenizer.save_pretrained(unfinished)
-            shutil.rmtree(directory, ignore_errors=True)
-            unfinished.rename(directory)
+            draft = draft_of(directory)
+            model.save_pretrained(draft, state_dict=merged_state(model), safe_serialization=True)
+            tokenizer.save_pretrained(draft)
+            publish(draft, directory)
     barrier()

@@ -90,7 +90,6 @@ def global_batch_size(config: SupervisedConfig, processes: int | None = None) ->
     return local * (processes or world_size())
 
 
-@requests.deferred()
 def fit(
     config: SupervisedConfig,
     trained: TrainedModule,

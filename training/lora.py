@@ -1,5 +1,6 @@
 """LoRA (Hu et al. 2021) through peft: small matrices B·A are trained beside frozen weights."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from training.errors import UserError
 from training.stage_config import LoraSettings
 
 INITIALIZATION_SEED = 0
@@ -22,7 +24,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> None:
     At first the adapter adds 0.
 
     Raises:
-        ValueError: no layer has any of the names in `target_modules`.
+        UserError: no layer has any of the names in `target_modules`.
     """
     head = getattr(model, "score", None)
     config = LoraConfig(
@@ -34,7 +36,10 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(INITIALIZATION_SEED)
-        inject_adapter_in_model(config, model)
+        try:
+            inject_adapter_in_model(config, model)
+        except (ValueError, re.error) as error:
+            raise UserError(f"lora.target_modules: {error}") from error
     if head is not None:
         head.requires_grad_(True)
 

@@ -87,6 +87,8 @@ class ModelStates:
     weights: int
     gradients: int
     optimizer: int
+    host: int = 0
+    """In the memory of the hosts of all processes together, where DeepSpeed offloads."""
 
     @property
     def total(self) -> int:
@@ -112,9 +114,12 @@ def trained_states(shape: Shape, precision: torch.dtype, sharding: Sharding) -> 
         gradients //= n
     if sharding.zero_stage == 3:
         gradients = 0
-    if sharding.offload_optimizer:
+    host = 0
+    if sharding.offload_optimizer:  # float32 weights, gradients and moments, once in all
         optimizer = gradients = 0
-    return ModelStates(frozen_weights(shape, precision, sharding, True), gradients, optimizer)
+        host = (2 * FLOAT32 + ADAM) * shape.trained
+    weights = frozen_weights(shape, precision, sharding, True)
+    return ModelStates(weights, gradients, optimizer, host)
 
 
 def frozen_weights(
@@ -146,9 +151,14 @@ def activations(shape: Shape, tokens: int, precision: torch.dtype, checkpointing
     return shape.layers * shape.hidden * tokens * precision.itemsize + layer
 
 
-def logits(shape: Shape, scored_tokens: int) -> int:
-    """Float32 logits of one chunk (logprobs.py), their gradient, and the softmax between them."""
-    return 3 * FLOAT32 * min(scored_tokens, ROWS_PER_CHUNK) * shape.vocabulary
+def logits(shape: Shape, scored_tokens: int, with_entropy: bool = False) -> int:
+    """The logits of one chunk (logprobs.py) when its backward pass has most of them.
+
+    In the model's own precision and in float32, their log-softmax, and the gradients of all three;
+    for the entropy one more. In float32 the first two are one; the bound holds for it as well.
+    """
+    copies = 6 if with_entropy else 5
+    return copies * FLOAT32 * min(scored_tokens, ROWS_PER_CHUNK) * shape.vocabulary
 
 
 def key_value_cache(shape: Shape, sequences: int, length: int, precision: torch.dtype) -> int:

@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -20,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from training.engine import is_partitioned, max_over_ranks
 from training.errors import UserError
+from training.faults import remedy
 from training.logprobs import chunks_of, position_ids, token_logprobs
 from training.lora import add_adapter
 from training.packing import pack, refuse_unpackable
@@ -198,20 +200,35 @@ def load_model_config(name_or_path: str, trust_remote_code: bool = False) -> Pre
 
 
 def check_positions(
-    name_or_path: str, prompt: int, response: int, trust_remote_code: bool = False
+    name_or_path: str, needs: dict[str, int], trust_remote_code: bool = False
 ) -> None:
     """Refuse lengths for which the model has no positions, before its weights are loaded.
 
     Args:
-        prompt, response: the longest allowed, in tokens.
+        needs: the longest sequences in tokens, by the settings that allow them.
     """
     config = load_model_config(name_or_path, trust_remote_code)
     known = getattr(config, "max_position_embeddings", None)
-    if known is not None and prompt + response > known:
-        raise UserError(
-            f"{name_or_path} knows {known} positions; a prompt of {prompt} tokens "
-            f"(data.max_prompt_length) and a response of {response} need {prompt + response}"
-        )
+    faults = [f"{what} is {need} tokens" for what, need in needs.items() if known and need > known]
+    if faults:
+        raise UserError(faults, f"{name_or_path} knows {known} positions:")
+
+
+def require_same_tokens(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: str,
+    policy: str,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse a model that would read the policy's token ids as other words.
+
+    Args:
+        tokenizer: the policy's; `policy` is its name for the message.
+        setting: that names the model.
+    """
+    if load_tokenizer(path, trust_remote_code).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{setting}: {path} has another vocabulary than {policy}")
 
 
 def load_policy(
@@ -232,9 +249,7 @@ def load_policy(
         lora: train an adapter of this kind and nothing else.
     """
     config = load_model_config(name_or_path, trust_remote_code)
-    if any("SequenceClassification" in name for name in config.architectures or []):
-        raise UserError(f"{name_or_path} is a sequence-classification model, not a language model")
-    _refuse_scaled_logits(config, name_or_path)
+    check_policy_config(config, name_or_path)
     if packing:
         refuse_unpackable(config, name_or_path)
     model = _load(AutoModelForCausalLM, name_or_path, config, dtype, dropout, trust_remote_code)
@@ -268,10 +283,15 @@ def load_scalar_model(
         refuse_unpackable(config, name_or_path)
     config.num_labels = 1
     model = _load(
-        AutoModelForSequenceClassification, name_or_path, config, dtype, dropout, trust_remote_code
+        AutoModelForSequenceClassification,
+        name_or_path,
+        config,
+        dtype,
+        dropout,
+        trust_remote_code,
+        new=() if trained else ("score.weight",),
     )
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(f"{name_or_path}: {type(model).__name__} has no linear head named 'score'")
+    check_head(model, name_or_path)
     if not trained:
         # A random head would start from arbitrary preferences; 0 says p(y1 ≻ y2) = 1/2.
         nn.init.zeros_(model.score.weight)
@@ -300,7 +320,9 @@ def _load(
     dtype: torch.dtype,
     dropout: bool,
     trust_remote_code: bool,
+    new: tuple[str, ...] = (),
 ) -> PreTrainedModel:
+    """The model with all of its weights from disk, but for those that `new` names."""
     if not dropout:
         for field in DROPOUT_FIELDS:
             if isinstance(getattr(config, field, None), float):
@@ -310,18 +332,26 @@ def _load(
     # A causal model's missing classification head is expected, and said in `load_scalar_model`.
     transformers_logging.set_verbosity_error()
     try:
-        model = auto_class.from_pretrained(
+        model, found = auto_class.from_pretrained(
             **_source(name_or_path),
             **({"quantization_config": GgufConfig(dequantize=True)} if gguf else {}),
             config=config,
             dtype=dtype,
             use_safetensors=True,  # nothing pickled is ever loaded
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except UNREADABLE as error:
+    except (*UNREADABLE, SafetensorError, RuntimeError) as error:
+        if remedy(error):  # memory, not the model
+            raise
         raise UserError(f"no model could be loaded from {name_or_path}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if missing := sorted(set(found["missing_keys"]) - set(new)):
+        raise UserError(
+            f"{name_or_path} lacks weights, which would be random: {', '.join(missing[:5])}"
+            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        )
     if gguf and hasattr(model, "hf_quantizer"):  # plain weights now, which can be saved
         model.hf_quantizer.remove_quantization_config(model)
     if not dropout:  # also where a config names it in a way of its own
@@ -350,17 +380,26 @@ def _ready(
     if isinstance(getattr(model, "score", None), nn.Linear):
         model.score = Float32Head.like(model.score)
     if lora is not None:
-        try:
-            add_adapter(model, lora)
-        except ValueError as error:
-            raise UserError(f"lora.target_modules: {error}") from error
+        add_adapter(model, lora)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def _refuse_scaled_logits(config: PretrainedConfig, name_or_path: str) -> None:
-    """Log-probabilities are taken from `head(hidden)`; a model that then rescales is not ours."""
+def check_head(model: PreTrainedModel, name_or_path: str) -> None:
+    """Refuse a classification model whose scalar is not a linear function of its last states."""
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{name_or_path}: {type(model).__name__} has no linear head named 'score'")
+
+
+def check_policy_config(config: PretrainedConfig, name_or_path: str) -> None:
+    """Refuse what is no causal language model with log-probabilities of `head(hidden)`.
+
+    Raises:
+        UserError: a sequence-classification model, or one that rescales its logits.
+    """
+    if any("SequenceClassification" in name for name in config.architectures or []):
+        raise UserError(f"{name_or_path} is a sequence-classification model, not a language model")
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise UserError(f"{name_or_path}: models with {field} are not supported")

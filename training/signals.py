@@ -1,4 +1,8 @@
-"""SIGTERM and SIGINT: a run that is told to stop saves a checkpoint first."""
+"""Signals: a run that is told to stop saves a checkpoint first.
+
+SIGTERM and SIGINT; and SIGUSR1, which DeepSpeed's launcher leaves alone, for queues that signal
+every process of a job at once (scripts/slurm.sh).
+"""
 
 import os
 import signal
@@ -10,7 +14,7 @@ from types import FrameType
 
 from training.engine import max_over_ranks
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_REQUEST = 1.0
 """Seconds within which signals are one request: a launcher passes on what its ranks also got."""
 
@@ -18,10 +22,13 @@ ONE_REQUEST = 1.0
 class Stopped(Exception):
     """The run ended early because it was told to; `code` is what a shell expects of it."""
 
-    def __init__(self, number: int, step: int) -> None:
+    def __init__(self, number: int, step: int | None = None) -> None:
+        """`step`: after which there is a checkpoint; None after the last, models written."""
         name = signal.Signals(number).name
         super().__init__(
-            f"Stopped by {name} after step {step}, with a checkpoint; "
+            f"Stopped by {name} after the training; its models are written"
+            if step is None
+            else f"Stopped by {name} after step {step}, with a checkpoint; "
             "resume_from_checkpoint=latest goes on from it"
         )
         self.code = 128 + number
@@ -41,7 +48,7 @@ class StopRequests:
         self._since = 0.0
 
     def install(self) -> None:
-        """Take over both signals, in the main thread, and tell scripts/launch.sh so."""
+        """Take over the signals, in the main thread, and tell scripts/launch.sh so."""
         for number in STOPPING:
             signal.signal(number, self._receive)
         if "RANK_PIDS" in os.environ:
@@ -57,12 +64,20 @@ class StopRequests:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While steps are taken."""
+        """While steps are taken and models written; every rank must leave it together.
+
+        Raises:
+            Stopped: at the end, where a signal came after the last step had asked for one.
+        """
         self._deferring = True
         try:
             yield
+            if number := self.agreed():
+                raise Stopped(number)
         finally:
             self._deferring = False
+        if self._number:  # it came just now
+            os._exit(128 + self._number)
 
     def agreed(self) -> int:
         """The signal that any rank has received, or 0; every rank must ask after the same step."""

@@ -49,7 +49,7 @@ class StageConfig(StrictModel):
     output_dir: str = Field(examples=["runs/example"])
     overwrite_output_dir: bool = False
     """Whether a non-empty output_dir may be deleted and written anew."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     trust_remote_code: bool = False
     """Whether code that comes with a model may run on this machine."""
     bf16: bool = False
@@ -107,10 +107,17 @@ class StageConfig(StrictModel):
         output = Path(self.output_dir)
         if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
             found.append(f"output_dir: {output} holds no config.json, so it is no run to resume")
-        if self.resume_from_checkpoint != "latest" and not (source / "state.json").is_file():
+        if self.resume_from_checkpoint == "latest":
+            return found
+        if not (source / "state.json").is_file():
             found.append(
                 f"resume_from_checkpoint: {source} is not a complete checkpoint (no state.json); "
                 'name output_dir/checkpoints/step-N or "latest"'
+            )
+        elif source.resolve().parent != (output / "checkpoints").resolve():
+            found.append(
+                f"resume_from_checkpoint: {source} is another run's; its metrics and best weights "
+                f"are where it is, so set output_dir={source.parents[1]}"
             )
         return found
 

@@ -10,6 +10,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from tqdm import tqdm
 
+from training.disk import write_whole
 from training.engine import rank
 
 
@@ -30,9 +31,8 @@ class Tracker:
         if not self._leads:
             return
         file = Path(output_dir) / "metrics.jsonl"
-        kept = _lines_until(file, done)
-        self._file = file.open("w", encoding="utf-8")
-        self._file.writelines(kept)
+        write_whole(file, "".join(_lines_until(file, done)))
+        self._file = file.open("a", encoding="utf-8")
         self._monitor = MonitorMaster(get_monitor_config(deepspeed_section))
         self._bar = tqdm(
             total=total_steps,

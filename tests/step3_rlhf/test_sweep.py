@@ -128,6 +128,15 @@ def test_a_cell_is_finished_when_its_last_file_is_whole(tmp_path: Path) -> None:
     assert not is_finished(tmp_path)
 
 
+def test_line_separators_in_a_response_end_no_line(tmp_path: Path) -> None:
+    finish(tmp_path)
+    instances = tmp_path / "instances.jsonl"
+    odd = {"responses": [{"text": "one\u2028two\x85three"}]}
+    line = json.dumps(odd, ensure_ascii=False) + "\n"
+    instances.write_text(line * 2, encoding="utf-8")
+    assert is_finished(tmp_path)
+
+
 def test_only_a_complete_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
     assert state_of(tmp_path) is State.NEW
     checkpoint = tmp_path / "checkpoints" / "step-00000002"
@@ -135,6 +144,10 @@ def test_only_a_complete_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
     assert state_of(tmp_path) is State.NEW
     (checkpoint / STATE).write_text("{}")
     assert state_of(tmp_path) is State.STOPPED
+    (tmp_path / "actor").mkdir()
+    assert state_of(tmp_path) is State.STOPPED
+    (tmp_path / "critic").mkdir()
+    assert state_of(tmp_path) is State.TRAINED
     finish(tmp_path)
     assert state_of(tmp_path) is State.FINISHED
 
@@ -186,12 +199,16 @@ def test_finished_cells_are_skipped_and_stopped_ones_go_on(
     stop(jobs[2].directory, jobs[2].settings)
     jobs[3].directory.mkdir(parents=True)  # it ended before its first checkpoint
     (jobs[3].directory / "config.json").write_text("{}")
+    for name in ("actor", "critic"):
+        (jobs[4].directory / name).mkdir(parents=True)
+    (jobs[4].directory / "config.json").write_text(jobs[4].settings.model_dump_json())
     again = plan(request_of("save_steps=1"))  # which does not change what a run computes
-    states = [State.FINISHED, State.FINISHED, State.STOPPED, *[State.NEW] * 5]
-    assert [job.state for job in again] == states
+    states = [State.FINISHED, State.FINISHED, State.STOPPED, State.NEW, State.TRAINED]
+    assert [job.state for job in again] == [*states, *[State.NEW] * 3]
     assert config_of(again[2]).resume_from_checkpoint == "latest"
     assert config_of(again[3]).overwrite_output_dir
-    assert not config_of(again[4]).overwrite_output_dir
+    assert again[4].command == ["bash", "scripts/evaluate.sh", str(jobs[4].directory)]
+    assert not config_of(again[5]).overwrite_output_dir
 
 
 def test_cells_of_other_settings_are_refused(request_of: Callable[..., Request]) -> None:

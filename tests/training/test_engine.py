@@ -7,13 +7,14 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from step1_sft.config import SFTConfig
 from training import engine
 from training.config import check_config
 from training.engine import TrainedModule, deepspeed_config, optimizer_step
-from training.errors import NotFiniteError
+from training.errors import NotFiniteError, UserError
 from training.models import Policy
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -178,6 +179,37 @@ def test_a_gradient_that_is_not_finite_ends_before_any_step(configured, stage, b
             assert trained.module.w.item() == 0.0
 
 
+@pytest.fixture
+def fp16_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs compute in float16, if slowly; not all of them to DeepSpeed's satisfaction."""
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+
+
+def test_fp16_is_refused_where_it_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
+    engine.require_fp16(False)
+    with pytest.raises(UserError, match="fp16: this machine's cpu does not train in it"):
+        engine.require_fp16(True)
+
+
+@pytest.mark.usefixtures("fp16_everywhere")
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_fp16_gradients_that_never_are_finite_end_the_run(configured, stage: int) -> None:
+    """At every loss scale: after the smallest one there is nothing left to try."""
+    config = configured(fp16=True, deepspeed={"zero_optimization": {"stage": stage}})
+    trained = TrainedModule(Root().half(), config, config, 10)
+    batch = torch.tensor([1.0]).half()
+
+    def steps() -> None:
+        for _ in range(100):
+            optimizer_step([trained], [batch], lambda batch: [trained(batch).float()], len)
+
+    with pytest.raises(NotFiniteError, match="gradients are not finite, at a loss scale of 1"):
+        steps()
+    assert trained.module.w.item() == 0.0
+
+
+@pytest.mark.usefixtures("fp16_everywhere")
 def test_fp16_skips_a_step_that_overflows_and_says_so(configured) -> None:
     config = configured(fp16=True, deepspeed={"zero_optimization": {"stage": 2}})
     trained = TrainedModule(Point().half(), config, config, 10)

@@ -1,9 +1,11 @@
 """Policy and scalar models against Hugging Face's own; padding; pad and EOS tokens."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -12,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -25,6 +28,7 @@ from training.models import (
     load_policy,
     load_scalar_model,
     load_tokenizer,
+    require_same_tokens,
 )
 
 PAD, EOS = 3, 2
@@ -315,6 +319,51 @@ def test_lengths_beyond_the_models_positions_are_refused(
 ) -> None:
     tiny_opt.config.save_pretrained(tmp_path)
     known = tiny_opt.config.max_position_embeddings
-    check_positions(str(tmp_path), known - 20, 20)
-    with pytest.raises(UserError, match=rf"knows {known} positions.*need {known + 1}"):
-        check_positions(str(tmp_path), known - 20, 21)
+    check_positions(str(tmp_path), {"a": known})
+    with pytest.raises(UserError, match=rf"knows {known} positions:\n  - b is {known + 1} tokens$"):
+        check_positions(str(tmp_path), {"a": known, "b": known + 1})
+
+
+def damaged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory / "model.safetensors"
+
+
+def test_weights_that_are_missing_are_not_made_up(
+    tiny_llama: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    file = damaged(tiny_llama, world_tokenizer, tmp_path)
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    for load in (load_policy, load_scalar_model):
+        head = {"new_head": True} if load is load_scalar_model else {}
+        with pytest.raises(UserError, match=r"lacks weights.*: model\.layers\.1\.mlp\.up_proj"):
+            load(str(tmp_path), world_tokenizer, **head)
+
+
+@pytest.mark.parametrize("how", ["cut off", "empty", "another shape"])
+def test_files_that_are_no_weights(
+    tiny_llama: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, how: str
+) -> None:
+    file = damaged(tiny_llama, world_tokenizer, tmp_path)
+    if how == "another shape":
+        weights = load_file(file)
+        weights["lm_head.weight"] = weights["lm_head.weight"][:, 1:].contiguous()
+        save_file(weights, file, metadata={"format": "pt"})
+    else:
+        file.write_bytes(file.read_bytes()[:5000] if how == "cut off" else b"")
+    with pytest.raises(UserError, match="no model could be loaded from"):
+        load_policy(str(tmp_path), world_tokenizer)
+
+
+def test_another_vocabulary_is_refused(
+    tiny_world: Path, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    other = copy.deepcopy(world_tokenizer)
+    other.add_tokens(["<another>"])
+    base = str(tiny_world / "base")
+    require_same_tokens(base, world_tokenizer, "reference", "policy")
+    with pytest.raises(UserError, match=r"reference: .*base has another vocabulary than policy"):
+        require_same_tokens(base, other, "reference", "policy")

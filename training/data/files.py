@@ -11,7 +11,7 @@ from typing import Any
 
 from training.data.report import Report
 from training.data.settings import Source
-from training.errors import UserError
+from training.errors import UnreachableError, UserError
 
 BAD_UNICODE = "with invalid Unicode, replaced by U+FFFD"
 
@@ -109,7 +109,7 @@ def _from_parquet(path: str) -> Iterator[RawRecord]:
             for value in batch.to_pylist():
                 number += 1
                 yield RawRecord(f"{path}:{number}", value)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: unreadable: {_one_line(error)}") from None
 
 
@@ -122,7 +122,8 @@ def _from_datasets(source: Source) -> Iterator[RawRecord]:
         )
     # The hub, the network, its builders: many exceptions, all of which the user must mend.
     except Exception as error:
-        raise UserError(f"{source.path}: cannot be loaded: {_one_line(error)}") from None
+        kind = UnreachableError if isinstance(error, ConnectionError) else UserError
+        raise kind(f"{source.path}: cannot be loaded: {_one_line(error)}") from None
     for number, value in enumerate(loaded, start=1):
         yield RawRecord(f"{source.path}[{source.split}]:{number}", value)
 

@@ -96,6 +96,11 @@ class DataSettings(StrictModel):
     cache_dir: str | None = None
     """Where token ids are cached; null is a folder of the Hugging Face data sets cache."""
 
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence in tokens, under the names of what allows it."""
+        longest = self.max_prompt_length + self.max_response_length
+        return {"data.max_prompt_length + data.max_response_length": longest}
+
     def faults(self) -> list[str]:
         found = super().faults()
         total = sum(self.stage_proportions)

@@ -1,0 +1,47 @@
+"""Whether the models know as many positions as a run may need, before any weights are loaded."""
+
+from transformers import PreTrainedTokenizerBase
+
+from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.response_sets import FiniteSet
+from step3_rlhf.rollout import encode_prompt_texts
+from training.data import encode_responses
+from training.models import check_positions
+
+
+def check_lengths(
+    config: PPOConfig | EvaluationConfig, sets: list[FiniteSet], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse lengths that any of the models does not know.
+
+    Raises:
+        UserError: naming the model and the settings.
+    """
+    data = config.data
+    needs = {
+        "data.max_prompt_length + response_length": data.max_prompt_length + config.response_length,
+        **data.lengths(),  # of held-out texts, whose perplexity the evaluation takes
+        "a prompt and a response of evaluation.response_sets": longest(sets, tokenizer),
+    }
+    paths = [config.model_name_or_path, config.reference_model_name_or_path]
+    if isinstance(config, PPOConfig):
+        paths.append(config.critic_model_name_or_path)
+        if config.evaluation.sampling is not None:
+            needs["data.max_prompt_length + evaluation.sampling.response_length"] = (
+                data.max_prompt_length + config.evaluation.sampling.response_length
+            )
+    paths += [member.model_name_or_path for member in config.reward.weighted_models]
+    for path in dict.fromkeys(path for path in paths if path):
+        check_positions(path, needs, config.trust_remote_code)
+
+
+def longest(sets: list[FiniteSet], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest prompt with its longest response; 0 where there are no sets."""
+    prompts = encode_prompt_texts([finite.prompt for finite in sets], tokenizer) if sets else []
+    return max(
+        (
+            len(prompt) + max(map(len, encode_responses(list(finite.responses), tokenizer)))
+            for finite, prompt in zip(sets, prompts, strict=True)
+        ),
+        default=0,
+    )

@@ -1,0 +1,97 @@
+"""Positions: every model, every length that a run may meet, before weights are loaded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.lengths import check_lengths, longest
+from step3_rlhf.response_sets import FiniteSet, read_response_sets
+from training.config import check_config
+from training.errors import UserError
+
+Settings = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture
+def short_model(tiny_world: Path, tmp_path: Path) -> str:
+    """A config that knows 64 positions; the world's models know more."""
+    directory = tmp_path / "short"
+    directory.mkdir()
+    data = json.loads((tiny_world / "base" / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(data | {"max_position_embeddings": 64}))
+    return str(directory)
+
+
+def check(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, kind: Any = None) -> None:
+    config = check_config(kind or PPOConfig, settings, "config:")
+    check_lengths(config, read_response_sets(config.evaluation.response_sets), tokenizer)
+
+
+def test_what_fits_passes(
+    stage_settings: Settings, short_model: str, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    check(stage_settings("ppo") | {"model_name_or_path": short_model}, world_tokenizer)  # 48 + 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"response_length": 17}, "data.max_prompt_length + response_length is 65 tokens"),
+        ({"data": {"max_response_length": 17}},
+         "data.max_prompt_length + data.max_response_length is 65 tokens"),
+        ({"evaluation": {"sampling": {"response_length": 17}}},
+         "data.max_prompt_length + evaluation.sampling.response_length is 65 tokens"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model", ["policy", "reference", "critic", "reward"])
+def test_every_length_of_every_model(
+    stage_settings: Settings,
+    short_model: str,
+    world_tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    changes: dict[str, Any],
+    named: str,
+) -> None:
+    settings = stage_settings("ppo")
+    for name, value in changes.items():
+        both = isinstance(value, dict)
+        settings[name] = {**settings[name], **value} if both else value
+    settings |= {
+        "policy": {"model_name_or_path": short_model},
+        "reference": {"reference_model_name_or_path": short_model},
+        "critic": {"critic_model_name_or_path": short_model},
+        "reward": {"reward": {"model_name_or_path": short_model}},
+    }[model]
+    with pytest.raises(UserError, match="knows 64 positions") as caught:
+        check(settings, world_tokenizer)
+    assert named in str(caught.value)
+
+
+def test_response_sets_and_the_evaluations_own_command(
+    stage_settings: Settings, short_model: str, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    settings = stage_settings("ppo")
+    known = EvaluationConfig.model_fields
+    settings = {name: value for name, value in settings.items() if name in known}
+    settings["model_name_or_path"] = short_model
+    check(settings, world_tokenizer, EvaluationConfig)
+    sets = Path(settings["evaluation"]["response_sets"])
+    line = json.loads(sets.read_text().splitlines()[0])
+    line["prompt"] += " please" * 70
+    file = sets.with_name("long_sets.jsonl")
+    file.write_text(json.dumps(line) + "\n")
+    settings["evaluation"] = {"response_sets": str(file)}
+    with pytest.raises(UserError, match=r"evaluation\.response_sets is \d+ tokens"):
+        check(settings, world_tokenizer, EvaluationConfig)
+
+
+def test_the_longest_response_counts(world_tokenizer: PreTrainedTokenizerBase) -> None:
+    assert longest([], world_tokenizer) == 0
+    short = FiniteSet("tea?", ("yes", "no"), None, None)
+    long = FiniteSet("tea?", ("yes", "no no no no no"), None, None)
+    assert longest([short, long], world_tokenizer) > longest([short], world_tokenizer)

@@ -1,0 +1,62 @@
+"""Directories that are there whole or not at all, also after a kill or a power cut."""
+
+import os
+import shutil
+from pathlib import Path
+
+UNFINISHED, REMOVED = ".unfinished", ".removed"
+
+
+def draft_of(directory: Path) -> Path:
+    """Where `directory` is written before it gets its name; empty."""
+    draft = directory.with_name(directory.name + UNFINISHED)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    return draft
+
+
+def publish(draft: Path, directory: Path) -> None:
+    """Give a finished draft its name, in place of an older directory if there is one."""
+    for path in [*draft.rglob("*"), draft]:
+        to_disk(path)  # a name must not survive its contents
+    older = directory.with_name(directory.name + REMOVED)
+    shutil.rmtree(older, ignore_errors=True)
+    if directory.exists():
+        directory.rename(older)
+    draft.rename(directory)
+    to_disk(directory.parent)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def recover(directory: Path) -> None:
+    """Undo a `publish` that was killed between its two renames."""
+    older = directory.with_name(directory.name + REMOVED)
+    if older.is_dir() and not directory.exists():
+        older.rename(directory)
+
+
+def remove(directory: Path) -> None:
+    """Delete it; it loses its name first, so that half of one is never found."""
+    if directory.is_dir():
+        nameless = directory.with_name(directory.name + REMOVED)
+        shutil.rmtree(nameless, ignore_errors=True)
+        directory.rename(nameless)
+        shutil.rmtree(nameless)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file with the new text or, after a kill, with the old one."""
+    draft = path.with_name(path.name + UNFINISHED)
+    draft.write_text(text, encoding="utf-8")
+    to_disk(draft)
+    draft.replace(path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until the operating system has written it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
