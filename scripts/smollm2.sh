@@ -70,5 +70,5 @@ stage() {
 stage 1_sft "$model"
 stage 2_reward "$directory/sft/model"
 bash scripts/sweep.sh step3_rlhf/configs/smollm2.json --output "$directory/sweep" \
-    --grid-only --alphas 0.1,0.3,0.5 --betas 1.0 "${common[@]}" \
+    --without-pm --alphas 0.1,0.3,0.5 --betas 1.0 "${common[@]}" \
     "model_name_or_path=$directory/sft/model" "reward.model_name_or_path=$directory/reward/model"

@@ -6,8 +6,7 @@
 #   --output DIR         where everything goes (sweep, beside the config's output_dir)
 #   --alphas 0.1,0.3,0.5 thresholds of conditional PM
 #   --betas 0.1,0.5,1.0
-#   --grid-only          leave out two cells, unconditional PM and the reference itself, and with
-#                        them Figures 1, 3 and 4
+#   --without-pm         leave out unconditional PM, and with it Figure 1
 #   --dry-run            check every cell's settings, say what would run, and stop
 # Finished cells are not run again; one that was stopped goes on from its latest checkpoint
 # (save_steps=100 writes one every 100 iterations).

@@ -4,8 +4,8 @@
     bash scripts/sweep.sh --report DIR
 
 Every cell is a run of scripts/step3_rlhf.sh. What is finished is skipped and what was stopped goes
-on (sweep_cells.py, sweep_plan.py); then come the tables (sweep_tables.py) and the figures
-(sweep_figures.py).
+on (sweep_cells.py, sweep_plan.py); then come the tables (sweep_tables.py), the figures
+(sweep_figures.py) and a page with samples side by side (sweep_page.py).
 """
 
 import argparse
@@ -140,14 +140,15 @@ def describe(request: Request) -> str:
 
 
 def report(directory: Path) -> str:
-    """Write tables and figures from what is finished; returns what the terminal is to show."""
-    from step3_rlhf import sweep_figures, sweep_tables
+    """Write tables, figures and page from what is finished; returns what the terminal shows."""
+    from step3_rlhf import sweep_figures, sweep_page, sweep_tables
     from step3_rlhf.sweep_results import read_results
 
     results = read_results(directory)
     files = sweep_tables.write_tables(results, directory)
     drawn, left_out = sweep_figures.draw_figures(results, directory)
-    lines = [sweep_tables.markdown(results), *map(str, files + drawn)]
+    page = sweep_page.write_page(results, drawn, directory)
+    lines = [sweep_tables.markdown(results), *map(str, [*files, *drawn, page])]
     lines += [f"not drawn: {name}: {reason}" for name, reason in left_out.items()]
     return "\n".join(lines)
 
@@ -175,7 +176,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default: sweep, beside its output_dir")
     parser.add_argument("--alphas", type=positive_numbers, default=ALPHAS)
     parser.add_argument("--betas", type=positive_numbers, default=BETAS)
-    parser.add_argument("--grid-only", action="store_true", help="without Figures 1, 3 and 4")
+    parser.add_argument("--without-pm", action="store_true", help="leave out Figure 1")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     parser.add_argument("--report", type=Path, metavar="DIR", help="only tables and figures of DIR")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
@@ -194,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         settings = stage_settings(options.config, options.overrides)
         model = settings["model_name_or_path"]
-        grid = Grid(model, options.alphas, options.betas, options.grid_only)
+        grid = Grid(model, options.alphas, options.betas, options.without_pm)
         directory = options.output or Path(settings["output_dir"]).parent / "sweep"
         request = Request(options.config, options.overrides, grid, directory)
         if options.dry_run:

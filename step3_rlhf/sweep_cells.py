@@ -51,8 +51,8 @@ class Grid:
     """The policy that every cell starts from, for captions."""
     alphas: tuple[float, ...]
     betas: tuple[float, ...]
-    grid_only: bool = False
-    """Leave out the two cells that only Figures 1, 3 and 4 need."""
+    without_pm: bool = False
+    """Leave out unconditional PM, a cell that only Figure 1 needs."""
 
     @property
     def main_beta(self) -> float:
@@ -74,7 +74,7 @@ class Grid:
     def cells(self) -> list[Cell]:
         """All cells in the order in which they run: the quickest to fail comes first."""
         rows = [cell for beta in self.betas for cell in self.row(beta)]
-        return rows if self.grid_only else [self.reference, *rows, self.pm]
+        return [self.reference, *rows, *([] if self.without_pm else [self.pm])]
 
     def write(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class Grid:
         try:
             data = json.loads((directory / RECORD).read_text())
             grid = cls(**data)
-            return cls(grid.model, tuple(grid.alphas), tuple(grid.betas), grid.grid_only)
+            return cls(grid.model, tuple(grid.alphas), tuple(grid.betas), grid.without_pm)
         except OSError:
             raise UserError(f"{directory} holds no {RECORD}, so it is no sweep") from None
         except (ValueError, TypeError) as error:

@@ -78,7 +78,8 @@ def plan(request: Request) -> list[Job]:
     """
     grid = request.grid
     trained = {cell: training_job(cell, request) for cell in grid.cells() if cell != grid.reference}
-    jobs = [trained.get(cell) or reference_job(trained[grid.pm], request) for cell in grid.cells()]
+    one = next(iter(trained.values()))  # they differ in their regularizers only
+    jobs = [trained.get(cell) or reference_job(one, request) for cell in grid.cells()]
     refuse_changed_settings(jobs, request.directory)
     return jobs
 

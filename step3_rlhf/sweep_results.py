@@ -41,7 +41,7 @@ class Measured:
 
         Section 6.1 has one pair; a mean over several would hide how far apart they are.
         """
-        pairs = [entry["responses"][:2] for entry in self._entries()]
+        pairs = [entry["responses"][:2] for entry in self.instances()]
         columns = [
             torch.tensor([pair[place][name] for pair in pairs], dtype=torch.float64)
             for name in ("logp", "reward")
@@ -52,14 +52,15 @@ class Measured:
     def pairs(self) -> list[Pair]:
         """The first two responses of every prompt, where they are not the same text."""
         found = []
-        for entry in self._entries():
+        for entry in self.instances():
             first, second = entry["responses"][:2]
             if first["text"] != second["text"]:
                 reference = first["ref_logp"] - second["ref_logp"]
                 found.append(Pair(reference, first["reward"] - second["reward"]))
         return found
 
-    def _entries(self) -> list[dict[str, Any]]:
+    def instances(self) -> list[dict[str, Any]]:
+        """The lines of instances.jsonl, one for each prompt."""
         return [json.loads(line) for line in self._instances.open(encoding="utf-8")]
 
 

@@ -75,8 +75,8 @@ def stop(directory: Path, config: Any) -> None:
 
 def test_the_grid_has_the_papers_cells() -> None:
     assert [cell.name for cell in GRID.cells()] == NAMES
-    only = Grid("a/model", (0.1, 0.3), (0.5, 1.0), grid_only=True)
-    assert [cell.name for cell in only.cells()] == NAMES[1:-1]
+    without = Grid("a/model", (0.1, 0.3), (0.5, 1.0), without_pm=True)
+    assert [cell.name for cell in without.cells()] == NAMES[:-1]
     whole = Grid("a/model", sweep.ALPHAS, sweep.BETAS)
     assert len(whole.cells()) == 3 * 4 + 2
 

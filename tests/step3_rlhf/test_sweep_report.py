@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from step3_rlhf import sweep_figures, sweep_tables
+from step3_rlhf import sweep_figures, sweep_page, sweep_tables
 from step3_rlhf.metrics import Estimate
 from step3_rlhf.sweep_cells import Cell, Grid
 from step3_rlhf.sweep_results import Results, best_alpha, read_results, sigmoid
@@ -40,6 +40,8 @@ def write_cell(directory: Path, cell: Cell, **means: float) -> None:
                 "logp": side * logp,
                 "ref_logp": side * 2 * logp,
                 "reward": side * reward,
+                "length": 3,
+                "ended": side > 0,
             }
             for side, text in zip((0.5, -0.5), texts, strict=True)
         ]
@@ -217,3 +219,29 @@ def test_the_cdf_is_a_step_function() -> None:
 @pytest.mark.parametrize(("x", "expected"), [(0.0, 0.5), (-800.0, 0.0), (800.0, 1.0)])
 def test_sigmoid_of_extreme_odds(x: float, expected: float) -> None:
     assert sigmoid(x) == expected
+
+
+# The page
+
+
+def test_the_page_shows_table_figures_and_samples_side_by_side(
+    results_without: Callable[..., Results], tmp_path: Path
+) -> None:
+    results = results_without()
+    drawn, _ = sweep_figures.draw_figures(results, tmp_path)
+    text = sweep_page.write_page(results, drawn, tmp_path).read_text(encoding="utf-8")
+    for cell in ("α = 0.1", "α = 0.3", "KL RLHF"):
+        assert f"β = 1, {cell}" in text
+    assert text.count("data:image/png;base64,") == len(drawn) // 2
+    heads = re.findall(r'<th scope="col">([^<]*)</th>', text[text.index("same prompts") :])
+    assert heads == ["Prompt", "SFT", "KL", "conditional PM, α = 0.3", "PM"]
+    assert "<q>another</q> <small>cut at 3 tokens</small>" in text
+
+
+def test_the_page_of_an_unfinished_sweep(
+    results_without: Callable[..., Results], tmp_path: Path
+) -> None:
+    missing = [cell.name for cell in GRID.cells() if cell.beta == 1.0]
+    text = sweep_page.write_page(results_without(*missing), [], tmp_path).read_text()
+    assert "None of the cells that are shown here is finished" in text
+    assert "Missing: reference" in text

@@ -1,0 +1,116 @@
+"""The sweep as one self-contained page: table, figures, and samples side by side."""
+
+import base64
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from string import Template
+
+from step3_rlhf.html import STYLE, picture, responses_cell, table
+from step3_rlhf.sweep_cells import Cell
+from step3_rlhf.sweep_results import Measured, Results, best_alpha, cell_label
+from step3_rlhf.sweep_tables import COLUMNS, caption, entries, notes
+
+SAMPLED_PROMPTS = 4
+SHOWN_CHARACTERS = 400
+"""Lengths beyond which a prompt or a response is abbreviated."""
+
+
+def write_page(results: Results, figures: Iterable[Path], directory: Path) -> Path:
+    """`report.html`, with the PNG files among `figures`."""
+    pictures = [
+        f"<h3>{escape(path.stem)}</h3>{picture(data_uri(path), path.stem)}"
+        for path in figures
+        if path.suffix == ".png"
+    ]
+    text = PAGE.substitute(
+        style=STYLE,
+        model=escape(results.grid.model),
+        caption=escape(caption(results)),
+        table=figures_table(results),
+        notes="".join(f"<p>{escape(note)}</p>" for note in notes(results) if note),
+        beta=f"{results.grid.main_beta:g}",
+        samples=samples(results),
+        figures="".join(pictures),
+    )
+    file = directory / "report.html"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def figures_table(results: Results) -> str:
+    rows = [
+        [f"β = {beta:g}, {cell_label(cell)}", *entries(results, cell, " ± ")]
+        for beta in results.grid.betas
+        for cell in results.grid.row(beta)
+    ]
+    return table(["", *(escape(column.heading) for column in COLUMNS)], rows)
+
+
+def sampled_cells(results: Results) -> dict[str, Measured]:
+    """What stands side by side: SFT, KL, conditional PM at its best α, PM; of the main β."""
+    beta = results.grid.main_beta
+    wanted = {"SFT": results.grid.reference, "KL": Cell("kl", beta)}
+    if best := best_alpha(results, beta):
+        wanted[f"conditional PM, {cell_label(best)}"] = best
+    wanted["PM"] = results.grid.pm
+    return {name: results.measured[c] for name, c in wanted.items() if c in results.measured}
+
+
+def samples(results: Results) -> str:
+    """A row for each prompt, a column for each policy, two responses in each cell."""
+    responses = {
+        name: {entry["prompt"]: entry["responses"][:2] for entry in measured.instances()}
+        for name, measured in sampled_cells(results).items()
+    }
+    if not responses:
+        return "<p>None of the cells that are shown here is finished.</p>"
+    first, *others = responses.values()
+    common = [prompt for prompt in first if all(prompt in other for other in others)]
+    step = max(1, len(common) // SAMPLED_PROMPTS)  # spread over the prompts, not the first ones
+    rows = [
+        [
+            f"<small>{escape(prompt[-SHOWN_CHARACTERS:])}</small>",
+            *(responses_cell(own[prompt], SHOWN_CHARACTERS) for own in responses.values()),
+        ]
+        for prompt in common[::step][:SAMPLED_PROMPTS]
+    ]
+    return table(["Prompt", *map(escape, responses)], rows, kind="samples sweep")
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>KL against conditional preference matching: $model</title>
+<style>$style
+table.sweep tbody th { width: 22%; font-weight: 400; overflow-wrap: anywhere; }
+table.sweep tbody th small { padding-left: 0; white-space: pre-wrap; }
+</style>
+</head>
+<body><main>
+<h1>KL against conditional preference matching</h1>
+<p class="lead">$caption</p>
+<section>
+<h2>All cells</h2>
+$table
+<div class="muted" style="margin-top:16px">$notes</div>
+</section>
+<section>
+<h2>Responses to the same prompts</h2>
+<p class="muted">Two samples of each policy at β = $beta. Models trained on data of harmful requests
+may answer them harmfully.</p>
+$samples
+</section>
+<section>
+<h2>Figures</h2>
+$figures
+</section>
+</main></body>
+</html>
+""")
