@@ -61,7 +61,7 @@ def plan(config: PPOConfig, planned: Plan) -> None:
     planned.phases["training"] = {
         "actor's activations": kept[0],
         "critic's": kept[1],
-        "logits": logits(actor, rows * config.response_length, with_entropy=True),
+        "logits": logits(actor, rows * config.response_length),
     }
 
 

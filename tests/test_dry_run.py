@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,6 +125,72 @@ def test_what_does_not_fit_is_said_with_what_to_change(
     assert "deepspeed.zero_optimization.stage=3" in printed
     printed = dry_run("step1_sft", path, *arguments, 'lora={"r": 16}', "--gpu-memory=80")
     assert "it fits a GPU of 80 GiB" in printed
+
+
+def test_offloaded_models_are_still_trained_and_take_memory_of_the_host(
+    dry_run: DryRun, model_directory: Callable[[str, str], str], tmp_path: Path
+) -> None:
+    printed = dry_run(
+        "step3_rlhf",
+        ROOT / "step3_rlhf" / "configs" / "llama-2-7b.json",
+        f"model_name_or_path={model_directory('llama-2-7b', 'policy')}",
+        f"reward.model_name_or_path={model_directory('llama-2-7b', 'reward')}",
+        f"output_dir={tmp_path / 'out'}",
+        "--processes=4",
+    )
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.strip()}
+    assert rows["actor"][1:3] == ["6,738,415,616"] * 2
+    assert rows["critic"][2] == rows["critic"][1]
+    assert rows["reference"][2] == rows["reward"][2] == "frozen"
+    assert "Offloaded to the host: 199 GiB" in printed  # 16 bytes of 2 x 6.7e9
+
+
+def test_what_the_run_would_refuse_the_dry_run_refuses(
+    dry_run: DryRun,
+    model_directory: Callable[[str, str], str],
+    stage_settings: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reward_model, policy = model_directory("opt-1.3b", "reward"), model_directory("opt-1.3b", "p")
+    other = json.loads((Path(policy) / "config.json").read_text()) | {
+        "final_logit_softcapping": 3.0
+    }
+    capped = tmp_path / "capped"
+    shutil.copytree(policy, capped)
+    (capped / "config.json").write_text(json.dumps(other))
+    file = tmp_path / "sft.json"
+    file.write_text(json.dumps(stage_settings("sft")))
+    for override, message in {
+        f"model_name_or_path={reward_model}": "is a sequence-classification model",
+        f"model_name_or_path={capped}": "models with final_logit_softcapping are not supported",
+        'lora={"target_modules": ["nowhere"]}': "lora.target_modules: ",
+        'lora={"target_modules": "("}': "lora.target_modules: ",
+    }.items():
+        with pytest.raises(SystemExit) as caught:
+            dry_run("step1_sft", file, override)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_local_data_is_checked_where_the_hub_is_out_of_reach(
+    dry_run: DryRun,
+    stage_settings: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": 7, "response": "x"}\n')
+    settings = stage_settings("sft")
+    settings["data"]["sources"].append("owner/dataset")
+    file = tmp_path / "sft.json"
+    file.write_text(json.dumps(settings))
+    assert "data:                 not checked: owner/dataset" in dry_run("step1_sft", file)
+    settings["data"]["sources"].append(str(broken))
+    file.write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        dry_run("step1_sft", file)
+    assert "broken.jsonl:1: 'prompt' is int" in capsys.readouterr().err
 
 
 def test_a_fault_of_the_config_ends_it(

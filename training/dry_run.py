@@ -90,9 +90,6 @@ class Plan:
             found = read_records(data, stage)
         except UnreachableError as error:
             self.facts["data"] = f"not checked: {error.faults[0]}"
-            local = tuple(source for source in data.sources if source.is_local)
-            if local:
-                read_records(data.model_copy(update={"sources": local, "eval_sources": ()}), stage)
             return None
         self.facts["data"] = f"{len(found.train)} records to train on, {len(found.eval)} held out"
         return found

@@ -151,14 +151,12 @@ def activations(shape: Shape, tokens: int, precision: torch.dtype, checkpointing
     return shape.layers * shape.hidden * tokens * precision.itemsize + layer
 
 
-def logits(shape: Shape, scored_tokens: int, with_entropy: bool = False) -> int:
+def logits(shape: Shape, scored_tokens: int) -> int:
     """The logits of one chunk (logprobs.py) when its backward pass has most of them.
 
-    In the model's own precision and in float32, their log-softmax, and the gradients of all three;
-    for the entropy one more. In float32 the first two are one; the bound holds for it as well.
+    In the model's own precision and in float32, their log-softmax, and the gradients of these.
     """
-    copies = 6 if with_entropy else 5
-    return copies * FLOAT32 * min(scored_tokens, ROWS_PER_CHUNK) * shape.vocabulary
+    return 5 * FLOAT32 * min(scored_tokens, ROWS_PER_CHUNK) * shape.vocabulary
 
 
 def key_value_cache(shape: Shape, sequences: int, length: int, precision: torch.dtype) -> int:

@@ -1,6 +1,7 @@
 """Memory by formula: against DeepSpeed's estimators, known counts, and measured bytes."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from training.logprobs import token_logprobs
 from training.memory import (
     Shape,
     Sharding,
@@ -65,9 +69,11 @@ def test_model_states_are_deepspeeds_own_estimates(name: str, processes: int) ->
     )
     own = trained_states(shape, BF16, Sharding(3, processes))
     assert own.total == pytest.approx(zero_3, abs=8)
-    _, offloaded = estimate_zero2_model_states_mem_needs(shape.parameters, processes, 1)
+    host, offloaded = estimate_zero2_model_states_mem_needs(shape.parameters, processes, 1)
     own = trained_states(shape, BF16, Sharding(2, processes, offload_optimizer=True))
     assert own.total == offloaded
+    if processes <= 4:  # beyond that DeepSpeed counts a copy of the weights for each
+        assert own.host * 1.5 == host  # with its buffers
     _, offloaded, _ = estimate_zero3_model_states_mem_needs(
         shape.parameters, shape.largest_layer, processes, 1, cpu_offload_params=False
     )
@@ -92,8 +98,36 @@ def test_cache_and_logits_by_hand() -> None:
     shape = replace(shape_of("llama-3.2-1b"), vocabulary=100)
     # 2 (keys, values) x 16 layers x 8 heads x 64 x 3 sequences x 50 tokens x 2 bytes
     assert key_value_cache(shape, 3, 50, BF16) == 2 * 16 * 8 * 64 * 3 * 50 * 2
-    assert logits(shape, 10) == 3 * 4 * 10 * 100
-    assert logits(shape, 10**6) == 3 * 4 * 1024 * 100  # chunk by chunk
+    assert logits(shape, 10) == 5 * 4 * 10 * 100
+    assert logits(shape, 10**6) == 5 * 4 * 1024 * 100  # chunk by chunk
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes that the CPU's allocator holds at one time during `work`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_logits_are_what_their_backward_pass_holds(with_entropy: bool) -> None:
+    rows, vocabulary = 512, 4000
+    head = nn.Linear(16, vocabulary, bias=False).to(BF16)
+    hidden = torch.randn(rows, 16, dtype=BF16, requires_grad=True)
+    targets = torch.randint(vocabulary, (rows,))
+
+    def work() -> None:
+        logp, entropy = token_logprobs(hidden, targets, head, with_entropy)
+        (logp.sum() if entropy is None else logp.sum() + entropy.sum()).backward()
+
+    work()
+    shape = replace(shape_of("opt-1.3b"), vocabulary=vocabulary)
+    assert peak_of(work) == pytest.approx(logits(shape, rows), rel=0.1)
 
 
 def kept_by_autograd(model: PreTrainedModel, tokens: torch.Tensor) -> int:

@@ -1,14 +1,14 @@
 """Sources -> the records that one stage trains and evaluates on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from training.data.files import raw_records
 from training.data.formats import Record, RecordFault, Unusable, check_usable, parse_record
 from training.data.report import Report
 from training.data.settings import DataSettings, Source, Stage
 from training.data.split import chosen_at_random, normalized, stage_of
-from training.errors import UserError
+from training.errors import UnreachableError, UserError
 
 MAX_FAULTS = 20
 """So many faults are listed; the rest is counted."""
@@ -23,6 +23,21 @@ class StageRecords:
     report: Report
 
 
+@dataclass
+class Faults:
+    """What is wrong with the data, and what of it could not be looked at."""
+
+    found: list[str] = field(default_factory=list)
+    unreachable: list[str] = field(default_factory=list)
+
+    def end(self) -> None:
+        """Raise all of them, if there are any: an UnreachableError if all are of that kind."""
+        kind = UserError if self.found else UnreachableError
+        if faults := self.found + self.unreachable:
+            more = [f"... and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+            raise kind(faults[:MAX_FAULTS] + more, "The data cannot be used:")
+
+
 def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
     """The records of `stage`, training and evaluation disjoint by prompt.
 
@@ -31,7 +46,7 @@ def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
             an empty split.
     """
     report = Report()
-    faults: list[str] = []
+    faults = Faults()
     own = [
         (source, _of_stage(_usable(source, stage, report, faults), source, settings, stage, report))
         for source in settings.sources
@@ -41,9 +56,7 @@ def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
         for source in settings.eval_sources
         for record in _usable(source, stage, report, faults)
     ]
-    if faults:
-        more = [f"... and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        raise UserError(faults[:MAX_FAULTS] + more, "The data cannot be used:")
+    faults.end()
 
     if not settings.eval_sources:
         records = [record for _, content in own for record in content]
@@ -83,23 +96,25 @@ def _key(record: Record) -> str:
     return normalized(record.prompt_text)
 
 
-def _usable(source: Source, stage: Stage, report: Report, faults: list[str]) -> list[Record]:
+def _usable(source: Source, stage: Stage, report: Report, faults: Faults) -> list[Record]:
     records = []
     try:
         for raw in raw_records(source, report):
             report.add(source.path, "read")
             if raw.fault:
-                faults.append(f"{raw.origin}: {raw.fault}")
+                faults.found.append(f"{raw.origin}: {raw.fault}")
                 continue
             try:
                 record = parse_record(raw.value, raw.origin, stage, source.format)
                 records.append(check_usable(record, stage))
             except RecordFault as fault:
-                faults.append(f"{raw.origin}: {fault}")
+                faults.found.append(f"{raw.origin}: {fault}")
             except Unusable as reason:
                 report.add(source.path, str(reason))
+    except UnreachableError as error:
+        faults.unreachable += error.faults
     except UserError as error:
-        faults += error.faults
+        faults.found += error.faults
     return records
 
 
