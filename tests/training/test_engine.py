@@ -1,5 +1,6 @@
 """DeepSpeed engines: one optimizer step, by hand, however the global batch is divided."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -228,6 +229,60 @@ def test_fp16_skips_a_step_that_overflows_and_says_so(configured) -> None:
         assert figures["train/skipped_steps"] == skipped
     assert figures["train/loss_scale"] < scale / 100
     assert trained.module.w.item() == pytest.approx(adam(-200.0), rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_offloaded_optimizer_takes_the_same_steps(configured, stage: int, bf16: bool) -> None:
+    """DeepSpeed's own CPU Adam in place of torch's: what the 7B configs rely on."""
+    found = []
+    for offload in (None, {"device": "cpu"}):
+        zero = {"stage": stage} | ({"offload_optimizer": offload} if offload else {})
+        config = configured(
+            bf16=bf16, weight_decay=0.1, adam_epsilon=1e-8, deepspeed={"zero_optimization": zero}
+        )
+        torch.manual_seed(0)
+        trained = TrainedModule(nn.Linear(8, 4).to(engine.precision(config)), config, config, 10)
+        adam_class = type(trained.engine.optimizer.optimizer).__name__
+        assert adam_class == ("DeepSpeedCPUAdam" if offload else "AdamW")
+        batch = torch.linspace(-1, 1, 16).view(2, 8).to(engine.precision(config))
+        for _ in range(3):
+            optimizer_step(
+                [trained], [batch], lambda b, t=trained: [t(b).float().pow(2).sum()], len
+            )
+        parameters = list(trained.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
+            found.append([parameter.detach().float().clone() for parameter in parameters])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-2 if bf16 else 1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_gradient_checkpointing_takes_the_same_step(configured, tiny_llama, stage: int) -> None:
+    ids = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    scored = torch.ones_like(ids).bool()
+    scored[:, 0] = False
+    start = copy.deepcopy(tiny_llama.state_dict())
+    found = []
+    for checkpointing in (False, True):
+        config = configured(deepspeed={"zero_optimization": {"stage": stage}})
+        model = type(tiny_llama)(tiny_llama.config)
+        model.load_state_dict(start)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        trained = TrainedModule(Policy(model), config, config, 10)
+        (loss,) = optimizer_step(
+            [trained],
+            [ids],
+            lambda b, t=trained: [-t(b, torch.ones_like(b), scored)[0].sum()],
+            lambda b: int(scored.sum()),
+        )
+        parameters = list(model.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
+            found.append([parameter.detach().clone() for parameter in parameters])
+    assert math.isfinite(loss)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
