@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from training.errors import NotFiniteError, UserError
+from training.extensions import load_extension
 from training.lora import WithoutAdapter, adapter_off
 from training.stage_config import OptimizerSettings, StageConfig
 
@@ -24,6 +25,7 @@ SMALLEST_LOSS_SCALE = 1.0
 
 def connect() -> None:
     """Join the process group that the launcher prepared."""
+    load_extension("ShareMemCommBuilder")  # before DeepSpeed does
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
 
@@ -303,6 +305,7 @@ def adamw(
     }
     zero = config.deepspeed.get("zero_optimization") or {}
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        load_extension("CPUAdamBuilder")
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     return torch.optim.AdamW(groups, **options)
 
