@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from training.data import collate_texts, read_records, tokenize
+from training.data.settings import DataSettings
 from training.models import load_policy, load_scalar_model, load_tokenizer
 
 pytestmark = pytest.mark.launcher
@@ -266,6 +268,31 @@ def test_exports_are_the_same_weights_under_every_zero_stage(
         assert divided.keys() == whole.keys()
         for name, value in whole.items():
             torch.testing.assert_close(divided[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sft", "sft_lora"])
+def test_exports_have_the_loss_that_the_training_process_measured(
+    matrix: Matrix, kind: str, tiny_world: Path
+) -> None:
+    """Loaded here and scored text by text; 1e-5 nats per token."""
+    path = str(matrix.output(kind, WHOLE) / "model")
+    tokenizer = load_tokenizer(path)
+    data = DataSettings(
+        sources=[str(tiny_world / "texts.jsonl")],
+        eval_sources=[str(tiny_world / "texts_eval.jsonl")],
+        max_eval_samples=7,
+        max_prompt_length=48,
+        max_response_length=16,
+    )
+    texts = tokenize(read_records(data, "sft"), tokenizer, data, "sft").eval
+    batch = collate_texts(texts, list(range(len(texts))), tokenizer.pad_token_id)
+    for division in divisions(kind):
+        policy = load_policy(str(matrix.output(kind, division) / "model"), tokenizer)
+        logp, _ = policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        loss = -logp.sum().item() / int(batch.response_mask.sum())
+        measured = matrix.figures(kind, division)["3 eval/loss"]
+        assert loss == pytest.approx(measured, abs=1e-5), division
 
 
 @torch.no_grad()

@@ -9,7 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from step3_rlhf import ppo
 from step3_rlhf.divergences import DIVERGENCES, divergence
+from step3_rlhf.optimum import ResponseSet, optimum
 from step3_rlhf.regularization import Marginal, Regularizer
 from step3_rlhf.regularizers import (
     REGULARIZERS,
@@ -102,12 +104,20 @@ def exact_gradient(
 def score_function_gradient(
     per_token: Tensor, tree: Tree, logits: Tensor, rewards: Tensor
 ) -> Tensor:
-    """Σ_y π(y) Σ_t (reward to go)_t ∇log π_t: what PPO estimates, without clipping or baseline."""
+    """PPO's own gradient of a first step without a critic, the mean over all responses under π."""
     logits = logits.clone().requires_grad_()
     logp = torch.where(tree.mask, tree.logp(logits), 0.0)
-    to_go = per_token.flip(-1).cumsum(-1).flip(-1) + rewards[:, None]
-    surrogate = (logp.sum(-1).exp().detach()[:, None] * to_go.detach() * logp).sum()
-    return torch.autograd.grad(surrogate, logits)[0]
+    old = logp.detach()
+    token_rewards = ppo.place_rewards(per_token, rewards, tree.mask)
+    advantages, _ = ppo.advantages_and_returns(
+        token_rewards, torch.zeros_like(old), tree.mask, gamma=1.0, lam=1.0
+    )
+    loss = torch.zeros((), dtype=torch.float64)
+    for y, probability in enumerate(old.sum(-1).exp()):
+        row = slice(y, y + 1)
+        own, _ = ppo.policy_loss(logp[row], old[row], advantages[row], tree.mask[row], 0.2)
+        loss = loss + probability * own
+    return torch.autograd.grad(-loss, logits)[0]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -148,6 +158,52 @@ def test_naive_gradient_is_wrong(config: dict[str, Any]) -> None:
 @every([*LOG_LINEAR, F_DIVERGENCES[0], GENERALIZED[0]])
 def test_naive_gradient_is_right_only_for_log_pi(config: dict[str, Any]) -> None:
     assert gradients(config, naive=True) <= 1e-10
+
+
+ON_TREES: list[dict[str, Any]] = [
+    {"name": "kl", "beta": 0.7},
+    {"name": "pm", "beta": 1.3},
+    {"name": "conditional_pm", "alpha": 0.3},
+    {"name": "conditional_pm", "level": "sequence", "alpha": 0.05},
+    {"name": "conditional_pm", "level": "sequence", "alpha_per_token": 0.3},
+    {"name": "conditional_pm", "level": "sequence", "alpha": 0.05, "epsilon": 0.01},
+    f_divergence("js_divergence", beta=2.0),
+    f_divergence("forward_kl", max_marginal=1e6),
+    f_divergence("reverse_kl", level="token"),
+    {"name": "generalized_pl", "g": "softplus"},
+]
+
+
+@every(ON_TREES)
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_ascent_over_responses_of_several_tokens_ends_at_the_optimum(
+    config: dict[str, Any], seed: int
+) -> None:
+    regularizer, tree = parse_regularizer(config), Tree(seed)
+    rewards, ref_logp = tree.rewards(), tree.logp(tree.logits(0.7))
+    logits = torch.zeros(len(tree.index), 3, dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS(
+        [logits], max_iter=800, tolerance_grad=1e-11, tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def sequence_logp(logp: Tensor) -> Tensor:
+        return torch.where(tree.mask, logp, 0.0).sum(-1)
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        logp = tree.logp(logits)
+        value = rewards + regularizer.value(logp, ref_logp, tree.mask)
+        loss = -(sequence_logp(logp).exp() * value).sum()
+        loss.backward()
+        return loss
+
+    search.step(loss)
+    found = sequence_logp(tree.logp(logits.detach())).exp()
+    exact = optimum(regularizer, ResponseSet(tree.tokens, ref_logp, tree.mask, rewards)).exp()
+    assert (found - exact).abs().sum().item() / 2 <= 1e-4
+    uniform = torch.full_like(exact, 1 / len(exact))
+    assert (found - uniform).abs().sum().item() / 2 > 0.05  # it went somewhere
 
 
 @every(TOKEN_LEVEL)
