@@ -18,7 +18,7 @@ from training.models import load_tokenizer, require_same_tokens
 def plan(config: PPOConfig, planned: Plan) -> None:
     """Four models; drawing, scoring and training take their memory one after the other."""
     dtype, data = precision(config), config.data
-    check_reward(config.reward, config.trust_remote_code)
+    check_reward(config.reward, config.trust_remote_code, untrained=planned.stand_in)
     sets = read_response_sets(config.evaluation.response_sets)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     check_lengths(config, sets, tokenizer)

@@ -139,8 +139,13 @@ def import_function(path: str) -> RewardFunction:
     return found
 
 
-def check_reward(settings: RewardSettings, trust_remote_code: bool) -> None:
+def check_reward(
+    settings: RewardSettings, trust_remote_code: bool, untrained: str | None = None
+) -> None:
     """Find what is wrong with the source without loading any weights.
+
+    Args:
+        untrained: a model that need not be a reward model: it stands for one.
 
     Raises:
         UserError: a function that cannot be imported, a model that is no reward model.
@@ -149,7 +154,8 @@ def check_reward(settings: RewardSettings, trust_remote_code: bool) -> None:
         import_function(settings.function)
     for member in settings.weighted_models:
         config = load_model_config(member.model_name_or_path, trust_remote_code)
-        check_scalar_config(config, member.model_name_or_path, new_head=False)
+        stands_in = member.model_name_or_path == untrained
+        check_scalar_config(config, member.model_name_or_path, new_head=stands_in)
 
 
 def load_reward(

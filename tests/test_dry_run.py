@@ -92,6 +92,28 @@ def test_every_shipped_config_passes_offline(
     assert not (tmp_path / "out").exists()
 
 
+def test_later_stages_can_be_checked_before_the_earlier_ones_have_run(
+    dry_run: DryRun,
+    model_directory: Callable[[str, str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no runs/opt-1.3b/... here
+    base = model_directory("opt-1.3b", "base")
+    path = ROOT / "step3_rlhf" / "configs" / "opt-1.3b.json"
+    with pytest.raises(SystemExit):
+        dry_run("step3_rlhf", path)
+    assert "runs/opt-1.3b/sft/model does not exist" in capsys.readouterr().err
+    printed = dry_run("step3_rlhf", path, "--processes=4", f"--stand-in={base}")
+    for name in ("actor", "critic", "reference", "reward"):
+        (line,) = (row for row in printed.splitlines() if row.split()[:1] == [name])
+        assert "1,31" in line  # 1.3e9 parameters
+    with pytest.raises(SystemExit):
+        dry_run("step3_rlhf", path, f"--stand-in={base}", "response_length=2000")
+    assert "knows 2048 positions" in capsys.readouterr().err
+
+
 def test_steps_are_those_of_the_run(
     dry_run: DryRun, stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 
-from training.config import Config, load_config
+from training.config import Config, apply_overrides, check_config, load_config, read_mapping
 from training.errors import RunError, UserError
 from training.stage_config import StageConfig
 
@@ -46,13 +46,19 @@ def run_stage(
     parser = stage_parser(config_class)
     options = parser.parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
-        config = load_config(config_class, options.config, options.overrides)
         if options.dry_run and plan is not None:
-            from training.dry_run import dry_run
+            from training.dry_run import dry_run, replace_missing_models
 
+            data = read_mapping(options.config)
+            faults = apply_overrides(data, options.overrides)
+            if options.stand_in:
+                replace_missing_models(data, options.stand_in)
+            heading = f"{options.config} cannot be used:"
+            config = check_config(config_class, data, heading, faults)
             announce_foreign_code(config.trust_remote_code)
-            dry_run(config, plan, options.processes, options.gpu_memory)
+            dry_run(config, plan, options.processes, options.gpu_memory, options.stand_in)
         else:
+            config = load_config(config_class, options.config, options.overrides)
             start(lambda: stage(config), config)
 
 
@@ -132,6 +138,11 @@ def stage_parser(config_class: type[Config]) -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check the config, load no weights")
     parser.add_argument("--processes", type=int, default=1, help="of a dry run: GPUs in all")
     parser.add_argument("--gpu-memory", type=float, help="of a dry run: GiB of each GPU")
+    parser.add_argument(
+        "--stand-in",
+        metavar="MODEL",
+        help="of a dry run: in place of models that earlier stages have yet to write",
+    )
     add_common_options(parser)
     return parser
 

@@ -22,7 +22,7 @@ from training.models import (
     load_tokenizer,
 )
 from training.packing import refuse_unpackable
-from training.stage_config import StageConfig, SupervisedConfig
+from training.stage_config import StageConfig, SupervisedConfig, model_path_faults
 
 GIB = 1024**3
 USUAL_GPU = 80.0
@@ -37,6 +37,8 @@ class Plan:
 
     config: StageConfig
     processes: int
+    stand_in: str | None = None
+    """A model of the size of those that earlier stages have yet to write."""
     facts: dict[str, str] = field(default_factory=dict)
     models: dict[str, tuple[Shape, ModelStates]] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
@@ -187,10 +189,25 @@ def gpu_memory() -> float:
     return float(torch.cuda.get_device_properties(0).total_memory / GIB)
 
 
+def replace_missing_models(data: dict[str, Any], stand_in: str) -> None:
+    """Put `stand_in`, in place, where a config names a model directory that is not there yet."""
+    for name, value in data.items():
+        for member in value if isinstance(value, list) else [value]:
+            if isinstance(member, dict):
+                replace_missing_models(member, stand_in)
+        named = name.endswith("model_name_or_path") and isinstance(value, str)
+        if named and model_path_faults(name, value):
+            data[name] = stand_in
+
+
 def dry_run(
-    config: StageConfig, plan: Callable[[Any, Plan], None], processes: int, memory: float | None
+    config: StageConfig,
+    plan: Callable[[Any, Plan], None],
+    processes: int,
+    memory: float | None,
+    stand_in: str | None = None,
 ) -> None:
     """Print what `config` would do and need on `processes` GPUs of `memory` GiB."""
-    prepared = Plan(config, processes)
+    prepared = Plan(config, processes, stand_in)
     plan(config, prepared)
     print(prepared.report(memory or gpu_memory()))
