@@ -80,6 +80,8 @@ class Launched:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # What a shell starts in the background ignores SIGINT, and so would all it starts.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def everything(self) -> list[psutil.Process]:

@@ -53,7 +53,7 @@ QUICK = {
     "js_divergence": {"name": "f_divergence", "divergence": "js_divergence", "beta": 2.0},
 }
 SLOW = {
-    "maximum_entropy": {"name": "maximum_entropy", "tau": 0.5},
+    "maximum_entropy": {"name": "maximum_entropy", "tau": 2.0},
     # The marginal grows as 1/u: one rare draw would outweigh a batch. A bound above the rewards'
     # spread leaves the optimum where it is.
     "forward_kl": {"name": "f_divergence", "divergence": "forward_kl", "max_marginal": 6.0},
@@ -62,7 +62,7 @@ SLOW = {
     # Where no response has most of the probability, softplus is close to the exponential, and its
     # optimum 0.02 away from pm's. Of this one pm is 0.4 away, and what R in place of R + πR' leads
     # to 0.14.
-    "generalized_pl-power": {"name": "generalized_pl", "g": "power", "exponent": 2.0, "beta": 3.0},
+    "generalized_pl-power": {"name": "generalized_pl", "g": "power", "exponent": 2.0, "beta": 4.0},
 }
 CLOSE_TO_PM = {"pm", "generalized_pl-softplus"}
 SEED = int(os.environ.get("CONVERGENCE_SEED", "0"))
