@@ -11,14 +11,14 @@ import torch
 from datasets import Dataset
 
 from step1_sft.config import SFTConfig
-from training import engine, fitting
+from training import engine, fitting, ranks
 from training.checkpoint import check_resumable
 from training.cli import prepare_output, run_stage
 from training.data import SequenceBatch, collate_texts, read_records, tokenize
 from training.dry_run import Plan, plan_steps
 from training.export import export
+from training.loading import check_positions, load_policy, load_tokenizer
 from training.memory import activations, logits
-from training.models import check_positions, load_policy, load_tokenizer
 from training.signals import requests
 from training.tracking import say
 
@@ -42,7 +42,7 @@ class ResponseModelling:
 
     def collate(self, rows: list[int], training: bool) -> SequenceBatch:
         data = self.train if training else self.held_out
-        return collate_texts(data, rows, self.pad_token_id).to(engine.device())
+        return collate_texts(data, rows, self.pad_token_id).to(ranks.device())
 
     def items(self, batch: SequenceBatch) -> int:
         return int(batch.response_mask.sum())
@@ -69,7 +69,7 @@ def main(config: SFTConfig) -> None:
     say(str(records.report))
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     check_positions(config.model_name_or_path, config.data.lengths(), config.trust_remote_code)
-    with engine.rank_zero_first():
+    with ranks.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "sft")
     say(str(data.report))
 

@@ -17,15 +17,16 @@ from datasets import Dataset
 from step2_reward.calibration import calibration_report, draw_reliability
 from step2_reward.config import RewardConfig
 from step2_reward.losses import plackett_luce_loss
-from training import engine, fitting
+from training import engine, fitting, ranks
 from training.checkpoint import check_resumable
 from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, collate_groups, read_records, tokenize
 from training.disk import recover
 from training.dry_run import Plan, plan_steps
 from training.export import export
+from training.loading import check_positions, load_scalar_model, load_tokenizer
 from training.memory import activations
-from training.models import check_positions, last_token, load_scalar_model, load_tokenizer
+from training.models import last_token
 from training.signals import requests
 from training.tracking import say
 
@@ -50,7 +51,7 @@ class PreferenceModelling:
 
     def collate(self, rows: list[int], training: bool) -> GroupedBatch:
         data = self.train if training else self.held_out
-        return collate_groups(data, rows, self.pad_token_id).to(engine.device())
+        return collate_groups(data, rows, self.pad_token_id).to(ranks.device())
 
     def items(self, batch: GroupedBatch) -> int:
         return int(batch.group_mask.sum())
@@ -70,7 +71,7 @@ class PreferenceModelling:
             rankings += self.items(batch)
             margins += pair_margins(rewards, present)
         loss = fitting.mean_over_ranks(total, rankings)
-        everywhere = torch.tensor(engine.gather_objects(margins))
+        everywhere = torch.tensor(ranks.gather_objects(margins))
         self.report = calibration_report(everywhere, self.config.calibration_bins)
         figures = ("accuracy", "log_loss", "ece")
         return {"eval/loss": loss} | {f"eval/{name}": self.report[name] for name in figures}
@@ -107,7 +108,7 @@ def main(config: RewardConfig) -> None:
     say(str(records.report))
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     check_positions(config.model_name_or_path, config.data.lengths(), config.trust_remote_code)
-    with engine.rank_zero_first():
+    with ranks.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "reward")
     say(str(data.report))
 
@@ -125,13 +126,13 @@ def main(config: RewardConfig) -> None:
     trained = engine.TrainedModule(model, config, config, steps)
     task = PreferenceModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
     output = prepare_output(config)
-    if engine.rank() == 0:
+    if ranks.rank() == 0:
         recover(output / "model")
     stopping = fitting.EarlyStopping(config.early_stopping_patience)
 
     def save_best(metrics: dict[str, float]) -> None:
         export(model.model, tokenizer, output / "model")
-        if engine.rank() == 0:
+        if ranks.rank() == 0:
             write_report(task.report, output)
 
     with requests.deferred():

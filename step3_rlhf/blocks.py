@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from training.engine import barrier, gather_objects, rank
+from training.ranks import barrier, gather_objects, rank
 from training.tracking import say
 
 DIRECTORY = "evaluation.unfinished"

@@ -15,17 +15,16 @@ from typing import Any
 from torch import nn
 
 from step3_rlhf.blocks import Blocks, identity_of
+from step3_rlhf.checks import check_models
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation import Models, evaluate, load_held_out, summary, write_evaluation
-from step3_rlhf.lengths import check_lengths
-from step3_rlhf.response_sets import read_response_sets
-from step3_rlhf.rewards import check_reward, load_reward
-from training import engine
+from step3_rlhf.rewards import load_reward
+from training import engine, ranks
 from training.cli import add_common_options, errors_end_cleanly, start
 from training.config import apply_overrides, check_config, read_mapping
 from training.data import read_records, tokenize
 from training.fitting import require_evaluation
-from training.models import load_policy, load_tokenizer, require_same_tokens
+from training.loading import load_policy, load_tokenizer
 from training.tracking import say
 
 
@@ -34,19 +33,9 @@ def run(config: EvaluationConfig) -> None:
         say(f"Warning: {warning}")
     records = read_records(config.data, "ppo")
     require_evaluation(records)
-    sets = read_response_sets(config.evaluation.response_sets)
-    check_reward(config.reward, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_lengths(config, sets, tokenizer)
-    reference_path = config.reference_model_name_or_path or config.model_name_or_path
-    require_same_tokens(
-        reference_path,
-        tokenizer,
-        "reference_model_name_or_path",
-        config.model_name_or_path,
-        config.trust_remote_code,
-    )
-    with engine.rank_zero_first():
+    check_models(config, tokenizer)
+    with ranks.rank_zero_first():
         prompts = tokenize(records, tokenizer, config.data, "ppo").eval
     held_out = load_held_out(config, prompts, tokenizer)
     dtype = engine.precision(config)
@@ -62,6 +51,7 @@ def run(config: EvaluationConfig) -> None:
         return engine.frozen(policy, config.frozen_deepspeed, dtype)
 
     policy = load(config.model_name_or_path)
+    reference_path = config.reference_model_name_or_path or config.model_name_or_path
     same = reference_path == config.model_name_or_path
     reference = policy if same else load(reference_path)
     models = Models(policy, reference, load_reward(config.reward, tokenizer, config), tokenizer)
@@ -80,7 +70,7 @@ def identity(config: EvaluationConfig) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "models": [identity_of(path) for path in paths if path],
-        "processes": engine.world_size(),
+        "processes": ranks.world_size(),
     }
 
 

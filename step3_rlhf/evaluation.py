@@ -30,7 +30,7 @@ from step3_rlhf.regularizers import Regularizer
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
 from step3_rlhf.rewards import RewardSource
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts, sample
-from training import engine
+from training import ranks
 from training.data import encode_responses, read_records, tokenize
 from training.errors import UserError
 from training.lora import WithoutAdapter
@@ -203,17 +203,17 @@ def over_ranks(
     Every rank makes the same calls with the same number of rows, so that collectives inside are
     reached by all; what a rank measures only to keep step is left out. Results are JSON.
     """
-    ranks, results = engine.world_size(), []
-    bar = tqdm(total=count, desc=name, disable=engine.rank() != 0, leave=False, mininterval=1.0)
-    for first in range(0, count, batch_size * ranks):
+    processes, results = ranks.world_size(), []
+    bar = tqdm(total=count, desc=name, disable=ranks.rank() != 0, leave=False, mininterval=1.0)
+    for first in range(0, count, batch_size * processes):
         done = blocks.get(f"{name}:{first}") if blocks else None
         if done is None:
             size = min(batch_size, count - first)
-            start = first + engine.rank() * size
-            end = min(count, first + size * ranks)
+            start = first + ranks.rank() * size
+            end = min(count, first + size * processes)
             rows = [row for row in range(start, start + size) if row < end]
             measured = measure(rows + [0] * (size - len(rows)))
-            done = engine.gather_objects(measured[: len(rows)])
+            done = ranks.gather_objects(measured[: len(rows)])
             if blocks:
                 blocks.put(f"{name}:{first}", done)
         results += done
@@ -254,7 +254,7 @@ def held_out_perplexity(
             [list(response) for _, response in texts],
             [""] * len(texts),
             models.tokenizer,
-            engine.device(),
+            ranks.device(),
         )
         columns = (
             sequence_logps(models.policy, rollout, config),
@@ -321,7 +321,7 @@ def measure_set(
         encode_responses(list(finite.responses), models.tokenizer),
         [finite.prompt] * count,
         models.tokenizer,
-        engine.device(),
+        ranks.device(),
     )
     logp = token_logps(models.policy, rollout).sum(-1)
     ref_logp = token_logps(models.reference, rollout)
@@ -367,11 +367,11 @@ def write_evaluation(
     report: dict[str, Any], instances: list[dict[str, Any]], directory: Path
 ) -> None:
     """`evaluation.json` and `instances.jsonl`, by rank 0."""
-    if engine.rank() == 0:
+    if ranks.rank() == 0:
         (directory / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in instances)
         (directory / "instances.jsonl").write_text(lines, encoding="utf-8")
-    engine.barrier()
+    ranks.barrier()
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -392,7 +392,7 @@ def load_held_out(
 ) -> HeldOut:
     """The evaluation prompts of stage 3's data, held-out texts, and the finite sets."""
     limit = config.evaluation.max_prompts
-    with engine.rank_zero_first():
+    with ranks.rank_zero_first():
         texts = held_out_texts(config, tokenizer)
     chosen = prompts[:limit]
     return HeldOut(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.blocks import Blocks
+from step3_rlhf.checks import check_models
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluate import identity, settings_of_run
 from step3_rlhf.evaluation import (
@@ -23,21 +24,19 @@ from step3_rlhf.evaluation import (
     summary,
     write_evaluation,
 )
-from step3_rlhf.lengths import check_lengths
 from step3_rlhf.plan import plan
 from step3_rlhf.prompts import Prompts, iterations
-from step3_rlhf.response_sets import read_response_sets
-from step3_rlhf.rewards import check_reward, load_reward
+from step3_rlhf.rewards import load_reward
 from step3_rlhf.trainer import PPOTrainer
-from training import engine
+from training import engine, ranks
 from training.checkpoint import Checkpoints, check_resumable
 from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
 from training.errors import UserError
 from training.export import export
 from training.fitting import require_evaluation
+from training.loading import load_policy, load_scalar_model, load_tokenizer
 from training.lora import WithoutAdapter
-from training.models import load_policy, load_scalar_model, load_tokenizer, require_same_tokens
 from training.signals import Stopped, requests
 from training.tracking import Tracker, say
 
@@ -48,11 +47,9 @@ def main(config: PPOConfig) -> None:
     check_resumable(config)
     records = read_records(config.data, "ppo")
     require_evaluation(records)
-    sets = read_response_sets(config.evaluation.response_sets)
-    check_reward(config.reward, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_lengths(config, sets, tokenizer)
-    with engine.rank_zero_first():
+    check_models(config, tokenizer)
+    with ranks.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "ppo")
     try:
         count = iterations(config, len(data.train))
@@ -116,13 +113,6 @@ def load_reference(
     if config.lora is not None and path is None:
         return WithoutAdapter(actor.engine)
     path = path or config.model_name_or_path
-    require_same_tokens(
-        path,
-        tokenizer,
-        "reference_model_name_or_path",
-        config.model_name_or_path,
-        config.trust_remote_code,
-    )
     dtype = engine.precision(config)
     reference = load_policy(
         path,
@@ -137,15 +127,7 @@ def load_reference(
 def critic_source(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """Where the critic starts: at a reward model that reads the policy's tokens, or the policy."""
     if config.critic_model_name_or_path:
-        path = config.critic_model_name_or_path
-        require_same_tokens(
-            path,
-            tokenizer,
-            "critic_model_name_or_path",
-            config.model_name_or_path,
-            config.trust_remote_code,
-        )
-        return path
+        return config.critic_model_name_or_path
     for member in config.reward.weighted_models[:1]:
         path = member.model_name_or_path
         if load_tokenizer(path, config.trust_remote_code).get_vocab() == tokenizer.get_vocab():
@@ -161,7 +143,7 @@ def write_models(trainer: PPOTrainer, output: Path, trained_to_the_end_before: b
     wanted = [
         name for name in trained if not (trained_to_the_end_before and (output / name).is_dir())
     ]
-    engine.barrier()  # all ranks have looked before the first writes
+    ranks.barrier()  # all ranks have looked before the first writes
     for name in wanted:
         export(trained[name].module.model, trainer.tokenizer, output / name)
 
@@ -178,7 +160,7 @@ def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: Evalua
         say(f"Rewards are centered at {trainer.reward_center:.4f}, the reference policy's mean")
     name = f"PPO, {config.regularizer.name}"
     tracker = Tracker(config.output_dir, count, name, config.deepspeed, done=first)
-    episodes = config.local_rollout_size() * engine.world_size()
+    episodes = config.local_rollout_size() * ranks.world_size()
     for number in range(first, count):
         metrics = trainer.iteration(number) | {"episode": float((number + 1) * episodes)}
         done = number + 1

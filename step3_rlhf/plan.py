@@ -2,31 +2,22 @@
 
 from pathlib import Path
 
+from step3_rlhf.checks import check_models
 from step3_rlhf.config import EvaluationConfig, PPOConfig
-from step3_rlhf.lengths import check_lengths
 from step3_rlhf.prompts import iterations
-from step3_rlhf.response_sets import read_response_sets
-from step3_rlhf.rewards import check_reward
 from training.dry_run import Plan
 from training.engine import precision
 from training.errors import UserError
 from training.fitting import require_evaluation
+from training.loading import load_tokenizer
 from training.memory import activations, drawing, key_value_cache, logits
-from training.models import load_tokenizer, require_same_tokens
 
 
 def plan(config: PPOConfig, planned: Plan) -> None:
     """Four models; drawing, scoring and training take their memory one after the other."""
     dtype, data = precision(config), config.data
-    check_reward(config.reward, config.trust_remote_code, untrained=planned.stand_in)
-    sets = read_response_sets(config.evaluation.response_sets)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_lengths(config, sets, tokenizer)
-    for setting in ("reference_model_name_or_path", "critic_model_name_or_path"):
-        if path := getattr(config, setting):
-            require_same_tokens(
-                path, tokenizer, setting, config.model_name_or_path, config.trust_remote_code
-            )
+    check_models(config, tokenizer, planned.stand_in)
     actor = planned.shape(config.model_name_or_path, scalar=False, lora=True)
     rewards = [member.model_name_or_path for member in config.reward.weighted_models]
     critic_path = config.critic_model_name_or_path or [*rewards, config.model_name_or_path][0]

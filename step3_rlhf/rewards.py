@@ -11,16 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig, RewardSettings
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
-from training import engine
+from training import engine, ranks
 from training.data import encode_responses
 from training.errors import UserError
-from training.models import (
+from training.loading import (
     check_scalar_config,
-    last_token,
     load_model_config,
     load_scalar_model,
     load_tokenizer,
 )
+from training.models import last_token
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]
 
@@ -54,7 +54,7 @@ class ModelReward:
         if not self.same_tokens:
             rollout = self._retokenized(rollout)
         wanted = -(-len(rollout) // self.batch_size)
-        forwards = engine.max_over_ranks(wanted) if engine.is_partitioned(self.model) else wanted
+        forwards = ranks.max_over_ranks(wanted) if engine.is_partitioned(self.model) else wanted
         parts = []
         for number in range(forwards):
             first = number * self.batch_size if number < wanted else 0  # the rest keep step
@@ -91,7 +91,7 @@ class FunctionReward:
         except UserError as error:
             rewards, own = [], error
         # A fault of one rank ends all of them, with its message.
-        faults = [fault for fault in engine.gather_objects([own and str(own)]) if fault]
+        faults = [fault for fault in ranks.gather_objects([own and str(own)]) if fault]
         if faults:
             raise UserError(faults[0]) from own
         return torch.tensor(rewards, device=rollout.input_ids.device)

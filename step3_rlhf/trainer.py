@@ -12,10 +12,11 @@ from step3_rlhf.config import PPOConfig
 from step3_rlhf.prompts import Prompts
 from step3_rlhf.rewards import RewardSource
 from step3_rlhf.rollout import Rollout, sample
-from training.engine import TrainedModule, optimizer_step, sum_over_ranks
+from training.engine import TrainedModule, optimizer_step
 from training.faults import dumped, require_finite
 from training.logprobs import masked_sum
 from training.lora import WithoutAdapter
+from training.ranks import sum_over_ranks
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def world_tokenizer(tiny_world: Path) -> PreTrainedTokenizerBase:
-    from training.models import load_tokenizer
+    from training.loading import load_tokenizer
 
     return load_tokenizer(str(tiny_world / "base"))
 
@@ -123,7 +123,7 @@ def process_group() -> Iterator[None]:
 
     One for the whole session: DeepSpeed cannot join a second one.
     """
-    from training import engine
+    from training import ranks
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -134,9 +134,9 @@ def process_group() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as address:  # no child process may meet at it
             address.setenv("MASTER_ADDR", "127.0.0.1")
             address.setenv("MASTER_PORT", str(port))
-            engine.connect()
+            ranks.connect()
         yield
-        engine.disconnect()
+        ranks.disconnect()
 
 
 @pytest.fixture

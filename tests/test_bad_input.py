@@ -17,7 +17,7 @@ from step2_reward.config import RewardConfig
 from step3_rlhf import evaluate
 from step3_rlhf import main as ppo
 from step3_rlhf.config import PPOConfig
-from training import engine, models
+from training import loading, ranks
 from training.cli import run_stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,9 +34,9 @@ def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*arguments: object, **named: object) -> None:
         pytest.fail("a model was loaded before the mistake was found")
 
-    monkeypatch.setattr(models, "_load", forbidden)
-    monkeypatch.setattr(engine, "connect", lambda: None)
-    monkeypatch.setattr(engine, "disconnect", lambda: None)
+    monkeypatch.setattr(loading, "_load", forbidden)
+    monkeypatch.setattr(ranks, "connect", lambda: None)
+    monkeypatch.setattr(ranks, "disconnect", lambda: None)
     monkeypatch.setenv("RANK", "0")
 
 

@@ -199,7 +199,7 @@ def test_bos_stands_once_before_a_prompt_and_eos_after_a_response(
     finished: Path, family: str
 ) -> None:
     from training.data import encode_prompts, encode_responses
-    from training.models import load_tokenizer
+    from training.loading import load_tokenizer
 
     tokenizer = load_tokenizer(str(finished / family))
     (prompt,) = encode_prompts(["What is good?"], tokenizer)

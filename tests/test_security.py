@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from step1_sft.config import SFTConfig
-from training import engine, signals
+from training import engine, ranks, signals
 from training.checkpoint import Checkpoints
 from training.cli import run_stage
 from training.config import check_config
 from training.errors import UserError
-from training.models import Policy, load_policy, load_tokenizer
+from training.loading import load_policy, load_tokenizer
+from training.models import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("training", "step1_sft", "step2_reward", "step3_rlhf")
@@ -128,7 +129,7 @@ def test_foreign_code_is_announced(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("connect", "disconnect"):
-        monkeypatch.setattr(engine, name, lambda: None)
+        monkeypatch.setattr(ranks, name, lambda: None)
     monkeypatch.setattr(signals.requests, "install", lambda: None)
     monkeypatch.delenv("RANK", raising=False)
     file = tmp_path / "sft.json"

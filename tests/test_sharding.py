@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from training.data import collate_texts, read_records, tokenize
 from training.data.settings import DataSettings
-from training.models import load_policy, load_scalar_model, load_tokenizer
+from training.loading import load_policy, load_scalar_model, load_tokenizer
 
 pytestmark = pytest.mark.launcher
 

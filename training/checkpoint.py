@@ -15,9 +15,10 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from training.disk import REMOVED, UNFINISHED, draft_of, publish, remove
-from training.engine import TrainedModule, barrier, rank, world_size
+from training.engine import TrainedModule
 from training.errors import RunError, UserError
 from training.random_states import random_states, set_random_states
+from training.ranks import barrier, rank, world_size
 from training.stage_config import StageConfig
 
 # Settings that do not change what a run computes.

@@ -75,16 +75,16 @@ def start(stage: Callable[[], None], config: Startable) -> None:
     announce_foreign_code(config.trust_remote_code)
     import transformers
 
-    from training import engine
+    from training import engine, ranks
     from training.signals import requests
 
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the stage's own
     engine.require_fp16(config.fp16)
     requests.install()
-    engine.connect()
+    ranks.connect()
     transformers.set_seed(config.seed)
     stage()
-    engine.disconnect()  # not after an error: what it says comes before what the others then say
+    ranks.disconnect()  # not after an error: what it says comes before what the others then say
 
 
 def announce_foreign_code(trust_remote_code: bool) -> None:
@@ -157,7 +157,7 @@ def prepare_output(config: StageConfig) -> Path:
 
     Every rank calls; rank 0 acts.
     """
-    from training.engine import barrier, rank
+    from training.ranks import barrier, rank
     from training.tracking import say
 
     output = Path(config.output_dir)

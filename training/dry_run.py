@@ -12,15 +12,15 @@ from training.data import DataSettings, Stage, StageRecords, read_records
 from training.engine import precision
 from training.errors import UnreachableError
 from training.fitting import global_batch_size, require_evaluation, total_steps
-from training.lora import add_adapter
-from training.memory import ModelStates, Shape, Sharding, frozen_weights, on_meta, trained_states
-from training.models import (
+from training.loading import (
     check_head,
     check_policy_config,
     check_scalar_config,
     load_model_config,
     load_tokenizer,
 )
+from training.lora import add_adapter
+from training.memory import ModelStates, Shape, Sharding, frozen_weights, on_meta, trained_states
 from training.packing import refuse_unpackable
 from training.stage_config import StageConfig, SupervisedConfig, model_path_faults
 

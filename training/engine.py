@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,78 +15,12 @@ from transformers import get_scheduler
 from training.errors import NotFiniteError, UserError
 from training.extensions import load_extension
 from training.lora import WithoutAdapter, adapter_off
+from training.ranks import device, sum_over_ranks, world_size
 from training.stage_config import OptimizerSettings, StageConfig
 
 Batch = TypeVar("Batch")
 SMALLEST_LOSS_SCALE = 1.0
 """fp16: below it, small gradients are lost, and large ones have other causes."""
-
-
-def connect() -> None:
-    """Join the process group that the launcher prepared."""
-    load_extension("ShareMemCommBuilder")  # before DeepSpeed does
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
-
-
-def disconnect() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def barrier() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def device() -> torch.device:
-    return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", 0))))
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The elementwise sum of a small tensor over all processes."""
-    total = values.detach().clone().double().to(device())
-    if world_size() > 1:
-        torch.distributed.all_reduce(total)
-    return total
-
-
-def max_over_ranks(value: int) -> int:
-    """The largest value of any process."""
-    if world_size() == 1:
-        return value
-    largest = torch.tensor(value, device=device())
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return int(largest)
-
-
-def gather_objects(local: list[Any]) -> list[Any]:
-    """The lists of all processes, joined in the order of ranks, on every process."""
-    if world_size() == 1:
-        return local
-    parts: list[list[Any]] = [[] for _ in range(world_size())]
-    torch.distributed.all_gather_object(parts, local)
-    return [item for part in parts for item in part]
-
-
-@contextlib.contextmanager
-def rank_zero_first() -> Iterator[None]:
-    """Rank 0 does the work (and fills the cache), then the others find it done."""
-    if rank() != 0:
-        barrier()
-    try:
-        yield
-    finally:
-        if rank() == 0:
-            barrier()
 
 
 def precision(config: StageConfig) -> torch.dtype:

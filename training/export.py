@@ -6,8 +6,9 @@ import deepspeed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.disk import draft_of, publish
-from training.engine import barrier, is_partitioned, rank
+from training.engine import is_partitioned
 from training.lora import merged_state
+from training.ranks import barrier, rank
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.engine import gather_objects, rank, sum_over_ranks
 from training.errors import NotFiniteError, RunError
+from training.ranks import gather_objects, rank, sum_over_ranks
 
 REMEDIES = (
     "lower the learning rate, or raise warmup_ratio",

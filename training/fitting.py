@@ -10,9 +10,10 @@ from datasets import Dataset
 
 from training.checkpoint import Checkpoints
 from training.data import GlobalBatches, StageRecords, shard
-from training.engine import TrainedModule, optimizer_step, rank, sum_over_ranks, world_size
+from training.engine import TrainedModule, optimizer_step
 from training.errors import RunError, UserError
 from training.faults import dumped
+from training.ranks import rank, sum_over_ranks, world_size
 from training.signals import Stopped, requests
 from training.stage_config import SupervisedConfig
 from training.tracking import Tracker, say

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from training.engine import max_over_ranks
+from training.ranks import max_over_ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_REQUEST = 1.0

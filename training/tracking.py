@@ -11,7 +11,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from tqdm import tqdm
 
 from training.disk import write_whole
-from training.engine import rank
+from training.ranks import rank
 
 
 class Tracker:

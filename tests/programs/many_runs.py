@@ -22,7 +22,7 @@ from step2_reward import main as reward
 from step2_reward.config import RewardConfig
 from step3_rlhf import main as ppo
 from step3_rlhf.config import PPOConfig
-from training import engine
+from training import engine, ranks
 from training.config import check_config
 
 STAGES: dict[str, tuple[Any, Any]] = {
@@ -56,13 +56,13 @@ def averaging(wrongly: bool) -> Iterator[None]:
 
 
 def run_all(runs: list[dict[str, Any]]) -> None:
-    engine.connect()
+    ranks.connect()
     for run in runs:
         config_class, module = STAGES[run["stage"]]
         config = check_config(config_class, run["settings"], "run:")
         with averaging(run.get("mean_of_means", False)):
             module.main(config)
-    engine.disconnect()
+    ranks.disconnect()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from step1_sft.main import ResponseModelling
 from training.config import check_config
 from training.data import FILLER, read_records, response_labels, tokenize
 from training.engine import TrainedModule, optimizer_step
-from training.models import load_policy
+from training.loading import load_policy
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -16,7 +16,7 @@ from step2_reward.main import PreferenceModelling, by_group, pair_margins
 from training.config import check_config
 from training.data import FILLER, collate_groups
 from training.engine import TrainedModule
-from training.models import load_scalar_model
+from training.loading import load_scalar_model
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -37,7 +37,8 @@ from step3_rlhf.rollout import encode_prompt_texts
 from training.config import check_config
 from training.data import encode_responses
 from training.errors import UserError
-from training.models import Policy, load_policy
+from training.loading import load_policy
+from training.models import Policy
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -116,10 +117,10 @@ def test_work_is_divided_over_the_ranks_and_joined_in_order(
     for rank in range(3):
         calls.append([])
         contributed.append([])
-        monkeypatch.setattr(module.engine, "world_size", lambda: 3)
-        monkeypatch.setattr(module.engine, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(module.ranks, "world_size", lambda: 3)
+        monkeypatch.setattr(module.ranks, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(
-            module.engine, "gather_objects", lambda own, k=rank: contributed[k].append(own) or []
+            module.ranks, "gather_objects", lambda own, k=rank: contributed[k].append(own) or []
         )
         over_ranks(count, 2, lambda rows, k=rank: calls[k].append(rows) or rows, "rows")
     # As many calls on every rank, with as many rows: forwards inside are collectives under ZeRO-3.
@@ -338,8 +339,8 @@ def test_any_triple_can_be_evaluated(
     GPT2ForSequenceClassification(
         GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=95)
     ).save_pretrained(reward)
-    monkeypatch.setattr("training.engine.connect", lambda: None)
-    monkeypatch.setattr("training.engine.disconnect", lambda: None)
+    monkeypatch.setattr("training.ranks.connect", lambda: None)
+    monkeypatch.setattr("training.ranks.disconnect", lambda: None)
     monkeypatch.setattr("training.signals.requests.install", lambda: None)
     output = tmp_path / "new" / "evaluation"
     main(

@@ -20,7 +20,7 @@ from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
 from training.config import check_config
 from training.data import encode_responses
 from training.errors import UserError
-from training.models import load_scalar_model, load_tokenizer
+from training.loading import load_scalar_model, load_tokenizer
 
 PROMPTS = ("Please suggest a drink.", "What is a good pet?", "Hi")
 RESPONSES = ("tea", "a cat, or perhaps two of them", "hello")
@@ -71,7 +71,7 @@ def test_faults_of_a_function(rollout: Rollout, function, message: str) -> None:
 def test_a_fault_on_another_rank_ends_this_one_too(
     rollout: Rollout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.engine, "gather_objects", lambda own: [*own, "rank 1 said so"])
+    monkeypatch.setattr(module.ranks, "gather_objects", lambda own: [*own, "rank 1 said so"])
     with pytest.raises(UserError, match="rank 1 said so"):
         FunctionReward(lambda p, r: [1.0, 2.0, 3.0], "m:f")(rollout)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from step1_sft.config import SFTConfig
-from training import cli, engine, signals
+from training import cli, ranks, signals
 from training.cli import prepare_output, run_stage, stage_parser
 from training.config import check_config
 from training.errors import RunError, UserError
@@ -19,8 +19,8 @@ Settings = Callable[[str], dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def without_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "connect", lambda: None)
-    monkeypatch.setattr(engine, "disconnect", lambda: None)
+    monkeypatch.setattr(ranks, "connect", lambda: None)
+    monkeypatch.setattr(ranks, "disconnect", lambda: None)
     monkeypatch.setattr(signals.requests, "install", lambda: None)  # pytest keeps its own
     monkeypatch.delenv("RANK", raising=False)
 

@@ -378,12 +378,3 @@ def test_whole_parameters_generate_and_training_goes_on(configured, tiny_llama, 
         for _ in range(2)
     ]
     assert losses[1] < losses[0]
-
-
-def test_sums_and_lists_of_one_rank() -> None:
-    assert engine.world_size() == 1
-    assert engine.sum_over_ranks(torch.tensor([1, 2])).tolist() == [1.0, 2.0]
-    assert engine.sum_over_ranks(torch.tensor([1, 2])).dtype == torch.float64
-    assert engine.gather_objects(["a", 1]) == ["a", 1]
-    with engine.rank_zero_first():
-        pass

@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from training.errors import UserError
-from training.models import load_policy, load_scalar_model, load_tokenizer
+from training.loading import load_policy, load_scalar_model, load_tokenizer
 from training.stage_config import model_path_faults
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

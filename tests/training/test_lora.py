@@ -24,8 +24,9 @@ from training import engine
 from training.config import check_config
 from training.errors import UserError
 from training.export import export
+from training.loading import load_policy, load_scalar_model, load_tokenizer
 from training.lora import LoraSettings, WithoutAdapter, adapter_off, add_adapter, merged_state
-from training.models import Policy, load_policy, load_scalar_model, load_tokenizer
+from training.models import Policy
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

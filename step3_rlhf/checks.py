@@ -1,12 +1,37 @@
-"""Whether the models know as many positions as a run may need, before any weights are loaded."""
+"""What can be wrong with the models of stage 3 or its evaluation, before any weights are loaded."""
 
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig
-from step3_rlhf.response_sets import FiniteSet
+from step3_rlhf.response_sets import FiniteSet, read_response_sets
+from step3_rlhf.rewards import check_reward
 from step3_rlhf.rollout import encode_prompt_texts
 from training.data import encode_responses
-from training.models import check_positions
+from training.loading import check_positions, require_same_tokens
+
+
+def check_models(
+    config: PPOConfig | EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stand_in: str | None = None,
+) -> None:
+    """Refuse models that do not go together, or not with the settings.
+
+    Args:
+        tokenizer: the policy's.
+        stand_in: a model that stands for a reward model, in a dry run.
+
+    Raises:
+        UserError: naming the model and the settings.
+    """
+    sets = read_response_sets(config.evaluation.response_sets)
+    check_reward(config.reward, config.trust_remote_code, untrained=stand_in)
+    for setting in ("reference_model_name_or_path", "critic_model_name_or_path"):
+        if path := getattr(config, setting, None):
+            require_same_tokens(
+                path, tokenizer, setting, config.model_name_or_path, config.trust_remote_code
+            )
+    check_lengths(config, sets, tokenizer)
 
 
 def check_lengths(

@@ -1,6 +1,8 @@
-"""Positions: every model, every length that a run may meet, before weights are loaded."""
+"""Every model and every length that a run may meet, before weights are loaded."""
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from step3_rlhf.checks import check_lengths, check_models, longest
 from step3_rlhf.config import EvaluationConfig, PPOConfig
-from step3_rlhf.lengths import check_lengths, longest
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
 from training.config import check_config
 from training.errors import UserError
@@ -95,3 +97,32 @@ def test_the_longest_response_counts(world_tokenizer: PreTrainedTokenizerBase) -
     short = FiniteSet("tea?", ("yes", "no"), None, None)
     long = FiniteSet("tea?", ("yes", "no no no no no"), None, None)
     assert longest([short, long], world_tokenizer) > longest([short], world_tokenizer)
+
+
+@pytest.mark.parametrize("setting", ["reference_model_name_or_path", "critic_model_name_or_path"])
+def test_models_that_read_the_policys_tokens_must_know_them(
+    stage_settings: Settings,
+    tiny_world: Path,
+    world_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    setting: str,
+) -> None:
+    other = tmp_path / "other"
+    longer = copy.deepcopy(world_tokenizer)
+    longer.add_tokens(["<another>"])
+    longer.save_pretrained(other)
+    shutil.copy(tiny_world / "base" / "config.json", other)
+    settings = stage_settings("ppo") | {"reward": {"function": "operator:add"}}
+    check_models(check_config(PPOConfig, settings, "config:"), world_tokenizer)
+    config = check_config(PPOConfig, settings | {setting: str(other)}, "config:")
+    with pytest.raises(UserError, match=rf"{setting}: .*another vocabulary"):
+        check_models(config, world_tokenizer)
+
+
+def test_a_language_model_is_no_reward_model_unless_it_stands_for_one(
+    stage_settings: Settings, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = check_config(PPOConfig, stage_settings("ppo"), "config:")
+    with pytest.raises(UserError, match="is not a sequence-classification model"):
+        check_models(config, world_tokenizer)
+    check_models(config, world_tokenizer, stand_in=config.model_name_or_path)
