@@ -114,11 +114,17 @@ def bruised(draw: st.DrawFn, content: bytes) -> bytes:
     return content * 2 if how == "twice" else content
 
 
-def explained(error: UserError, file: Path, keys: set[str]) -> None:
-    """Every fault begins with its place: the file, or a key of the config."""
-    for fault in error.faults:
+def explained(error: UserError, file: Path, keys: set[str] | None = None) -> None:
+    """The refusal names the file; of a config, each fault begins with a key, or with what is none.
+
+    Args:
+        keys: of a config; None of data.
+    """
+    assert str(file) in str(error)
+    assert all(fault.strip() for fault in error.faults)
+    for fault in error.faults if keys is not None else []:
         named = fault.startswith((*(key for key in keys if key), "(top level)", "the key "))
-        assert named or str(file) in fault, fault
+        assert named or ": unknown key; " in fault or str(file) in fault, fault
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -222,7 +228,7 @@ def test_damaged_data(form: str, tmp_path: Path, world_tokenizer: PreTrainedToke
         try:
             found = read_records(DataSettings(sources=[str(file)]), stage)
         except UserError as error:
-            explained(error, file, {"..."})  # "... and 3 more"
+            explained(error, file)
             OUTCOMES["data refused"] += 1
             return
         for record in [*found.train[:2], *found.eval[:1]]:

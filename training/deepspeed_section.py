@@ -63,7 +63,7 @@ def _refused(key: str, value: Any) -> list[str]:
     from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 
     try:
-        config = DeepSpeedConfig({key: value, "train_batch_size": 1})
+        config = DeepSpeedConfig({key: value, "train_micro_batch_size_per_gpu": 1})
         # These it looks at later.
         _ = config.communication_data_type, config.seq_parallel_communication_data_type
         _ = DtypeEnum(config.grad_accum_dtype or "fp32"), int(config.steps_per_print or 1)
