@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -19,6 +20,18 @@ def connect() -> None:
     load_extension("ShareMemCommBuilder")  # before DeepSpeed does
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    barrier()  # all have opened one another's shared memory
+    shared_memory().unlink(missing_ok=True)
+
+
+def shared_memory() -> Path:
+    """The file of this process's buffer for DeepSpeed's communication between CPU processes.
+
+    DeepSpeed leaves it, 66 MiB, in memory for ever. Once all processes have it open it needs no
+    name, and without one it goes with them, however they end.
+    """
+    place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
+    return Path("/dev/shm", "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *place]))
 
 
 def disconnect() -> None:
