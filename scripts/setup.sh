@@ -24,9 +24,14 @@ if [[ "$gpus" != 0 && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
 fi
 [[ "$gpus" != 0 ]] || export DS_ACCELERATOR=cpu
 
+# What DeepSpeed compiles lives in the environment that it was compiled for: environments that share
+# one place would each compile it again after the other.
+prefix="$(python -c 'import sys; print(sys.prefix)')"
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$prefix/torch_extensions}"
+
 # A stamp holds what was installed; a change of the pins or of pyproject.toml installs anew.
 wanted="$(cat pyproject.toml scripts/constraints.txt | cksum) $PWD"
-stamp="$(python -c 'import sys; print(sys.prefix)')/.preference-matching-rlhf"
+stamp="$prefix/.preference-matching-rlhf"
 if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
     command -v g++ >/dev/null || fail "g++ is needed (DeepSpeed compiles a small extension); on Debian: apt install g++"
     echo "Installing the pinned packages (a few minutes, once)"

@@ -89,6 +89,7 @@ PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>KL against conditional preference matching: $model</title>
 <style>$style
+table.sweep { table-layout: fixed; width: 100%; } table.sweep td { width: auto; }
 table.sweep tbody th { width: 22%; font-weight: 400; overflow-wrap: anywhere; }
 table.sweep tbody th small { padding-left: 0; white-space: pre-wrap; }
 </style>

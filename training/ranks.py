@@ -39,6 +39,15 @@ def disconnect() -> None:
         torch.distributed.destroy_process_group()
 
 
+def leave() -> None:
+    """Before this process ends alone, with a message: gloo's threads would abort it.
+
+    NCCL's would wait for the others, and are best left to the end of the process.
+    """
+    if torch.distributed.is_initialized() and device().type == "cpu":
+        disconnect()
+
+
 def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 

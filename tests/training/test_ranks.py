@@ -23,10 +23,12 @@ def test_sums_and_lists_of_one_rank() -> None:
 
 
 SUM = """
-import torch
+import os, torch
 from training import ranks
 ranks.connect()
 print("sum", ranks.sum_over_ranks(torch.tensor(ranks.rank() + 1.0)).item(), flush=True)
+ranks.barrier()
+os._exit(0)
 """
 
 
