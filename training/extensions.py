@@ -7,6 +7,7 @@ something compiles beneath it.
 """
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,9 @@ def load_extension(builder_name: str) -> None:
         return
     directory = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
     with locked(directory.with_name(f"{directory.name}.loading")):
-        if not is_worked_in(directory):
-            (directory / GUARD).unlink(missing_ok=True)
+        while (directory / GUARD).exists() and is_worked_in(directory):
+            time.sleep(1)  # not torch's own wait, which a compiler that is killed makes endless
+        (directory / GUARD).unlink(missing_ok=True)
         builder.load()
 
 

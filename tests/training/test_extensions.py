@@ -27,7 +27,18 @@ def test_a_guard_left_behind_is_taken_away(guard: Path) -> None:
     assert not guard.exists()
 
 
-def test_a_compiler_at_work_is_waited_for(tmp_path: Path) -> None:
+def test_a_compiler_that_is_killed_is_no_longer_waited_for(guard: Path) -> None:
+    guard.touch()
+    with subprocess.Popen(["sleep", "60"], cwd=guard.parent) as compiler:
+        loading = subprocess.Popen([sys.executable, "-c", LOAD], stdout=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            loading.wait(timeout=15)
+        compiler.kill()
+    assert loading.wait(timeout=120) == 0
+    assert not guard.exists()
+
+
+def test_a_compiler_at_work_is_noticed(tmp_path: Path) -> None:
     assert not is_worked_in(tmp_path)
     with subprocess.Popen(["sleep", "60"], cwd=tmp_path) as compiler:
         assert is_worked_in(tmp_path)
