@@ -128,9 +128,6 @@ def _end(message: str, code: int, everywhere: bool = True) -> NoReturn:
     if everywhere and os.environ.get("RANK", "0") != "0":
         time.sleep(SECONDS_FOR_RANK_0)
     print(f"\n{message}\n", file=sys.stderr, flush=True)
-    from training.ranks import leave
-
-    leave()
     sys.exit(code)
 
 

@@ -1,5 +1,6 @@
 """The processes of a run: which one this is, and what they tell one another."""
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ def connect() -> None:
     load_extension("ShareMemCommBuilder")  # before DeepSpeed does
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    if device().type == "cpu":  # an error's exit code is lost when gloo's threads abort the process
+        atexit.register(disconnect)  # NCCL's would wait for the others
     barrier()  # all have opened one another's shared memory
     shared_memory().unlink(missing_ok=True)
 
@@ -37,15 +40,6 @@ def shared_memory() -> Path:
 def disconnect() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def leave() -> None:
-    """Before this process ends alone, with a message: gloo's threads would abort it.
-
-    NCCL's would wait for the others, and are best left to the end of the process.
-    """
-    if torch.distributed.is_initialized() and device().type == "cpu":
-        disconnect()
 
 
 def rank() -> int:
