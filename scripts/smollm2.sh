@@ -60,12 +60,12 @@ PYTHON
     rm -r "$package"
 }
 
-# STAGE MODEL: train on MODEL, unless an earlier call has done so to the end.
+# STAGE MODEL: train on MODEL, unless an earlier call with this seed and data has done so to the end.
 stage() {
-    [[ ! -f "$directory/$1.finished" ]] || return 0
+    [[ "$(cat "$directory/$1.finished" 2>/dev/null)" != "${common[*]}" ]] || return 0
     bash "scripts/step$1.sh" "step$1/configs/smollm2.json" "${common[@]}" overwrite_output_dir=true \
         "model_name_or_path=$2" "output_dir=$directory/${1#?_}"
-    touch "$directory/$1.finished"
+    echo "${common[*]}" >"$directory/$1.finished"
 }
 
 [[ -f "$model" ]] || fetch_model
