@@ -108,7 +108,9 @@ def plan(config: SFTConfig, planned: Plan) -> None:
     plan_steps(config, planned, "sft", sequences=1)
     rows = config.per_device_train_batch_size
     tokens = rows * (data.max_prompt_length + data.max_response_length)
-    kept = activations(shape, tokens, engine.precision(config), config.gradient_checkpointing)
+    kept = activations(
+        shape, tokens, engine.precision(config), config.gradient_checkpointing, dropout=True
+    )
     planned.phases["training"] = {
         "activations": kept,
         "logits": logits(shape, rows * data.max_response_length),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from training.data import DataSettings, Stage, StageRecords, read_records
@@ -28,7 +29,7 @@ GIB = 1024**3
 USUAL_GPU = 80.0
 """GiB that are assumed where there is no GPU to ask (A100)."""
 RESERVE = 0.1
-"""Share of a GPU that the estimate leaves to CUDA, communication buffers and fragmentation."""
+"""Share of a GPU that the estimate leaves to CUDA, NCCL and fragmentation."""
 
 
 @dataclass
@@ -109,14 +110,15 @@ class Plan:
             lines += [self.config.description, ""]
         facts = {"processes": str(self.processes), **self.facts}
         lines += [f"  {name + ':':<22}{value}" for name, value in facts.items()]
-        heading = f"{'parameters':>16}{'trained':>16}{'weights':>9}{'grads':>7}{'optimizer':>11}"
+        kinds = f"{'weights':>9}{'grads':>7}{'optimizer':>11}{'buckets':>9}"
+        heading = f"{'parameters':>16}{'trained':>16}{kinds}"
         lines += ["", f"  {'GiB on each GPU':<20}{heading}"]
         for name, (shape, states) in self.models.items():
             trained = "frozen" if name in self.frozen else f"{shape.trained:,}"
             lines.append(
                 f"  {name:<20}{shape.parameters:>16,}{trained:>16}"
                 f"{states.weights / GIB:>9.2f}{states.gradients / GIB:>7.2f}"
-                f"{states.optimizer / GIB:>11.2f}"
+                f"{states.optimizer / GIB:>11.2f}{states.buckets / GIB:>9.2f}"
             )
         for phase, parts in self.phases.items():
             inside = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
@@ -172,13 +174,20 @@ def plan_steps(config: SupervisedConfig, planned: Plan, stage: Stage, sequences:
 
 def sharding_of(section: dict[str, Any], processes: int) -> Sharding:
     """What a DeepSpeed section says about dividing a model."""
-    zero = section.get("zero_optimization") or {}
+    zero = DeepSpeedZeroConfig(**section.get("zero_optimization") or {})
 
-    def offloaded(name: str) -> bool:
-        return (zero.get(name) or {}).get("device", "none") != "none"
+    def offloaded(target: Any) -> bool:
+        return target is not None and target.device != "none"
 
+    stage = int(zero.stage)
+    buffers = 2 if zero.overlap_comm and stage < 3 else 1
+    gathers = stage > 0 and zero.contiguous_gradients
     return Sharding(
-        zero.get("stage", 0), processes, offloaded("offload_optimizer"), offloaded("offload_param")
+        stage,
+        processes,
+        offloaded(zero.offload_optimizer),
+        offloaded(zero.offload_param),
+        buffers * zero.reduce_bucket_size if gathers else 0,
     )
 
 

@@ -15,6 +15,8 @@ from training.logprobs import ROWS_PER_CHUNK
 ADAM = 8
 """Bytes per trained parameter: two float32 moments."""
 FLOAT32 = 4
+RESIDUAL_DROPOUT = ("dropout", "hidden_dropout", "resid_pdrop")
+"""How models name the dropout before each of a layer's two residual additions."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Shape:
     query: int  # heads x head size
     key: int  # key-value heads x head size
     intermediate: int
-    gated: bool  # the feed-forward part has a gate beside its up-projection
+    gated: bool  # as Llama: a gate beside the up-projection, and norms that compute in float32
+    inner: int  # vectors of the intermediate size that a layer keeps for its backward pass
+    dropout: bool
     vocabulary: int
 
     @classmethod
@@ -37,6 +41,7 @@ class Shape:
         """`model` may be on the meta device."""
         config = model.config
         parameters = list(model.parameters())
+        gated = any(name.endswith("gate_proj") for name, _ in model.named_modules())
         return cls(
             parameters=sum(p.numel() for p in parameters),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -49,7 +54,9 @@ class Shape:
             query=config.num_attention_heads * _head_size(config),
             key=_key_heads(config) * _head_size(config),
             intermediate=_intermediate(config),
-            gated=any(name.endswith("gate_proj") for name, _ in model.named_modules()),
+            gated=gated,
+            inner=_activation_vectors(config) + (2 if gated else 0),  # up-projection, product
+            dropout=any(getattr(config, name, 0) for name in RESIDUAL_DROPOUT),
             vocabulary=model.get_input_embeddings().num_embeddings,
         )
 
@@ -70,6 +77,16 @@ def _intermediate(config: PretrainedConfig) -> int:
     return 4 * config.hidden_size
 
 
+def _activation_vectors(config: PretrainedConfig) -> int:
+    """How many inner vectors the activation function keeps.
+
+    ReLU its output; one kernel its input, which the output joins for the next matrix; and what is
+    written out in single operations, as GPT-2's, one for each of them.
+    """
+    name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "")
+    return {"relu": 1, "silu": 2, "gelu": 2, "gelu_pytorch_tanh": 2}.get(name, 5)
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How DeepSpeed divides a model's states."""
@@ -78,6 +95,8 @@ class Sharding:
     processes: int = 1
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    bucket: int = 0
+    """Gradients that DeepSpeed gathers before it reduces them, all buffers together."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +106,13 @@ class ModelStates:
     weights: int
     gradients: int
     optimizer: int
+    buckets: int = 0
     host: int = 0
     """In the memory of the hosts of all processes together, where DeepSpeed offloads."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.buckets
 
 
 def trained_states(shape: Shape, precision: torch.dtype, sharding: Sharding) -> ModelStates:
@@ -102,7 +122,8 @@ def trained_states(shape: Shape, precision: torch.dtype, sharding: Sharding) -> 
     moments. In float32 ZeRO keeps such copies too; without ZeRO there are none. Stage 1 divides the
     optimizer, 2 the gradients as well, 3 the weights as well, of which it holds one layer whole
     (weights and gradients) and counts no other gradients but the float32 ones. All trained, this
-    is `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs`.
+    is `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs`, which
+    leave out the buckets; stage 1 has these in float32.
     """
     size, n = precision.itemsize, sharding.processes
     copies = 2 * FLOAT32 if size < FLOAT32 or sharding.zero_stage > 0 else 0
@@ -119,7 +140,8 @@ def trained_states(shape: Shape, precision: torch.dtype, sharding: Sharding) -> 
         optimizer = gradients = 0
         host = (2 * FLOAT32 + ADAM) * shape.trained
     weights = frozen_weights(shape, precision, sharding, True)
-    return ModelStates(weights, gradients, optimizer, host)
+    buckets = sharding.bucket * (FLOAT32 if sharding.zero_stage == 1 else size)
+    return ModelStates(weights, gradients, optimizer, buckets, host)
 
 
 def frozen_weights(
@@ -133,19 +155,23 @@ def frozen_weights(
     return part + (2 if with_gradients else 1) * size * shape.largest_layer
 
 
-def activations(shape: Shape, tokens: int, precision: torch.dtype, checkpointing: bool) -> int:
+def activations(
+    shape: Shape, tokens: int, precision: torch.dtype, checkpointing: bool, dropout: bool = False
+) -> int:
     """What a forward pass over `tokens` (padding included) keeps for the backward pass.
 
-    A plain layer keeps the inputs and outputs of its two norms, queries, keys, values, the
-    attention's output and the feed-forward part's inner vector. One with a gate also has norms that
-    compute in float32, rotated queries and keys, and four inner vectors. Checkpointing keeps each
-    layer's input, and one layer whole while it is recomputed.
+    A layer keeps the inputs and outputs of its two norms (Llama's also two vectors in float32);
+    queries, keys, values and the attention's output, keys and values once for each query head, as
+    attention with a padding mask has them; and the feed-forward part's inner vectors. Checkpointing
+    keeps each layer's input, and one layer whole while it is recomputed.
+
+    Args:
+        dropout: the model's own is on; two masks, as wide as the vectors (on a GPU one byte).
     """
-    if shape.gated:
-        vectors = 8 * shape.hidden + 3 * shape.query + 3 * shape.key + 4 * shape.intermediate
-    else:
-        vectors = 4 * shape.hidden + 2 * shape.query + 2 * shape.key + shape.intermediate
-    layer = vectors * tokens * precision.itemsize
+    masks = 2 * shape.hidden if dropout and shape.dropout else 0
+    vectors = 4 * shape.hidden + masks + 4 * shape.query + shape.inner * shape.intermediate
+    wide = 2 * shape.hidden * FLOAT32 if shape.gated else 0
+    layer = (vectors * precision.itemsize + wide) * tokens
     if not checkpointing:
         return shape.layers * layer
     return shape.layers * shape.hidden * tokens * precision.itemsize + layer

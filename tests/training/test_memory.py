@@ -14,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -21,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from training.dry_run import sharding_of
 from training.logprobs import token_logprobs
 from training.memory import (
     Shape,
@@ -83,7 +86,7 @@ def test_model_states_are_deepspeeds_own_estimates(name: str, processes: int) ->
 
 def test_by_hand() -> None:
     """10 parameters of which 4 are trained; the largest layer has 3; two processes."""
-    shape = Shape(10, 4, 3, 1, 1, 1, 1, 1, False, 1)
+    shape = Shape(10, 4, 3, 1, 1, 1, 1, 1, False, 1, False, 1)
     whole = trained_states(shape, FLOAT32, Sharding(0, 2))
     assert (whole.weights, whole.gradients, whole.optimizer) == (40, 16, 32)
     one = trained_states(shape, BF16, Sharding(1, 2))
@@ -92,6 +95,24 @@ def test_by_hand() -> None:
     assert (three.weights, three.gradients, three.optimizer) == (10 + 12, 0, 32)
     assert frozen_weights(shape, BF16, Sharding(3, 2)) == 10 + 6
     assert frozen_weights(shape, BF16, Sharding(3, 2, offload_parameters=True)) == 6
+    assert trained_states(shape, BF16, Sharding(1, bucket=5)).buckets == 20
+    assert trained_states(shape, BF16, Sharding(2, bucket=5)).buckets == 10
+
+
+@pytest.mark.parametrize(
+    ("zero", "elements"),
+    [
+        (None, 0),
+        ({"stage": 0}, 0),
+        ({"stage": 2}, 500_000_000),  # DeepSpeed's own default
+        ({"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}, 2000),  # two in turn
+        ({"stage": 3, "reduce_bucket_size": 1000}, 1000),
+        ({"stage": 1, "contiguous_gradients": False}, 0),
+    ],
+)
+def test_gradient_buckets_are_deepspeeds(zero: dict[str, object] | None, elements: int) -> None:
+    section = {} if zero is None else {"zero_optimization": zero}
+    assert sharding_of(section, 1).bucket == elements
 
 
 def test_cache_and_logits_by_hand() -> None:
@@ -141,8 +162,10 @@ def kept_by_autograd(model: PreTrainedModel, tokens: torch.Tensor) -> int:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    mask = torch.ones_like(tokens)
+    mask[0, :10] = 0  # padding, as in training
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.get_decoder()(input_ids=tokens, use_cache=False)
+        output = model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=False)
     total = sum(found.values())  # while `output` holds the graph, no address is used twice
     del output
     return total
@@ -156,18 +179,35 @@ def tall_models() -> dict[str, PreTrainedModel]:
     )  # fmt: skip
     opt = OPTConfig(
         vocab_size=64, hidden_size=128, ffn_dim=512, num_hidden_layers=6, num_attention_heads=8,
-        word_embed_proj_dim=128, max_position_embeddings=128, dropout=0.0,
+        word_embed_proj_dim=128, max_position_embeddings=128, dropout=0.1,
     )  # fmt: skip
-    return {"llama": LlamaForCausalLM(llama), "opt": OPTForCausalLM(opt)}
+    gpt2 = GPT2Config(
+        vocab_size=64, n_embd=128, n_layer=6, n_head=8, n_positions=128, attn_pdrop=0.0
+    )
+    return {
+        "llama": LlamaForCausalLM(llama),
+        "opt": OPTForCausalLM(opt),
+        "gpt2": GPT2LMHeadModel(gpt2),
+    }
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
-def test_activations_are_what_autograd_keeps(name: str) -> None:
-    model = tall_models()[name].train()
+@pytest.mark.parametrize("dtype", [FLOAT32, BF16])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_activations_are_what_autograd_keeps(name: str, dropout: bool, dtype: torch.dtype) -> None:
+    model = tall_models()[name].to(dtype).train(dropout)
     tokens = torch.randint(64, (4, 96))
-    estimate = activations(Shape.of(model), tokens.numel(), FLOAT32, checkpointing=False)
-    assert estimate == pytest.approx(kept_by_autograd(model, tokens), rel=0.25)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    kept = kept_by_autograd(model, tokens)
-    with_checkpoints = activations(Shape.of(model), tokens.numel(), FLOAT32, checkpointing=True)
-    assert kept < with_checkpoints < estimate / 2
+
+    def estimate(checkpointing: bool) -> int:
+        return activations(Shape.of(model), tokens.numel(), dtype, checkpointing, dropout)
+
+    assert estimate(False) == pytest.approx(kept_by_autograd(model, tokens), rel=0.1)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    assert kept_by_autograd(model, tokens) < estimate(True) < estimate(False) / 2
+
+
+def test_dropout_counts_where_a_model_has_it() -> None:
+    shapes = {name: Shape.of(model) for name, model in tall_models().items()}
+    assert [shapes[name].dropout for name in ("llama", "opt", "gpt2")] == [False, True, True]
+    on, off = (activations(shapes["opt"], 10, BF16, False, dropout) for dropout in (True, False))
+    assert on - off == 6 * 2 * 128 * 10 * 2  # layers, masks, hidden, tokens, bytes
