@@ -7,6 +7,7 @@
 #   MASTER_PORT=port  the port at which the processes meet (default: a free one)
 #   DEEPSPEED_ARGS=…  anything else for the launcher
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source scripts/nodes.sh
 
 launch() {
     # Without the launcher: a dry run is one process, which is told how many there would be.
@@ -14,7 +15,8 @@ launch() {
         python -m "$@" --processes "$(processes_in_all)"
         return
     fi
-    local arguments=(--log_level error)
+    local arguments=(--log_level error) words=("$@")
+    by_pdsh=""
     arguments+=(--master_port "${MASTER_PORT:-$(free_port)}")
     if [[ -n "${HOSTFILE:-}" ]]; then
         [[ -f "$HOSTFILE" ]] || fail "HOSTFILE=$HOSTFILE: no such file"
@@ -24,6 +26,10 @@ launch() {
             [[ -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" ]] ||
                 fail "NODE_RANK=$NODE_RANK: name the first node with MASTER_ADDR and a free port there with MASTER_PORT"
             arguments+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+        elif (($(hosts | wc -l) > 1)) && [[ ! "${DEEPSPEED_ARGS:-}" =~ --launcher[=\ ] ]]; then
+            command -v pdsh >/dev/null ||
+                fail "HOSTFILE=$HOSTFILE names several nodes: pdsh is needed here (on Debian: apt install pdsh), or NODE_RANK on each node"
+            by_pdsh=yes
         fi
     else
         # DeepSpeed would read a hostfile of the machine's own accord; one node is meant here.
@@ -44,13 +50,18 @@ launch() {
     RANK_PIDS="$(mktemp -d)"
     export RANK_PIDS
     launcher="" signals=0
+    if [[ -n "$by_pdsh" ]]; then
+        quote_for_nodes
+        own_variables >"$RANK_PIDS.variables"
+        export DS_ENV_FILE="$RANK_PIDS.variables" # DeepSpeed sets these on every node
+    fi
     trap 'pass_on TERM 143' TERM
     trap 'pass_on TERM 129' HUP
     trap 'pass_on INT 130' INT
     trap 'pass_on USR1 138' USR1
     # The launcher knows nothing of SIGUSR1, which would end it: it inherits that it is ignored.
     # shellcheck disable=SC2086
-    (trap '' USR1 && exec setsid deepspeed "${arguments[@]}" ${DEEPSPEED_ARGS:-} --module "$@") &
+    (trap '' USR1 && exec setsid deepspeed "${arguments[@]}" ${DEEPSPEED_ARGS:-} --module "${words[@]}") &
     launcher=$!
     local code interrupted
     while :; do
@@ -59,7 +70,7 @@ launch() {
         [[ "$signals" != "$interrupted" ]] || break # else the signal, not the launcher, ended wait
     done
     trap - TERM HUP INT USR1
-    rm -rf "$RANK_PIDS"
+    tidy
     return "$code"
 }
 
@@ -68,33 +79,45 @@ processes_in_all() {
     if [[ -z "${HOSTFILE:-}" ]]; then
         echo "${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
     elif [[ -n "${NUM_PROCESSES:-}" ]]; then
-        echo $(($(grep -c slots= "$HOSTFILE") * NUM_PROCESSES))
+        echo $(($(hosts | wc -l) * NUM_PROCESSES))
     else
-        sed -n 's/.*slots=\([0-9]*\).*/\1/p' "$HOSTFILE" | awk '{ all += $1 } END { print all }'
+        hosts | sed -n 's/.*slots=\([0-9]*\).*/\1/p' | awk '{ all += $1 } END { print all }'
     fi
 }
 
 # SIGNAL CODE: the first one goes to the ranks, which save a checkpoint and end; not to the launcher,
 # which would kill them after 30 s. Where no rank is ready, and the second time, all end at once.
-# Ranks on other machines, started by pdsh, cannot be reached: the launcher is told to end them.
 pass_on() {
     signals=$((signals + 1))
     launcher="${launcher:-${!:-}}"
     [[ -n "$launcher" ]] || exit "$2"
-    if [[ -n "${HOSTFILE:-}" && -z "${NODE_RANK:-}" ]] && ((signals == 1)); then
-        echo "Ending the processes of all nodes, without a checkpoint" >&2
-        kill -s INT "$launcher" 2>/dev/null || true
+    ((signals > 1)) || ! send_ranks "$1" || return 0
+    send_ranks KILL || true
+    if [[ -n "$by_pdsh" ]]; then
+        kill -s INT "$launcher" 2>/dev/null || true # which ends the launchers of all nodes
+        wait "$launcher" || true
+    else
+        kill -KILL -- "-$launcher" 2>/dev/null || true
+    fi
+    tidy
+    exit "$2"
+}
+
+# SIGNAL: to the ranks; fails where none has said that it is ready.
+send_ranks() {
+    if [[ -n "$by_pdsh" ]]; then
+        on_nodes "kill -s $1 \$(ls $RANK_PIDS/%n)"
         return
     fi
     local ranks
-    ranks="$(ls "$RANK_PIDS")"
-    if ((signals > 1)) || [[ -z "$ranks" ]]; then
-        kill -KILL -- "-$launcher" 2>/dev/null || true
-        rm -rf "$RANK_PIDS"
-        exit "$2"
-    fi
+    ranks="$(find "$RANK_PIDS" -type f -printf '%f\n')"
     # shellcheck disable=SC2086
-    kill -s "$1" $ranks 2>/dev/null || true
+    [[ -n "$ranks" ]] && { kill -s "$1" $ranks 2>/dev/null || true; }
+}
+
+tidy() {
+    rm -rf "$RANK_PIDS" "$RANK_PIDS.variables"
+    [[ -z "$by_pdsh" ]] || on_nodes "rm -rf $RANK_PIDS" || true
 }
 
 free_port() {

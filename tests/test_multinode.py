@@ -5,10 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.launcher
@@ -80,6 +82,80 @@ def test_a_node_without_a_meeting_place_is_refused(config: Path, tmp_path: Path)
     assert "MASTER_ADDR" in printed
 
 
+SSH = "#!/bin/sh\necho 127.0.0.1\n"  # DeepSpeed asks the first node for its address
+PDSH = r"""#!/bin/bash
+# What pdsh -S does: the command in a shell on each node, %n the node's number; an exit code.
+while [[ "$1" == -* ]]; do
+    case "$1" in
+        -w) nodes="$2"; shift 2 ;;
+        -f) shift 2 ;;
+        *) shift ;;
+    esac
+done
+number=0 code=0
+for node in ${nodes//,/ }; do
+    words="${*//%%/$'\x01'}" words="${words//%n/$number}" words="${words//%h/$node}"
+    env -i HOME="$HOME" PATH=/usr/bin:/bin bash -c "${words//$'\x01'/%}" &
+    started+=($!) number=$((number + 1))
+done
+for each in "${started[@]}"; do wait "$each" || code=$?; done
+exit "$code"
+"""
+
+
+def stand_ins(directory: Path, **programs: str) -> str:
+    """A PATH that has these programs before all others."""
+    directory.mkdir()
+    for name, text in programs.items():
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o755)
+    return f"{directory}:{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
+
+
+def rank_of(output: Path) -> psutil.Process:
+    """One of the training processes."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if {f"output_dir={output}", "--local_rank=0"} <= set(words):
+            return process
+    raise AssertionError("no process has this output directory")
+
+
+def test_two_nodes_through_pdsh_until_a_signal(config: Path, tmp_path: Path) -> None:
+    """With stand-ins for pdsh and ssh, which pass on what they are given and nothing else."""
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("# node1 slots=1\n127.0.0.1 slots=1\nlocalhost slots=1\n")
+    output = tmp_path / "it's $HOME, 5 %h"
+    description = r"""{a,b} "quoted" \ `echo` %n"""
+    sources = json.loads(config.read_text())["data"]["sources"]
+    node = start(
+        config,
+        f"output_dir={output}",
+        f"description={description}",
+        f"data.sources={json.dumps(sources, separators=(',', ':'))}",  # quotes, no spaces
+        "max_steps=100000",
+        "num_train_epochs=100000",
+        HOSTFILE=str(hosts),
+        PATH=stand_ins(tmp_path / "bin", ssh=SSH, pdsh=PDSH),
+        HF_HOME=str(tmp_path),
+        WANDB_API_KEY="secret",
+    )
+    ends = time.monotonic() + 120
+    while not (output / "metrics.jsonl").exists() or len(losses(output)) < 2:
+        assert node.poll() is None, node.communicate()[0][-4000:]
+        assert time.monotonic() < ends
+        time.sleep(0.2)
+    handed_over = rank_of(output).environ()
+    node.terminate()
+    printed, _ = node.communicate(timeout=60)
+    assert node.returncode == 143, printed[-4000:]
+    assert list((output / "checkpoints").glob("step-*"))
+    assert json.loads((output / "config.json").read_text())["description"] == description
+    assert handed_over["HF_HOME"] == str(tmp_path)
+    assert handed_over["DS_ACCELERATOR"] == "cpu"
+    assert "WANDB_API_KEY" not in handed_over
+
+
 SCONTROL = "#!/bin/sh\nprintf '127.0.0.1\\nlocalhost\\n'\n"
 SRUN = """#!/bin/bash
 # What srun does for two nodes: the command on each, with its number.
@@ -94,14 +170,9 @@ for each in "${started[@]}"; do wait "$each" || exit; done
 
 def test_slurm_example(config: Path, tmp_path: Path) -> None:
     """With stand-ins for SLURM's two commands; everything else is real."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    for name, text in {"scontrol": SCONTROL, "srun": SRUN}.items():
-        (commands / name).write_text(text)
-        (commands / name).chmod(0o755)
     variables = {
         "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{commands}:{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
+        "PATH": stand_ins(tmp_path / "bin", scontrol=SCONTROL, srun=SRUN),
         "OMP_NUM_THREADS": "1",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_NODELIST": "node[1-2]",

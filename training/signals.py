@@ -52,7 +52,9 @@ class StopRequests:
         for number in STOPPING:
             signal.signal(number, self._receive)
         if "RANK_PIDS" in os.environ:
-            Path(os.environ["RANK_PIDS"], str(os.getpid())).touch()
+            node = Path(os.environ["RANK_PIDS"], os.environ.get("CROSS_RANK", "0"))
+            node.mkdir(parents=True, exist_ok=True)
+            (node / str(os.getpid())).touch()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self._deferring:
