@@ -207,7 +207,3 @@ class GeneralizedPL(Regularizer):
 
     def log_optimum(self, responses: ResponseSet) -> Tensor:
         return self.link.optimum(responses.rewards / self.beta)
-
-    @property
-    def needs_reference(self) -> bool:
-        return False

@@ -82,10 +82,6 @@ class PreferenceMatching(LogLinear):
             return value
         return value + self.c2 * torch.exp(-response_sum(logp, mask).clamp(min=-LARGEST_EXPONENT))
 
-    @property
-    def needs_reference(self) -> bool:
-        return False
-
 
 class MaximumEntropy(LogLinear):
     """w = 1 with a free coefficient τ and the reward as it is (section 3.2, Example 1).
@@ -109,10 +105,6 @@ class MaximumEntropy(LogLinear):
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         return torch.zeros_like(ref_logp)
-
-    @property
-    def needs_reference(self) -> bool:
-        return False
 
 
 class ConditionalPM(LogLinear):

@@ -56,11 +56,6 @@ class Regularizer(StrictModel, ABC):
         raise NoOptimumError(f"{self.name}: {type(self).__name__} does not state its optimum")
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether `ref_logp` matters."""
-        return True
-
-    @property
     def preference_temperature(self) -> float:
         """T of the softmax(r/T) that matching the reward's preferences means."""
         return self.beta

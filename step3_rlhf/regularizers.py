@@ -58,10 +58,6 @@ class NoRegularizer(Regularizer):
         best = responses.rewards == responses.rewards.max()
         return torch.where(best, 0.0, -math.inf).double().log_softmax(0)
 
-    @property
-    def needs_reference(self) -> bool:
-        return False
-
 
 REGULARIZERS: dict[str, type[Regularizer]] = {
     "none": NoRegularizer,

@@ -604,7 +604,11 @@ def test_contract_of_the_registry() -> None:
     without_reference = {"none", "pm", "maximum_entropy", "generalized_pl"}
     for config in [*EXACT, *TOKEN_LEVEL]:
         regularizer = parse_regularizer(config)
-        assert regularizer.needs_reference == (regularizer.name not in without_reference)
         assert regularizer.preference_temperature == regularizer.beta
-        assert isinstance(regularizer.marginal(LOGP, REF, MASK), Marginal)
+        marginal = regularizer.marginal(LOGP, REF, MASK)
+        assert isinstance(marginal, Marginal)
+        unmoved = torch.equal(
+            marginal.per_token, regularizer.marginal(LOGP, REF - 1, MASK).per_token
+        )
+        assert unmoved or regularizer.name not in without_reference
     assert parse_regularizer({"name": "maximum_entropy", "tau": 7.0}).preference_temperature == 1.0
