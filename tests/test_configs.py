@@ -238,8 +238,9 @@ def test_every_phase_of_the_smollm2_run_starts_with_a_config_that_loads(
     (directory / "SmolLM2-135M-Instruct.gguf").touch()
     data = tmp_path / "data.jsonl.gz"
     data.touch()
+    settings = f'seed=7 data.cache_dir={directory}/token_ids data.sources=["{data}"]'
     for name in ("1_sft", "2_reward")[:done]:
-        (directory / f"{name}.finished").touch()
+        (directory / f"{name}.finished").write_text(f"{settings}\n")
     for name in ("sft", "reward")[:done]:
         (directory / name / "model").mkdir(parents=True)
         (directory / name / "model" / "config.json").write_text("{}")

@@ -61,6 +61,12 @@ class Result:
         )
 
 
+def heed_all_signals() -> None:
+    """Also where the tests were started in the background or by nohup, which have some ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Launched:
     """A stage's script, running."""
 
@@ -80,8 +86,7 @@ class Launched:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # What a shell starts in the background ignores SIGINT, and so would all it starts.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=heed_all_signals,
             )
 
     def everything(self) -> list[psutil.Process]:
