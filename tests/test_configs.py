@@ -229,6 +229,43 @@ def test_every_phase_of_the_quickstart_starts_with_a_config_that_loads(
     assert config.seed == 7
 
 
+# training_scripts/ of github.com/JiancongXiao/PM_RLHF: examples per GPU, weight decay.
+PUBLISHED = {
+    "step1_sft/configs/opt-1.3b.json": (30, 0.0),
+    "step1_sft/configs/llama-2-7b.json": (30, 0.0),
+    "step2_reward/configs/opt-1.3b.json": (24, 0.1),
+    "step2_reward/configs/llama-2-7b.json": (36, 0.1),
+    "step3_rlhf/configs/opt-1.3b.json": (4, 0.1),
+    "step3_rlhf/configs/opt-1.3b-paper.json": (4, 0.1),
+    "step3_rlhf/configs/llama-2-7b.json": (24, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_are_the_published_ones(name: str) -> None:
+    data = json.loads((ROOT / name).read_text())
+    ppo = name.startswith("step3")
+    for optimizer in (data["actor"], data["critic"]) if ppo else (data,):
+        assert optimizer["learning_rate"] == (1e-6 if ppo else 1e-5)
+        decay = optimizer.get("weight_decay", 0.0)
+        assert (data["per_device_train_batch_size"], decay) == PUBLISHED[name]
+    assert data["num_train_epochs"] == (1 if ppo else 2)
+    assert data["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert data["data"]["stage_proportions"] == [0.2, 0.4, 0.4]
+
+
+def test_the_smollm2_run_with_another_seed_starts_at_its_beginning(
+    recorded: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "SmolLM2-135M-Instruct.gguf").touch()
+    data = tmp_path / "data.jsonl.gz"
+    data.touch()
+    settings = f'seed=7 data.cache_dir={tmp_path}/token_ids data.sources=["{data}"]'
+    (tmp_path / "1_sft.finished").write_text(f"{settings}\n")
+    script = ["smollm2.sh", "--data", str(data), "--output", str(tmp_path), "--seed", "8"]
+    assert recorded(*script, fails=True).user_script == "step1_sft.main"
+
+
 @pytest.mark.parametrize(("stage", "done"), [("step1_sft", 0), ("step2_reward", 1), ("sweep", 2)])
 def test_every_phase_of_the_smollm2_run_starts_with_a_config_that_loads(
     stage: str, done: int, recorded: Callable[..., Any], tmp_path: Path
