@@ -25,6 +25,7 @@ from step3_rlhf.sweep_cells import SETTINGS, Grid, State, is_finished
 from step3_rlhf.sweep_plan import Job, Request, plan, stage_settings
 from training.cli import errors_end_cleanly
 from training.errors import RunError, UserError
+from training.signals import STOPPING
 
 ROOT = Path(__file__).resolve().parents[1]
 ALPHAS, BETAS = (0.1, 0.3, 0.5), (0.1, 0.5, 1.0)
@@ -39,9 +40,10 @@ class Launcher:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Launcher":
-        self._before = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        numbers = [*STOPPING, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            numbers.remove(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._stop) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

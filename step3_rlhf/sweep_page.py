@@ -9,7 +9,7 @@ from string import Template
 from step3_rlhf.html import STYLE, picture, responses_cell, table
 from step3_rlhf.sweep_cells import Cell
 from step3_rlhf.sweep_results import Measured, Results, best_alpha, cell_label
-from step3_rlhf.sweep_tables import COLUMNS, caption, entries, notes
+from step3_rlhf.sweep_tables import caption, columns, entries, notes
 
 SAMPLED_PROMPTS = 4
 SHOWN_CHARACTERS = 400
@@ -48,7 +48,7 @@ def figures_table(results: Results) -> str:
         for beta in results.grid.betas
         for cell in results.grid.row(beta)
     ]
-    return table(["", *(escape(column.heading) for column in COLUMNS)], rows)
+    return table(["", *(escape(column.heading) for column in columns(results))], rows)
 
 
 def sampled_cells(results: Results) -> dict[str, Measured]:

@@ -13,6 +13,9 @@ from step3_rlhf.metrics import Estimate, pm_divergence
 from step3_rlhf.sweep_cells import Cell, Grid, is_finished
 from training.errors import UserError
 
+HELD_OUT = "held_out_perplexity"
+"""Of people's own texts under the policy: `held_out_text` in evaluation.json."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -31,9 +34,21 @@ class Measured:
         self.report: dict[str, Any] = json.loads((directory / "evaluation.json").read_text())
         self._instances = directory / "instances.jsonl"
 
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """Every figure with an interval, by its name in evaluation.json."""
+        found = {
+            name: Estimate(**value)
+            for name, value in self.report.items()
+            if isinstance(value, dict) and {"mean", "ci95"} <= value.keys()
+        }
+        if texts := self.report.get("held_out_text"):
+            interval = texts["perplexity_ci95"]
+            found[HELD_OUT] = Estimate(texts["perplexity"], interval, texts["texts"])
+        return found
+
     def estimate(self, name: str) -> Estimate:
-        """A sampled metric by its name in evaluation.json."""
-        return Estimate(**self.report[name])
+        return self.estimates[name]
 
     @cached_property
     def divergences(self) -> list[float]:

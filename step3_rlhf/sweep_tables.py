@@ -8,7 +8,7 @@ from pathlib import Path
 
 from step3_rlhf.metrics import Estimate
 from step3_rlhf.sweep_cells import Cell
-from step3_rlhf.sweep_results import Results, cell_label
+from step3_rlhf.sweep_results import HELD_OUT, Results, cell_label
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ COLUMNS = (
     Column("KL", "kl_per_token", 3),
 )
 """The paper's, in its order. Its Entropy and KL are means per token."""
+HELD_OUT_COLUMN = Column("Perplexity of held-out texts ↓", HELD_OUT, 2)
+"""Beside the paper's. Its Perplexity rises where its Entropy falls, as this one can and that of a
+policy's own responses, which section 6.1 defines, cannot."""
 
 CAPTION = (
     "Comparison between RLHF and conditional PM RLHF, when fine-tuning {model}. The symbol ↓ means "
@@ -42,8 +45,9 @@ BETA_NOTE = (
 MEASURE_NOTE = (
     "Means over {prompts} held-out prompts ± half of the 95 % confidence interval, {pairs} of "
     "responses each; the interval holds for these trained policies and says nothing of another "
-    "seed's. Length in tokens; perplexity of the policy's own responses under itself; entropy and "
-    "KL in nats per token. The figures' instance PM divergences are those of one pair each."
+    "seed's. Length in tokens; perplexity of the policy's own responses under itself (section 6.1) "
+    "unless it says otherwise; entropy and KL in nats per token. The figures' "
+    "instance PM divergences are those of one pair each."
 )
 
 
@@ -58,7 +62,7 @@ def write_tables(results: Results, directory: Path) -> list[Path]:
 
 def markdown(results: Results) -> str:
     """The table with its caption, notes, and what is missing."""
-    heading = ["", "", *(column.heading for column in COLUMNS)]
+    heading = ["", "", *(column.heading for column in columns(results))]
     lines = [f"**{caption(results)}**", "", _line(heading), _line(["---"] * len(heading))]
     for beta in results.grid.betas:
         for place, cell in enumerate(results.grid.row(beta)):
@@ -74,9 +78,9 @@ def latex(results: Results) -> str:
         "\\begin{table}[t]",
         f"\\caption{{{_tex(caption(results))}}}",
         "\\centering",
-        "\\begin{tabular}{ll" + "c" * len(COLUMNS) + "}",
+        "\\begin{tabular}{ll" + "c" * len(columns(results)) + "}",
         "\\toprule",
-        " & & " + " & ".join(_tex(column.heading) for column in COLUMNS) + " \\\\",
+        " & & " + " & ".join(_tex(column.heading) for column in columns(results)) + " \\\\",
     ]
     for beta in results.grid.betas:
         row = results.grid.row(beta)
@@ -93,7 +97,7 @@ def latex(results: Results) -> str:
 
 def comma_separated(results: Results) -> str:
     """Every cell, every sampled metric at full precision; a missing cell has empty fields."""
-    names = [name for name, value in results.any.report.items() if _is_estimate(value)]
+    names = list(results.any.estimates)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     fields = [column for name in names for column in (name, f"{name}_ci95")]
@@ -114,10 +118,16 @@ def entries(results: Results, cell: Cell, plus_minus: str) -> list[str]:
     """A row's figures as texts."""
     measured = results.get(cell)
     if measured is None:
-        return ["missing", *["–"] * (len(COLUMNS) - 1)]
+        return ["missing", *["–"] * (len(columns(results)) - 1)]
     return [
-        shown(measured.estimate(column.metric), column.decimals, plus_minus) for column in COLUMNS
+        shown(measured.estimate(column.metric), column.decimals, plus_minus)
+        for column in columns(results)
     ]
+
+
+def columns(results: Results) -> tuple[Column, ...]:
+    """The paper's, and that of held-out texts where the sweep has any."""
+    return (*COLUMNS, HELD_OUT_COLUMN) if HELD_OUT in results.any.estimates else COLUMNS
 
 
 def shown(figure: Estimate, decimals: int, plus_minus: str = " ± ") -> str:
@@ -147,10 +157,6 @@ def notes(results: Results) -> list[str]:
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _is_estimate(value: object) -> bool:
-    return isinstance(value, dict) and {"mean", "ci95"} <= value.keys()
 
 
 TEX = {

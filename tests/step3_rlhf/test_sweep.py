@@ -284,8 +284,9 @@ def test_the_launcher_returns_the_exit_code() -> None:
         assert launch([sys.executable, "-c", "raise SystemExit(7)"]) == 7
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_reaches_the_command_and_ends_the_sweep(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     """The command interrupts its parent, waits to be told to stop itself, and saves first."""
     saved = tmp_path / "saved"
@@ -294,17 +295,17 @@ def test_a_signal_reaches_the_command_and_ends_the_sweep(
         "def save(*_):\n"
         f"    pathlib.Path({str(saved)!r}).touch()\n"
         "    sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, save)\n"
-        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        f"signal.signal({number}, save)\n"
+        f"os.kill(os.getppid(), {number})\n"
         "time.sleep(60)\n"
     )
-    before = signal.getsignal(signal.SIGTERM)
+    outside = signal.signal(number, signal.SIG_DFL)  # the tests may be run by nohup
     with sweep.Launcher() as launch, pytest.raises(SystemExit) as caught:
         launch([sys.executable, "-c", program])
-    assert caught.value.code == 128 + signal.SIGTERM
+    assert caught.value.code == 128 + number
     assert saved.is_file()
     assert "the same command goes on" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.signal(number, outside) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The sweep's table in the paper's layout, and its figures, from cells with known numbers."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -93,6 +94,21 @@ def test_the_best_alpha_has_the_lowest_divergence(results_without: Callable[...,
     assert best_alpha(results, 1.0) == Cell("conditional_pm", 1.0, 0.3)
     assert best_alpha(results, 0.5) == Cell("conditional_pm", 0.5, 0.1)
     assert best_alpha(Results(GRID, {}), 0.5) is None
+
+
+def test_held_out_perplexity_stands_beside_the_papers_columns(
+    results_without: Callable[..., Results], tmp_path: Path
+) -> None:
+    results_without()
+    texts = {"texts": 8, "perplexity": 11.5, "perplexity_ci95": 1.25}
+    for cell in GRID.cells():
+        file = tmp_path / "sweep" / cell.name / "evaluation.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"held_out_text": texts}))
+    results = read_results(tmp_path / "sweep")
+    assert sweep_tables.markdown(results).count("| 11.50 ± 1.25 |") == 6
+    assert "Perplexity of held-out texts $\\downarrow$" in sweep_tables.latex(results)
+    (first, *_) = csv.DictReader(io.StringIO(sweep_tables.comma_separated(results)))
+    assert (first["held_out_perplexity"], first["held_out_perplexity_ci95"]) == ("11.5", "1.25")
 
 
 def test_markdown_has_the_papers_rows_and_columns(results_without: Callable[..., Results]) -> None:
