@@ -92,8 +92,8 @@ pass_on() {
     launcher="${launcher:-${!:-}}"
     [[ -n "$launcher" ]] || exit "$2"
     ((signals > 1)) || ! send_ranks "$1" || return 0
-    send_ranks KILL || true
     if [[ -n "$by_pdsh" ]]; then
+        send_ranks KILL || true
         kill -s INT "$launcher" 2>/dev/null || true # which ends the launchers of all nodes
         wait "$launcher" || true
     else

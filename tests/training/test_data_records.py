@@ -77,6 +77,19 @@ def test_transcripts():
     assert str(found.report).startswith(f"{path}: 8 read; 1 dropped: the prompts of")
 
 
+def test_a_transcript_with_nothing_on_one_side_is_counted(tmp_path):
+    text = "\n\nHuman: Hi\n\nAssistant: Hello."
+    path = write(
+        tmp_path / "data.jsonl",
+        {"chosen": "", "rejected": text},
+        {"chosen": text, "rejected": ""},
+        {"prompt": "Hi", "chosen": "Hello.", "rejected": ""},
+    )
+    with pytest.raises(UserError) as caught:
+        read(path, "reward")
+    assert "3 dropped: an empty response" in str(caught.value)
+
+
 def test_a_transcript_gives_sft_its_best_response_and_ppo_its_prompt():
     sft = read(FIXTURES / "hh_transcripts.jsonl", "sft").train
     assert sft[0].responses == ("Eight minutes in boiling water.",)

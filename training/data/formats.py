@@ -136,7 +136,7 @@ def _format_of(raw: Mapping[str, Any], stage: Stage) -> SourceFormat:
     if {"responses", "ranking"} & raw.keys():
         return "ranking"
     if {"chosen", "rejected"} & raw.keys():
-        if "prompt" in raw or _is_plain_text(raw.get("chosen")):
+        if "prompt" in raw or _is_plain_text(raw.get("chosen") or raw.get("rejected")):
             return "preference"
         return "transcript"
     if {"response", "completion"} & raw.keys():
@@ -174,6 +174,14 @@ def _text(raw: Mapping[str, Any], name: str) -> str:
     return value.strip()
 
 
+def _response(raw: Mapping[str, Any], name: str) -> Any:
+    """A field that may be empty; null is what Arrow makes of a missing one."""
+    value = _field(raw, name)
+    if value == "":
+        raise Unusable("dropped: an empty response")
+    return value
+
+
 def _prompt(raw: Mapping[str, Any]) -> tuple[Message, ...]:
     value = _field(raw, "prompt")
     if isinstance(value, list):
@@ -209,7 +217,7 @@ def _turns(text: str) -> tuple[Message, ...]:
 
 def _dialogue(raw: Mapping[str, Any], name: str) -> tuple[tuple[Message, ...], str]:
     """The turns before the last answer, and the answer."""
-    value = _field(raw, name)
+    value = _response(raw, name)
     turns = _messages(value, name) if isinstance(value, list) else _turns(_text(raw, name))
     if not turns or turns[-1]["role"] != "assistant":
         raise Unusable("dropped: the dialogue does not end with the assistant's turn")
@@ -228,7 +236,7 @@ def _from_transcripts(raw: Mapping[str, Any], origin: str) -> Record:
 
 def _last_answer(raw: Mapping[str, Any], name: str, prompt: tuple[Message, ...]) -> str:
     """A response given as a text, or as messages that may repeat the prompt."""
-    value = _field(raw, name)
+    value = _response(raw, name)
     if not isinstance(value, list):
         return _text(raw, name)
     turns = _messages(value, name)
