@@ -58,7 +58,7 @@ small, .muted { color: var(--muted); }
   border-radius: 8px; padding: 8px 18px 8px 14px; }
 .tile span { display: block; color: var(--muted); font-size: 14px; }
 .tile b { font-size: 26px; margin-right: 8px; font-variant-numeric: tabular-nums; }
-img { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px; }
+img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 .scroll { overflow-x: auto; } .wide { min-width: 860px; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 10px; border-bottom: 1px solid var(--line); text-align: right;

@@ -44,7 +44,7 @@ def data_uri(path: Path) -> str:
 
 def figures_table(results: Results) -> str:
     rows = [
-        [f"β = {beta:g}, {cell_label(cell)}", *entries(results, cell, " ± ")]
+        [f"β = {beta:g}, {cell_label(cell)}", *entries(results, cell, "\u00a0±\u00a0")]
         for beta in results.grid.betas
         for cell in results.grid.row(beta)
     ]

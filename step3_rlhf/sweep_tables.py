@@ -29,7 +29,7 @@ COLUMNS = (
     Column("KL", "kl_per_token", 3),
 )
 """The paper's, in its order. Its Entropy and KL are means per token."""
-HELD_OUT_COLUMN = Column("Perplexity of held-out texts ↓", HELD_OUT, 2)
+HELD_OUT_COLUMN = Column("Held-out perplexity ↓", HELD_OUT, 2)
 """Beside the paper's. Its Perplexity rises where its Entropy falls, as this one can and that of a
 policy's own responses, which section 6.1 defines, cannot."""
 
@@ -46,7 +46,7 @@ MEASURE_NOTE = (
     "Means over {prompts} held-out prompts ± half of the 95 % confidence interval, {pairs} of "
     "responses each; the interval holds for these trained policies and says nothing of another "
     "seed's. Length in tokens; perplexity of the policy's own responses under itself (section 6.1) "
-    "unless it says otherwise; entropy and KL in nats per token. The figures' "
+    "or, held-out, of people's own texts; entropy and KL in nats per token. The figures' "
     "instance PM divergences are those of one pair each."
 )
 

@@ -106,7 +106,7 @@ def test_held_out_perplexity_stands_beside_the_papers_columns(
         file.write_text(json.dumps(json.loads(file.read_text()) | {"held_out_text": texts}))
     results = read_results(tmp_path / "sweep")
     assert sweep_tables.markdown(results).count("| 11.50 ± 1.25 |") == 6
-    assert "Perplexity of held-out texts $\\downarrow$" in sweep_tables.latex(results)
+    assert "Held-out perplexity $\\downarrow$" in sweep_tables.latex(results)
     (first, *_) = csv.DictReader(io.StringIO(sweep_tables.comma_separated(results)))
     assert (first["held_out_perplexity"], first["held_out_perplexity_ci95"]) == ("11.5", "1.25")
 
