@@ -103,16 +103,17 @@ pass_on() {
     exit "$2"
 }
 
-# SIGNAL: to the ranks; fails where none has said that it is ready.
+# SIGNAL: to the ranks; fails where none has said that it is ready. Without a plain `return`, which in
+# a trap's function has the status of what was running before the trap.
 send_ranks() {
     if [[ -n "$by_pdsh" ]]; then
         on_nodes "kill -s $1 \$(ls $RANK_PIDS/%n)"
-        return
+    else
+        local ranks
+        ranks="$(find "$RANK_PIDS" -type f -printf '%f\n')"
+        # shellcheck disable=SC2086
+        [[ -n "$ranks" ]] && { kill -s "$1" $ranks 2>/dev/null || true; }
     fi
-    local ranks
-    ranks="$(find "$RANK_PIDS" -type f -printf '%f\n')"
-    # shellcheck disable=SC2086
-    [[ -n "$ranks" ]] && { kill -s "$1" $ranks 2>/dev/null || true; }
 }
 
 tidy() {

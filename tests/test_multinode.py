@@ -149,7 +149,7 @@ def test_two_nodes_through_pdsh_until_a_signal(config: Path, tmp_path: Path) -> 
     node.terminate()
     printed, _ = node.communicate(timeout=60)
     assert node.returncode == 143, printed[-4000:]
-    assert list((output / "checkpoints").glob("step-*"))
+    assert list((output / "checkpoints").glob("step-*")), printed[-4000:]
     assert json.loads((output / "config.json").read_text())["description"] == description
     assert handed_over["HF_HOME"] == str(tmp_path)
     assert handed_over["DS_ACCELERATOR"] == "cpu"
