@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from training.config import check_config
-from training.data import DataSettings, prompt_messages, read_records
+from training.data import DataSettings, Source, prompt_messages, read_records
 from training.data.formats import RecordFault, Unusable, parse_record
 from training.errors import UserError
 
@@ -311,3 +311,38 @@ def test_faulty_records(raw, message):
 def test_unusable_records(raw, reason):
     with pytest.raises(Unusable, match=reason):
         parse_record(raw, "x:1", "reward")
+
+
+def test_sources_of_one_path_are_counted_apart(tmp_path):
+    path = write(
+        tmp_path / "data.jsonl",
+        {"prompt": "Hi", "response": "Hello."},
+        {"prompt": "Bye", "response": ""},
+    )
+    other = write(tmp_path / "other.jsonl", {"prompt": "Oh", "response": "Ah."})
+    more = write(tmp_path / "more.jsonl", {"prompt": "Eh", "response": "What?"})
+    twice = [str(path), {"path": str(path), "format": "completion"}, str(more)]
+    found = read(path, "sft", sources=twice, eval_sources=[str(path), str(other)])
+    assert {heading: counts["read"] for heading, counts in found.report.counts.items()} == {
+        str(path): 2,
+        f"{path} (again, 2)": 2,
+        str(more): 1,
+        f"{path}, for evaluation": 2,
+        f"{other}, for evaluation": 1,
+    }
+    assert found.report.counts[f"{path}, for evaluation"] == {
+        "read": 2, "dropped: an empty response": 1, "used for evaluation": 1,
+    }  # fmt: skip
+    # What is evaluated on is trained on by none of them.
+    assert found.report.count("kept for evaluation only") == 2
+    assert [record.origin for record in found.train] == [f"{more}:1"]
+
+
+def test_what_reports_call_a_source():
+    for settings, label in (
+        ({"path": "owner/set"}, "owner/set[train]"),
+        ({"path": "owner/set", "name": "en", "split": "test"}, "owner/set[en:test]"),
+        ({"path": "owner/set", "data_dir": "harmless-base"}, "owner/set[harmless-base:train]"),
+        ({"path": "folder/file.jsonl.gz"}, "folder/file.jsonl.gz"),
+    ):
+        assert Source(**settings).label == label

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.data.report import Report
+from training.data.report import Count
 from training.data.settings import Source
 from training.errors import UnreachableError, UserError
 
@@ -28,22 +28,25 @@ class RawRecord:
     fault: str = ""
 
 
-def raw_records(source: Source, report: Report) -> Iterator[RawRecord]:
+def raw_records(source: Source, count: Count) -> Iterator[RawRecord]:
     """Every record of a source; malformed ones carry a fault instead of a value.
+
+    Args:
+        count: is told of what had to be changed.
 
     Raises:
         UserError: when the source as a whole cannot be read.
     """
     try:
         if Path(source.path).is_file():
-            yield from _from_file(source.path, report)
+            yield from _from_file(source.path, count)
         else:
             yield from _from_datasets(source)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{source.path}: unreadable: {_one_line(error)}") from None
 
 
-def _from_file(path: str, report: Report) -> Iterator[RawRecord]:
+def _from_file(path: str, count: Count) -> Iterator[RawRecord]:
     lower = path.lower()
     if lower.endswith(".parquet"):
         yield from _from_parquet(path)
@@ -53,13 +56,13 @@ def _from_file(path: str, report: Report) -> Iterator[RawRecord]:
         if lower.removesuffix(".gz").endswith(".json"):
             content = file.read()
             if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                yield from _from_array(path, content, report)
+                yield from _from_array(path, content, count)
                 return
             file = content.split(b"\n")
-        yield from _from_lines(path, file, report)
+        yield from _from_lines(path, file, count)
 
 
-def _from_lines(path: str, lines: Iterable[bytes], report: Report) -> Iterator[RawRecord]:
+def _from_lines(path: str, lines: Iterable[bytes], count: Count) -> Iterator[RawRecord]:
     for number, line in enumerate(lines, start=1):
         origin = f"{path}:{number}"
         text, replaced = _decoded(line)
@@ -70,14 +73,14 @@ def _from_lines(path: str, lines: Iterable[bytes], report: Report) -> Iterator[R
         except (ValueError, RecursionError) as error:
             yield RawRecord(origin, {}, f"malformed JSON: {_json_message(error)}")
             continue
-        yield _checked(origin, path, value, text, replaced, report)
+        yield _checked(origin, value, text, replaced, count)
 
 
-def _from_array(path: str, content: bytes, report: Report) -> Iterator[RawRecord]:
+def _from_array(path: str, content: bytes, count: Count) -> Iterator[RawRecord]:
     """One JSON array; its elements are decoded one by one, so that each knows its line."""
     text, replaced = _decoded(content)
     if replaced:
-        report.add(path, BAD_UNICODE)
+        count(BAD_UNICODE)
     try:
         json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -95,7 +98,7 @@ def _from_array(path: str, content: bytes, report: Report) -> Iterator[RawRecord
             return
         value, position = decoder.raw_decode(text, start)
         element = text[start:position]
-        yield _checked(f"{path}:{line}", path, value, element, False, report)
+        yield _checked(f"{path}:{line}", value, element, False, count)
         line += element.count("\n")
 
 
@@ -125,7 +128,7 @@ def _from_datasets(source: Source) -> Iterator[RawRecord]:
         kind = UnreachableError if isinstance(error, ConnectionError) else UserError
         raise kind(f"{source.path}: cannot be loaded: {_one_line(error)}") from None
     for number, value in enumerate(loaded, start=1):
-        yield RawRecord(f"{source.path}[{source.split}]:{number}", value)
+        yield RawRecord(f"{source.label}:{number}", value)
 
 
 def _decoded(content: bytes) -> tuple[str, bool]:
@@ -136,16 +139,14 @@ def _decoded(content: bytes) -> tuple[str, bool]:
         return content.decode("utf-8-sig", errors="replace"), True
 
 
-def _checked(
-    origin: str, path: str, value: Any, text: str, replaced: bool, report: Report
-) -> RawRecord:
+def _checked(origin: str, value: Any, text: str, replaced: bool, count: Count) -> RawRecord:
     if not isinstance(value, dict):
         return RawRecord(origin, {}, f"an object was expected, not {type(value).__name__}")
     if _ESCAPED_SURROGATE.search(text):
         value, has_lone = _without_lone_surrogates(value)
         replaced = replaced or has_lone
     if replaced:
-        report.add(path, BAD_UNICODE)
+        count(BAD_UNICODE)
     return RawRecord(origin, value)
 
 

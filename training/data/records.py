@@ -1,11 +1,12 @@
 """Sources -> the records that one stage trains and evaluates on."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from training.data.files import raw_records
 from training.data.formats import Record, RecordFault, Unusable, check_usable, parse_record
-from training.data.report import Report
+from training.data.report import Count, Report
 from training.data.settings import DataSettings, Source, Stage
 from training.data.split import chosen_at_random, normalized, stage_of
 from training.errors import UnreachableError, UserError
@@ -47,34 +48,35 @@ def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
     """
     report = Report()
     faults = Faults()
+    counts = [report.under(heading) for heading in headings(settings)]
     own = [
-        (source, _of_stage(_usable(source, stage, report, faults), source, settings, stage, report))
-        for source in settings.sources
+        (source, count, _of_stage(_usable(source, stage, count, faults), settings, stage, count))
+        for source, count in zip(settings.sources, counts, strict=False)
     ]
-    evaluation = [
-        record
-        for source in settings.eval_sources
-        for record in _usable(source, stage, report, faults)
-    ]
+    evaluation = []
+    for source, count in zip(settings.eval_sources, counts[len(own) :], strict=True):
+        usable = _usable(source, stage, count, faults)
+        count("used for evaluation", len(usable))
+        evaluation += usable
     faults.end()
 
     if not settings.eval_sources:
-        records = [record for _, content in own for record in content]
+        records = [record for _, _, content in own for record in content]
         held_out = _held_out(records, settings)
         evaluation = [record for record in records if _key(record) in held_out]
     eval_keys = {_key(record) for record in evaluation}
     train: list[Record] = []
     seen: set[str] = set()
-    for source, content in own:
+    for source, count, content in own:
         rest = [record for record in content if _key(record) not in eval_keys]
-        report.add(source.path, "kept for evaluation only", len(content) - len(rest))
+        count("kept for evaluation only", len(content) - len(rest))
         if stage == "ppo":
-            rest = _distinct(rest, source.path, report, seen)
+            rest = _distinct(rest, count, seen)
         rest = _weighted(rest, source, settings.split_seed)
-        report.add(source.path, f"used by {stage}", len(rest))
+        count(f"used by {stage}", len(rest))
         train += rest
     if stage == "ppo":
-        evaluation = _distinct(evaluation, "evaluation", report, set())
+        evaluation = _distinct(evaluation, report.under("evaluation"), set())
     train = _limited(train, settings.max_train_samples, settings, "training", report)
     evaluation = _limited(evaluation, settings.max_eval_samples, settings, "evaluation", report)
     _require(train, "training", stage, settings.sources, report)
@@ -83,12 +85,24 @@ def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
     return StageRecords(train, evaluation, report)
 
 
+def headings(settings: DataSettings) -> list[str]:
+    """What the report calls the sources and, after them, the evaluation sources: no two alike."""
+    names = [source.label for source in settings.sources]
+    names += [f"{source.label}, for evaluation" for source in settings.eval_sources]
+    taken: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        taken[name] += 1
+        unique.append(name if taken[name] == 1 else f"{name} (again, {taken[name]})")
+    return unique
+
+
 def _of_stage(
-    records: list[Record], source: Source, settings: DataSettings, stage: Stage, report: Report
+    records: list[Record], settings: DataSettings, stage: Stage, count: Count
 ) -> list[Record]:
     proportions, seed = settings.stage_proportions, settings.split_seed
     kept = [record for record in records if stage_of(_key(record), proportions, seed) == stage]
-    report.add(source.path, "belong to the other stages", len(records) - len(kept))
+    count("belong to the other stages", len(records) - len(kept))
     return kept
 
 
@@ -96,11 +110,11 @@ def _key(record: Record) -> str:
     return normalized(record.prompt_text)
 
 
-def _usable(source: Source, stage: Stage, report: Report, faults: Faults) -> list[Record]:
+def _usable(source: Source, stage: Stage, count: Count, faults: Faults) -> list[Record]:
     records = []
     try:
-        for raw in raw_records(source, report):
-            report.add(source.path, "read")
+        for raw in raw_records(source, count):
+            count("read")
             if raw.fault:
                 faults.found.append(f"{raw.origin}: {raw.fault}")
                 continue
@@ -110,7 +124,7 @@ def _usable(source: Source, stage: Stage, report: Report, faults: Faults) -> lis
             except RecordFault as fault:
                 faults.found.append(f"{raw.origin}: {fault}")
             except Unusable as reason:
-                report.add(source.path, str(reason))
+                count(str(reason))
     except UnreachableError as error:
         faults.unreachable += error.faults
     except UserError as error:
@@ -127,14 +141,14 @@ def _held_out(records: list[Record], settings: DataSettings) -> set[str]:
     return chosen_at_random(keys, count, "eval", settings.split_seed)
 
 
-def _distinct(records: list[Record], heading: str, report: Report, seen: set[str]) -> list[Record]:
+def _distinct(records: list[Record], count: Count, seen: set[str]) -> list[Record]:
     kept = []
     for record in records:
         key = _key(record)
         if key not in seen:
             seen.add(key)
             kept.append(record)
-    report.add(heading, "repeat a prompt, used once", len(records) - len(kept))
+    count("repeat a prompt, used once", len(records) - len(kept))
     return kept
 
 

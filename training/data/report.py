@@ -1,7 +1,11 @@
 """What happened to the data: every record dropped or changed is counted, none in silence."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+
+Count = Callable[..., None]
+"""Adds to a report under one heading: called with what, and how many where it is not one."""
 
 
 class Report:
@@ -14,6 +18,9 @@ class Report:
         """Count `count` more of `what`; zero leaves no trace."""
         if count:
             self._counts.setdefault(heading, Counter())[what] += count
+
+    def under(self, heading: str) -> Count:
+        return partial(self.add, heading)
 
     def count(self, what: str) -> int:
         """How many of `what` there were, over all headings."""

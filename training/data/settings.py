@@ -50,6 +50,14 @@ class Source(StrictModel):
             or len(path.parts) > 2
         )
 
+    @property
+    def label(self) -> str:
+        """What reports call it: a file's path, or a data set with its name, folder and split."""
+        if self.path.lower().endswith(LOCAL_SUFFIXES):
+            return self.path
+        parts = [part for part in (self.name, self.data_dir) if part]
+        return f"{self.path}[{':'.join([*parts, self.split])}]"
+
     def faults(self) -> list[str]:
         if not self.is_local:
             return []
@@ -89,6 +97,8 @@ class DataSettings(StrictModel):
     """Tokens of a prompt, the template's included."""
     max_response_length: Count = 256
     """Tokens of a response, its EOS included; what is longer is cut off and then has no EOS."""
+    max_length: Count | None = None
+    """Tokens of prompt and response together, to which responses are cut too; null is no limit."""
     overlong_prompts: Literal["truncate", "drop"] = "truncate"
     """Whether longer prompts lose their beginning or are left out."""
     max_train_samples: Count | None = None
@@ -96,10 +106,17 @@ class DataSettings(StrictModel):
     cache_dir: str | None = None
     """Where token ids are cached; null is a folder of the Hugging Face data sets cache."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its longest response."""
+        both = self.max_prompt_length + self.max_response_length
+        return both if self.max_length is None else min(both, self.max_length)
+
     def lengths(self) -> dict[str, int]:
         """The longest sequence in tokens, under the names of what allows it."""
-        longest = self.max_prompt_length + self.max_response_length
-        return {"data.max_prompt_length + data.max_response_length": longest}
+        both = self.max_prompt_length + self.max_response_length
+        name = "data.max_prompt_length + data.max_response_length"
+        return {name if self.longest == both else "data.max_length": self.longest}
 
     def faults(self) -> list[str]:
         found = super().faults()
@@ -110,6 +127,11 @@ class DataSettings(StrictModel):
             found.append("sources: name at least one")
         elif all(source.weight == 0 for source in self.sources):
             found.append("sources: every weight is 0")
+        if self.max_length is not None and self.max_length <= self.max_prompt_length:
+            found.append(
+                f"max_length: {self.max_length} leaves no room for a response after a prompt of "
+                f"max_prompt_length, {self.max_prompt_length}"
+            )
         if not self.eval_sources and self.eval_fraction == 1:
             found.append("eval_fraction: 1 leaves nothing to train on")
         return found
