@@ -160,8 +160,7 @@ def plan(config: RewardConfig, planned: Plan) -> None:
     shape = planned.shape(config.model_name_or_path, scalar=True, lora=True)
     planned.add_trained("reward model", shape)
     plan_steps(config, planned, "reward", sequences=2)
-    length = data.max_prompt_length + data.max_response_length
-    tokens = 2 * config.per_device_train_batch_size * length
+    tokens = 2 * config.per_device_train_batch_size * data.longest
     kept = activations(shape, tokens, engine.precision(config), config.gradient_checkpointing)
     planned.phases["training"] = {"activations": kept}
 

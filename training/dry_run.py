@@ -158,7 +158,7 @@ class Plan:
 def plan_steps(config: SupervisedConfig, planned: Plan, stage: Stage, sequences: int) -> None:
     """The steps of a supervised stage, whose examples have so many sequences each."""
     batch = global_batch_size(config, planned.processes)
-    length = config.data.max_prompt_length + config.data.max_response_length
+    length = config.data.longest
     records = planned.records(config.data, stage)
     if records is not None:
         require_evaluation(records)

@@ -58,6 +58,12 @@ def test_a_local_file_has_no_hub_options(tmp_path):
         ({"max_prompt_length": "256"}, "max_prompt_length: Input should be a valid integer"),
         ({"overlong_prompts": "cut"}, "overlong_prompts: Input should be 'truncate' or 'drop'"),
         ({"stage_proportions": [0.5, 0.5]}, "stage_proportions.2: Field required"),
+        (
+            {"max_length": 256},
+            "max_length: 256 leaves no room for a response after a prompt of max_prompt_length, "
+            "256",
+        ),
+        ({"max_length": 0}, "max_length: Input should be greater"),
         ({"sources": []}, "sources: name at least one"),
         ({"sources": [{"path": "a/b", "weight": -1}]}, "sources.0.weight: Input should be greater"),
     ],
@@ -66,3 +72,24 @@ def test_contradictions(change, fault):
     found = faults_of({"sources": ["a/b"], **change})
     assert len(found) == 1
     assert found[0].startswith(fault)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "longest", "name"),
+    [
+        ({}, 512, "data.max_prompt_length + data.max_response_length"),
+        ({"max_length": 512}, 512, "data.max_prompt_length + data.max_response_length"),
+        ({"max_length": 511}, 511, "data.max_length"),
+        ({"max_length": 257}, 257, "data.max_length"),
+        ({"max_length": 600}, 512, "data.max_prompt_length + data.max_response_length"),
+        (
+            {"max_prompt_length": 384, "max_response_length": 384, "max_length": 512},
+            512,
+            "data.max_length",
+        ),
+    ],
+)
+def test_the_longest_sequence_and_what_allows_it(lengths, longest, name):
+    settings = check_config(DataSettings, {"sources": ["a/b"], **lengths}, heading="bad:")
+    assert settings.longest == longest
+    assert settings.lengths() == {name: longest}

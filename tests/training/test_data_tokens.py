@@ -1,6 +1,7 @@
 """Token ids: columns, lengths, counts, and a cache that knows what it depends on."""
 
 import dataclasses
+from typing import Any, ClassVar
 
 import pytest
 
@@ -96,6 +97,77 @@ def test_pairs_that_are_cut_to_the_same_ids_teach_nothing(tokenizer, settings):
     assert found.report.count("dropped: responses identical up to max_response_length") == 1
 
 
+class LiteralTokenizer:
+    """Words are token ids as they stand: "5 6" is [5, 6]; no template, no BOS, EOS 2."""
+
+    bos_token_id, eos_token_id, chat_template = None, 2, "there is one"
+    special_tokens_map: ClassVar[dict[str, str]] = {}
+
+    def tokenize(self, text: str) -> list[str]:
+        return text.split()
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(number): number for number in range(100)}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        return " ".join(message["content"] for message in messages)
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+
+def literal(prompt: str, *responses: str) -> Record:
+    return Record(({"role": "user", "content": prompt},), responses, "a:1")
+
+
+TO_MAX_LENGTH = "responses cut to max_length, without EOS"
+TO_MAX_RESPONSE_LENGTH = "responses cut to max_response_length, without EOS"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompt_ids", "response_ids", "cuts"),
+    [
+        # max_prompt_length 6, max_response_length 4, max_length 8, response 20 … 24 and EOS
+        ("10 11 12", [10, 11, 12], [20, 21, 22, 23], {TO_MAX_RESPONSE_LENGTH: 1}),
+        ("10 11 12 13", [10, 11, 12, 13], [20, 21, 22, 23], {TO_MAX_RESPONSE_LENGTH: 1}),
+        ("10 11 12 13 14", [10, 11, 12, 13, 14], [20, 21, 22], {TO_MAX_LENGTH: 1}),
+        ("10 11 12 13 14 15", [10, 11, 12, 13, 14, 15], [20, 21], {TO_MAX_LENGTH: 1}),
+        (
+            "10 11 12 13 14 15 16",
+            [11, 12, 13, 14, 15, 16],
+            [20, 21],
+            {"prompts truncated from the left to max_prompt_length": 1, TO_MAX_LENGTH: 1},
+        ),
+    ],
+)
+def test_a_response_has_the_room_that_its_prompt_leaves(
+    settings, prompt, prompt_ids, response_ids, cuts
+):
+    options = settings(max_prompt_length=6, max_response_length=4, max_length=8)
+    records = stage_records(literal(prompt, "20 21 22 23 24"))
+    found = tokenize(records, LiteralTokenizer(), options, "sft")
+    assert found.train[0]["prompt_ids"] == prompt_ids
+    assert found.train[0]["response_ids"] == response_ids
+    assert found.report.counts == {"training": cuts}
+
+
+def test_a_response_that_fits_beside_its_prompt_keeps_its_eos(settings):
+    options = settings(max_prompt_length=6, max_response_length=4, max_length=8)
+    records = stage_records(literal("10 11 12 13 14 15", "20", "20 21", "30 31 32"))
+    found = tokenize(records, LiteralTokenizer(), options, "reward")
+    assert found.train[0]["responses_ids"] == [[20, 2], [20, 21], [30, 31]]
+    assert found.report.counts == {"training": {TO_MAX_LENGTH: 2}}
+
+
+def test_pairs_that_are_identical_within_max_length_are_dropped_under_its_name(settings):
+    options = settings(max_prompt_length=6, max_response_length=4, max_length=8)
+    pair = ("20 21 22", "20 21 23")
+    records = stage_records(literal("10 11 12 13 14 15", *pair), literal("10 11", *pair))
+    found = tokenize(records, LiteralTokenizer(), options, "reward")
+    assert found.train["responses_ids"][:] == [[[20, 21, 22, 2], [20, 21, 23, 2]]]
+    assert found.report.counts == {"training": {"dropped: responses identical up to max_length": 1}}
+
+
 def test_a_prompt_that_the_chat_template_refuses_is_dropped_and_counted(settings):
     tokenizer = build_tokenizer()
     tokenizer.chat_template = (
@@ -178,6 +250,7 @@ def test_the_key_changes_with_everything_that_matters(tokenizer, settings):
         cache_key([PAIR], no_bos, settings(), "reward"),
         cache_key([PAIR], tokenizer, settings(max_prompt_length=9), "reward"),
         cache_key([PAIR], tokenizer, settings(max_response_length=9), "reward"),
+        cache_key([PAIR], tokenizer, settings(max_length=257), "reward"),
         cache_key([PAIR], tokenizer, settings(overlong_prompts="drop"), "reward"),
         cache_key([PAIR], tokenizer, settings(), "sft"),
     ]

@@ -121,6 +121,7 @@ def cache_key(
         stage,
         settings.max_prompt_length,
         settings.max_response_length,
+        settings.max_length,
         settings.overlong_prompts,
         tokenizer_content(tokenizer),
     ):
@@ -220,14 +221,15 @@ def _encode_batch(
                 continue
             report.add("", "prompts truncated from the left to max_prompt_length")
             ids = truncate_prompt(ids, settings.max_prompt_length, tokenizer.bos_token_id)
-        cut = [answer[: settings.max_response_length] for answer in answers]
+        limit, limited_by = _room(len(ids), settings)
+        cut = [answer[:limit] for answer in answers]
         if stage == "reward" and len({tuple(answer) for answer in cut}) < len(cut):
-            report.add("", "dropped: responses identical up to max_response_length")
+            report.add("", f"dropped: responses identical up to {limited_by}")
             continue
         report.add(
             "",
-            "responses cut to max_response_length, without EOS",
-            sum(len(answer) > settings.max_response_length for answer in answers),
+            f"responses cut to {limited_by}, without EOS",
+            sum(len(answer) > limit for answer in answers),
         )
         columns["prompt"].append(record.prompt_text)
         columns["prompt_ids"].append(ids)
@@ -236,6 +238,15 @@ def _encode_batch(
         elif stage == "reward":
             columns["responses_ids"].append(cut)
     return columns
+
+
+def _room(prompt_length: int, settings: DataSettings) -> tuple[int, str]:
+    """Tokens that a response to such a prompt may have, and the setting that says so."""
+    if settings.max_length is not None:
+        room = settings.max_length - prompt_length
+        if room < settings.max_response_length:
+            return room, "max_length"
+    return settings.max_response_length, "max_response_length"
 
 
 def _features(stage: Stage) -> "Features":
