@@ -11,6 +11,8 @@ from training.tracking import say
 
 DIRECTORY = "evaluation.unfinished"
 SETTINGS, BLOCKS = "settings.json", "blocks.jsonl"
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
+"""Weights, config, tokenizer and chat template."""
 
 
 class Blocks:
@@ -71,6 +73,9 @@ class Blocks:
 
 
 def identity_of(path: str) -> list[Any]:
-    """Names, sizes and times of a local model's weights; a Hub name stands for itself."""
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    """Names, sizes and times of a local model's files; a Hub name stands for itself."""
+    place = Path(path)
+    files = [place] if place.is_file() else []
+    if place.is_dir():
+        files = sorted(file for suffix in MODEL_SUFFIXES for file in place.glob(f"*{suffix}"))
     return [path, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]

@@ -9,6 +9,7 @@ that was stopped goes on where it was.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import nn
 from step3_rlhf.blocks import Blocks, identity_of
 from step3_rlhf.checks import check_models
 from step3_rlhf.config import EvaluationConfig
-from step3_rlhf.evaluation import Models, evaluate, load_held_out, summary, write_evaluation
-from step3_rlhf.rewards import load_reward
+from step3_rlhf.evaluation import Models, evaluate, summary, write_evaluation
+from step3_rlhf.held_out import HeldOut, load_held_out
+from step3_rlhf.rewards import load_reward, source_file
 from training import engine, ranks
 from training.cli import add_common_options, errors_end_cleanly, start
 from training.config import apply_overrides, check_config, read_mapping
@@ -36,8 +38,9 @@ def run(config: EvaluationConfig) -> None:
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     check_models(config, tokenizer)
     with ranks.rank_zero_first():
-        prompts = tokenize(records, tokenizer, config.data, "ppo").eval
-    held_out = load_held_out(config, prompts, tokenizer)
+        data = tokenize(replace(records, train=[]), tokenizer, config.data, "ppo")
+    say("\n".join([*records.report.lines(), *data.report.lines()]))
+    held_out = load_held_out(config, data.eval, tokenizer)
     dtype = engine.precision(config)
 
     def load(path: str) -> nn.Module:
@@ -56,20 +59,23 @@ def run(config: EvaluationConfig) -> None:
     reference = policy if same else load(reference_path)
     models = Models(policy, reference, load_reward(config.reward, tokenizer, config), tokenizer)
     output = Path(config.output_dir)
-    blocks = Blocks(output, identity(config))
+    blocks = Blocks(output, identity(config, held_out))
     report, instances = evaluate(models, held_out, config.regularizer, config, blocks)
     write_evaluation(report, instances, output)
     blocks.remove()
     say(f"{summary(report)}\n  written to: {Path(config.output_dir) / 'evaluation.json'}")
 
 
-def identity(config: EvaluationConfig) -> dict[str, Any]:
+def identity(config: EvaluationConfig, held_out: HeldOut) -> dict[str, Any]:
     """All that the figures depend on."""
     paths = [config.model_name_or_path, config.reference_model_name_or_path]
     paths += [member.model_name_or_path for member in config.reward.weighted_models]
+    if config.reward.function:
+        paths.append(source_file(config.reward.function))
     return {
         "config": config.model_dump(mode="json"),
         "models": [identity_of(path) for path in paths if path],
+        "held_out": held_out.digest,
         "processes": ranks.world_size(),
     }
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.blocks import Blocks
 from step3_rlhf.config import EvaluationConfig
+from step3_rlhf.held_out import HeldOut
 from step3_rlhf.metrics import (
     Estimate,
     estimate,
@@ -27,14 +27,12 @@ from step3_rlhf.metrics import (
 from step3_rlhf.optimum import NoOptimumError, ResponseSet, optimum
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.regularizers import Regularizer
-from step3_rlhf.response_sets import FiniteSet, read_response_sets
+from step3_rlhf.response_sets import FiniteSet
 from step3_rlhf.rewards import RewardSource
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts, sample
 from training import ranks
-from training.data import encode_responses, read_records, tokenize
-from training.errors import UserError
+from training.data import encode_responses
 from training.lora import WithoutAdapter
-from training.tracking import say
 
 Model = nn.Module | WithoutAdapter
 
@@ -47,16 +45,6 @@ class Models:
     reference: Model
     reward: RewardSource
     tokenizer: PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What a policy is measured on."""
-
-    prompt_ids: list[list[int]]
-    prompts: list[str]
-    texts: list[tuple[list[int], list[int]]]  # prompt and response ids of held-out text
-    sets: list[FiniteSet]
 
 
 @dataclass(frozen=True)
@@ -145,7 +133,7 @@ def sampled_metrics(
                     "length": int(y.lengths[i]),
                     "ended": bool(y.ended[i]),
                 }
-                for y in responses[:2]
+                for y in responses
             ],
         }
         for i, prompt in enumerate(prompts)
@@ -385,32 +373,3 @@ def summary(report: dict[str, Any]) -> str:
         if figure:
             lines.append(f"  {name + ':':<24}{figure['mean']:10.4f} ± {figure['ci95']:.4f}")
     return "\n".join(lines)
-
-
-def load_held_out(
-    config: EvaluationConfig, prompts: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> HeldOut:
-    """The evaluation prompts of stage 3's data, held-out texts, and the finite sets."""
-    limit = config.evaluation.max_prompts
-    with ranks.rank_zero_first():
-        texts = held_out_texts(config, tokenizer)
-    chosen = prompts[:limit]
-    return HeldOut(
-        chosen["prompt_ids"],
-        chosen["prompt"],
-        texts[:limit],
-        read_response_sets(config.evaluation.response_sets),
-    )
-
-
-def held_out_texts(
-    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[int]]]:
-    """Prompt and response ids that people wrote and no stage trained on, where the data has any."""
-    try:
-        records = read_records(config.data, "sft")
-    except UserError as error:
-        say(f"No held-out text for perplexity: {error}")
-        return []
-    texts = tokenize(records, tokenizer, config.data, "sft").eval[:]
-    return list(zip(texts["prompt_ids"], texts["response_ids"], strict=True))

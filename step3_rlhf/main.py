@@ -16,14 +16,8 @@ from step3_rlhf.blocks import Blocks
 from step3_rlhf.checks import check_models
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluate import identity, settings_of_run
-from step3_rlhf.evaluation import (
-    HeldOut,
-    Models,
-    evaluate,
-    load_held_out,
-    summary,
-    write_evaluation,
-)
+from step3_rlhf.evaluation import Models, evaluate, summary, write_evaluation
+from step3_rlhf.held_out import HeldOut, load_held_out
 from step3_rlhf.plan import plan
 from step3_rlhf.prompts import Prompts, iterations
 from step3_rlhf.rewards import load_reward
@@ -67,7 +61,7 @@ def main(config: PPOConfig) -> None:
         went_on_from = train(trainer, count, held_out, evaluation)
         write_models(trainer, output, trained_to_the_end_before=went_on_from == count)
     say(f"Evaluating; where that is stopped, `bash scripts/evaluate.sh {output}` goes on")
-    blocks = Blocks(output, identity(settings_of_run(str(output))))
+    blocks = Blocks(output, identity(settings_of_run(str(output)), held_out))
     report, instances = evaluate(models(trainer), held_out, config.regularizer, evaluation, blocks)
     write_evaluation(report, instances, output)
     blocks.remove()

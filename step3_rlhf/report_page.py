@@ -222,7 +222,7 @@ def pm_note(pm: Run) -> str:
 def samples(runs: dict[str, Run]) -> str:
     """Two responses of each run to the same prompts, one row per run."""
     by_prompt = {
-        name: {entry["prompt"]: entry["responses"] for entry in run.instances}
+        name: {entry["prompt"]: entry["responses"][:2] for entry in run.instances}
         for name, run in runs.items()
     }
     prompts = sampled_prompts(runs)

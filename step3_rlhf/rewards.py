@@ -139,6 +139,11 @@ def import_function(path: str) -> RewardFunction:
     return found
 
 
+def source_file(path: str) -> str | None:
+    """The file of the module that `module:callable` names, if it has one."""
+    return getattr(importlib.import_module(path.partition(":")[0]), "__file__", None)
+
+
 def check_reward(
     settings: RewardSettings, trust_remote_code: bool, untrained: str | None = None
 ) -> None:

@@ -70,3 +70,13 @@ def test_weights_that_were_written_anew_are_others(tmp_path: Path) -> None:
     assert identity_of(str(tmp_path)) != before
     assert json.loads(json.dumps(before)) == before
     assert identity_of("owner/model") == ["owner/model"]
+
+
+def test_a_gguf_file_and_a_tokenizer_that_were_written_anew_are_others(tmp_path: Path) -> None:
+    for name in ("model.gguf", "tokenizer.json"):
+        file = tmp_path / name
+        file.write_bytes(b"1234")
+        path = str(file if name.endswith(".gguf") else tmp_path)
+        before = identity_of(path)
+        file.write_bytes(b"12345")
+        assert identity_of(path) != before

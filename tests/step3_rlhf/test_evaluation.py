@@ -18,7 +18,6 @@ from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluate import main, run_settings
 from step3_rlhf.evaluation import (
     EXACT_FIGURES,
-    HeldOut,
     Models,
     Responses,
     evaluate,
@@ -30,6 +29,7 @@ from step3_rlhf.evaluation import (
     summary,
     write_evaluation,
 )
+from step3_rlhf.held_out import HeldOut
 from step3_rlhf.regularizers import parse_regularizer
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
 from step3_rlhf.rewards import FunctionReward
@@ -100,7 +100,10 @@ def test_several_pairs_are_averaged_within_a_prompt() -> None:
 
     draws = [drawn(-1.0, -1.0), drawn(-2.0, -1.0), drawn(-4.0, -1.0), drawn(-1.0, -3.0)]
     single = [sampled_metrics(["x", "y"], draws[k : k + 2], 1.0)[0] for k in (0, 2)]
-    report, _ = sampled_metrics(["x", "y"], draws, 1.0)
+    report, instances = sampled_metrics(["x", "y"], draws, 1.0)
+    assert [[y["logp"] for y in entry["responses"]] for entry in instances] == [
+        [-1.0, -2.0, -4.0, -1.0], [-1.0, -1.0, -1.0, -3.0],
+    ]  # fmt: skip
     expected = sum(part["pm_divergence"]["mean"] for part in single) / 2
     assert report["pm_divergence"]["mean"] == pytest.approx(expected)
     assert (report["pairs_per_prompt"], report["pm_divergence"]["count"]) == (2, 2)

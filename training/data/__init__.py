@@ -16,6 +16,7 @@ from training.data.formats import Record, prompt_messages
 from training.data.records import StageRecords, read_records
 from training.data.report import Report
 from training.data.settings import STAGES, DataSettings, Source, Stage
+from training.data.split import chosen_at_random
 from training.data.templates import (
     decode_responses,
     encode_prompts,
@@ -38,6 +39,7 @@ __all__ = [
     "Stage",
     "StageRecords",
     "TokenizedData",
+    "chosen_at_random",
     "collate_groups",
     "collate_texts",
     "decode_responses",
