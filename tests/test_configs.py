@@ -233,12 +233,27 @@ def test_every_phase_of_the_quickstart_starts_with_a_config_that_loads(
 PUBLISHED = {
     "step1_sft/configs/opt-1.3b.json": (30, 0.0),
     "step1_sft/configs/llama-2-7b.json": (30, 0.0),
+    "step1_sft/configs/llama-3.2-1b.json": (30, 0.0),
+    "step1_sft/configs/llama-3.2-3b.json": (30, 0.0),
     "step2_reward/configs/opt-1.3b.json": (24, 0.1),
+    "step2_reward/configs/opt-1.3b-paper.json": (24, 0.1),
     "step2_reward/configs/llama-2-7b.json": (36, 0.1),
+    "step2_reward/configs/llama-2-7b-paper.json": (36, 0.1),
+    "step2_reward/configs/llama-3.2-1b.json": (36, 0.1),
+    "step2_reward/configs/llama-3.2-3b.json": (36, 0.1),
     "step3_rlhf/configs/opt-1.3b.json": (4, 0.1),
     "step3_rlhf/configs/opt-1.3b-paper.json": (4, 0.1),
     "step3_rlhf/configs/llama-2-7b.json": (24, 0.1),
+    "step3_rlhf/configs/llama-2-7b-paper.json": (24, 0.1),
+    "step3_rlhf/configs/llama-3.2-1b.json": (24, 0.1),
+    "step3_rlhf/configs/llama-3.2-3b.json": (24, 0.1),
 }
+
+
+def test_all_but_our_own_models_have_published_settings() -> None:
+    names = {str(path.relative_to(ROOT)) for path in SHIPPED}
+    own = {name for name in names if Path(name).stem in ("quickstart", "smollm2")}
+    assert names - own == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -247,11 +262,57 @@ def test_settings_are_the_published_ones(name: str) -> None:
     ppo = name.startswith("step3")
     for optimizer in (data["actor"], data["critic"]) if ppo else (data,):
         assert optimizer["learning_rate"] == (1e-6 if ppo else 1e-5)
+        assert optimizer.get("lr_scheduler_type", "cosine") == "cosine"
+        assert "warmup_ratio" not in optimizer  # 0
         decay = optimizer.get("weight_decay", 0.0)
         assert (data["per_device_train_batch_size"], decay) == PUBLISHED[name]
     assert data["num_train_epochs"] == (1 if ppo else 2)
+    assert (data["bf16"], data["gradient_checkpointing"]) == (True, True)
     assert data["deepspeed"]["zero_optimization"]["stage"] == 2
     assert data["data"]["stage_proportions"] == [0.2, 0.4, 0.4]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_text_has_512_tokens_as_the_published_ones_have(name: str) -> None:
+    data = json.loads((ROOT / name).read_text())
+    lengths, tldr = data["data"], "llama-3.2" in name
+    prompt, response = lengths["max_prompt_length"], lengths["max_response_length"]
+    if name.startswith("step3"):
+        assert (prompt, response) == ((448, 64) if tldr else (256, 256))
+        assert data["response_length"] == response
+        assert "max_length" not in lengths
+    else:
+        assert (prompt, response) == ((448, 128) if tldr else (384, 384))
+        assert lengths["max_length"] == 512
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [("opt-1.3b", "facebook/opt-1.3b"), ("llama-2-7b", "meta-llama/Llama-2-7b-hf")],
+)
+def test_the_papers_variants_differ_in_what_they_say(model: str, base: str) -> None:
+    def pair(stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        both = (ROOT / stage / "configs" / f"{model}{kind}.json" for kind in ("", "-paper"))
+        default, paper = (json.loads(path.read_text()) for path in both)
+        return default, paper
+
+    default, paper = pair("step2_reward")
+    assert default["model_name_or_path"] == f"runs/{model}/sft/model"
+    expected = {"model_name_or_path": base, "output_dir": f"runs/{model}-paper/reward"}
+    assert f"{model}.json" in paper.pop("description")
+    assert paper == default | expected
+
+    default, paper = pair("step3_rlhf")
+    assert default.pop("reward_centering") == "reference_mean"
+    assert f"{model}.json" in paper.pop("description")
+    assert paper["evaluation"].get("sampling", {}).pop("top_p", 0.9) == 0.9
+    assert paper == default | {
+        "output_dir": f"runs/{model}-paper/conditional_pm",
+        "reward": {"model_name_or_path": f"runs/{model}-paper/reward/model"},
+        "data": default["data"] | {"overlong_prompts": "drop"},
+        "top_p": 0.9,
+        "reward_clip": 5.0,
+    }
 
 
 def test_the_smollm2_run_with_another_seed_starts_at_its_beginning(

@@ -88,7 +88,9 @@ def test_every_shipped_config_passes_offline(
     assert "no weights were loaded" in printed
     assert "it fits a GPU of 80 GiB" in printed
     assert "not checked" in printed  # the data is on the Hub
-    assert ("top_p draws from another policy" in printed) == path.stem.endswith("-paper")
+    paper = path.stem.endswith("-paper")
+    assert ("The published code's own" in printed) == paper
+    assert ("top_p draws from another policy" in printed) == (paper and stage == "step3_rlhf")
     assert not (tmp_path / "out").exists()
 
 
