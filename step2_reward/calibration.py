@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -25,20 +26,55 @@ class Bin:
     """Fraction of pairs in which that response was chosen."""
 
 
+def correct(margins: Tensor) -> Tensor:
+    """1 where m > 0, one half at a tie (m = 0), 0 elsewhere."""
+    return (margins > 0).double() + 0.5 * (margins == 0).double()
+
+
+def losses(margins: Tensor) -> Tensor:
+    """−log σ(m) of each pair, in nats."""
+    return -logsigmoid(margins.double())
+
+
 def accuracy(margins: Tensor) -> float:
     """Fraction of pairs with m > 0; a tie (m = 0) counts one half."""
-    return ((margins > 0).double() + 0.5 * (margins == 0).double()).mean().item()
+    return correct(margins).mean().item()
 
 
 def log_loss(margins: Tensor) -> float:
     """Mean of −log σ(m), in nats."""
-    return -logsigmoid(margins.double()).mean().item()
+    return losses(margins).mean().item()
+
+
+def mean_ci95(values: Tensor, prompts: Tensor) -> float | None:
+    """Half the width of the 95 % confidence interval of a mean over pairs.
+
+    Prompts are independent; the pairs of one prompt (of a ranking, or of several comparisons) are
+    not. The mean is the ratio of two sums over the G prompts, of values and of pairs, so with e_g
+    the sum of a prompt's residuals x − x̄ it is 1.96 · sqrt(G/(G − 1) · Σ_g e_g²) / n (Cochran
+    1977, section 6.5). With one pair to a prompt this is 1.96 · s/√n.
+
+    Args:
+        values: [n].
+        prompts: [n] long, the number of the prompt that each pair belongs to.
+
+    Returns:
+        None where there is a single prompt, which says nothing about others.
+    """
+    _, group = prompts.unique(return_inverse=True)
+    count = int(group.max()) + 1
+    if count < 2:
+        return None
+    residuals = values.double() - values.double().mean()
+    sums = torch.zeros(count, dtype=torch.float64).index_add(0, group, residuals)
+    deviation = (count / (count - 1) * sums.square().sum()).sqrt() / len(values)
+    return (1.96 * deviation).item()
 
 
 def reliability(margins: Tensor, bins: int) -> list[Bin]:
     """Equally wide bins of confidence σ(|m|) over [1/2, 1]; empty bins are left out."""
     confidence = margins.double().abs().sigmoid()
-    correct = (margins > 0).double() + 0.5 * (margins == 0).double()
+    right = correct(margins)
     width = 0.5 / bins
     index = ((confidence - 0.5) / width).long().clamp(max=bins - 1)
     found = []
@@ -52,25 +88,38 @@ def reliability(margins: Tensor, bins: int) -> list[Bin]:
                     low + width,
                     int(inside.sum()),
                     confidence[inside].mean().item(),
-                    correct[inside].mean().item(),
+                    right[inside].mean().item(),
                 )
             )
     return found
 
 
 def expected_calibration_error(bins: list[Bin]) -> float:
-    """Σ_b (n_b / n) · |accuracy_b − confidence_b| (Guo et al., 2017)."""
+    """Σ_b (n_b / n) · |accuracy_b − confidence_b| (Guo et al., 2017).
+
+    Without an interval: chance alone makes it positive, the more so with few pairs in a bin, and a
+    bootstrap adds that bias once more; where the model is calibrated it is not even consistent, as
+    |·| has a kink there.
+    """
     pairs = sum(b.pairs for b in bins)
     return sum(b.pairs / pairs * abs(b.accuracy - b.confidence) for b in bins)
 
 
-def calibration_report(margins: Tensor, bins: int) -> dict[str, Any]:
-    """Accuracy, log-loss, ECE and the reliability diagram's bins."""
+def calibration_report(margins: Tensor, prompts: Tensor, bins: int) -> dict[str, Any]:
+    """Accuracy and log-loss with their intervals, ECE and the reliability diagram's bins.
+
+    Args:
+        margins: [pairs].
+        prompts: [pairs] long, the number of the prompt that each pair belongs to.
+    """
     found = reliability(margins, bins)
     return {
         "pairs": len(margins),
+        "prompts": len(prompts.unique()),
         "accuracy": accuracy(margins),
+        "accuracy_ci95": mean_ci95(correct(margins), prompts),
         "log_loss": log_loss(margins),
+        "log_loss_ci95": mean_ci95(losses(margins), prompts),
         "ece": expected_calibration_error(found),
         "reliability": [asdict(b) for b in found],
     }

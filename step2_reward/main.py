@@ -30,6 +30,9 @@ from training.models import last_token
 from training.signals import requests
 from training.tracking import say
 
+FIGURES = ("accuracy", "accuracy_ci95", "log_loss", "log_loss_ci95", "ece")
+"""Of the calibration report, those that metrics.jsonl has too."""
+
 
 class PreferenceModelling:
     """Negative log-likelihood of the recorded choices, in nats per comparison."""
@@ -48,6 +51,10 @@ class PreferenceModelling:
         self.config = config
         self.pad_token_id = pad_token_id
         self.report: dict[str, Any] = {}
+        numbers: dict[tuple[int, ...], int] = {}
+        self._prompt_numbers = [
+            numbers.setdefault(tuple(ids), len(numbers)) for ids in held_out["prompt_ids"][:]
+        ]
 
     def collate(self, rows: list[int], training: bool) -> GroupedBatch:
         data = self.train if training else self.held_out
@@ -62,19 +69,24 @@ class PreferenceModelling:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         total, rankings = 0.0, 0
-        margins: list[float] = []
+        margins: list[tuple[float, int]] = []
         batch_size = self.config.per_device_eval_batch_size
         for rows in fitting.evaluation_batches(len(self.held_out), batch_size):
             batch = self.collate(rows, training=False)
             rewards, present = self._rewards(batch)
             total += plackett_luce_loss(rewards, present).sum().item()
             rankings += self.items(batch)
-            margins += pair_margins(rewards, present)
+            margins += [
+                (margin, self._prompt_numbers[rows[group]])
+                for margin, group in pair_margins(rewards, present)
+            ]
         loss = fitting.mean_over_ranks(total, rankings)
-        everywhere = torch.tensor(ranks.gather_objects(margins))
-        self.report = calibration_report(everywhere, self.config.calibration_bins)
-        figures = ("accuracy", "log_loss", "ece")
-        return {"eval/loss": loss} | {f"eval/{name}": self.report[name] for name in figures}
+        everywhere, prompts = zip(*ranks.gather_objects(margins), strict=True)
+        self.report = calibration_report(
+            torch.tensor(everywhere), torch.tensor(prompts), self.config.calibration_bins
+        )
+        figures = {name: self.report[name] for name in FIGURES if self.report[name] is not None}
+        return {"eval/loss": loss} | {f"eval/{name}": value for name, value in figures.items()}
 
     def _rewards(self, batch: GroupedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """[groups, responses] rewards, best response first, and which of them there are."""
@@ -94,11 +106,13 @@ def by_group(rewards: torch.Tensor, batch: GroupedBatch) -> tuple[torch.Tensor, 
     return grid, (columns < sizes[:, None]) & batch.group_mask[:, None]
 
 
-def pair_margins(rewards: torch.Tensor, present: torch.Tensor) -> list[float]:
-    """r(better) − r(worse) of every pair that a ranking (best first) implies."""
+def pair_margins(rewards: torch.Tensor, present: torch.Tensor) -> list[tuple[float, int]]:
+    """r(better) − r(worse) of every pair that a ranking (best first) implies, and its group."""
     better, worse = torch.triu_indices(present.shape[1], present.shape[1], offset=1)
     both = present[:, better] & present[:, worse]
-    return (rewards[:, better] - rewards[:, worse])[both].double().tolist()
+    margins = (rewards[:, better] - rewards[:, worse])[both].double()
+    groups = both.nonzero()[:, 0]
+    return list(zip(margins.tolist(), groups.tolist(), strict=True))
 
 
 def main(config: RewardConfig) -> None:
@@ -137,13 +151,25 @@ def main(config: RewardConfig) -> None:
 
     with requests.deferred():
         fitting.fit(config, trained, task, len(data.train), stopping, save_best, "reward model")
-    best = stopping.best
     say(
-        f"The reward model is done: accuracy {best['eval/accuracy']:.3f}, log-loss "
-        f"{best['eval/log_loss']:.4f} nats, expected calibration error {best['eval/ece']:.3f}\n"
+        f"The reward model is done: {summary(stopping.best)}\n"
         f"  model:       {output / 'model'}\n"
         f"  calibration: {output / 'evaluation.json'}\n"
         f"  metrics:     {output / 'metrics.jsonl'}"
+    )
+
+
+def summary(metrics: dict[str, float]) -> str:
+    """An evaluation's headline figures, with 95 % confidence intervals where there are any."""
+
+    def figure(name: str, digits: int) -> str:
+        value, interval = metrics[f"eval/{name}"], metrics.get(f"eval/{name}_ci95")
+        either_side = "" if interval is None else f" ± {interval:.{digits}f}"
+        return f"{value:.{digits}f}{either_side}"
+
+    return (
+        f"accuracy {figure('accuracy', 3)}, log-loss {figure('log_loss', 4)} nats, expected "
+        f"calibration error {figure('ece', 3)}"
     )
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from step2_reward import main as reward
 from step2_reward.config import RewardConfig
 from step2_reward.losses import btl_loss
-from step2_reward.main import PreferenceModelling, by_group, pair_margins
+from step2_reward.main import PreferenceModelling, by_group, pair_margins, summary
 from training.config import check_config
 from training.data import FILLER, collate_groups
 from training.engine import TrainedModule
@@ -39,7 +39,8 @@ def test_rewards_are_put_back_into_their_groups() -> None:
 def test_margins_of_every_pair_that_a_ranking_implies() -> None:
     rewards = torch.tensor([[3.0, 1.0, 0.0], [0.0, 5.0, 99.0], [7.0, 7.0, 7.0]])
     present = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
-    assert sorted(pair_margins(rewards, present)) == [-5.0, 1.0, 2.0, 3.0]
+    found = pair_margins(rewards, present)
+    assert sorted(found) == [(-5.0, 1), (1.0, 0), (2.0, 0), (3.0, 0)]
 
 
 @pytest.fixture
@@ -84,8 +85,35 @@ def test_evaluation_is_a_mean_over_rankings_with_pairwise_calibration(
     assert task.report["pairs"] == 4
     margins = torch.stack([a - b, x - y, x - z, y - z])
     assert found["eval/accuracy"] == pytest.approx((margins > 0).double().mean().item())
-    expected = torch.nn.functional.softplus(-margins).mean().item()
-    assert found["eval/log_loss"] == pytest.approx(expected, rel=1e-5)
+    losses = torch.nn.functional.softplus(-margins).double()
+    assert found["eval/log_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    # two prompts, of one pair and of three
+    sums = [(part - losses.mean()).sum().item() for part in (losses[:1], losses[1:])]
+    expected = 1.96 * math.sqrt(2 * (sums[0] ** 2 + sums[1] ** 2)) / 4
+    assert found["eval/log_loss_ci95"] == pytest.approx(expected, rel=1e-4)
+    assert task.report["prompts"] == 2
+
+
+def test_comparisons_of_the_same_prompt_are_one_prompts(task: PreferenceModelling) -> None:
+    rows = Dataset.from_dict({name: [GROUPS[row][name] for row in (1, 0, 1)] for name in GROUPS[0]})
+    again = PreferenceModelling(task.model, GROUPS, rows, task.config, PAD)
+    found = again.evaluate()
+    assert (again.report["pairs"], again.report["prompts"]) == (7, 2)
+    alone = PreferenceModelling(task.model, GROUPS, rows.select([0, 2]), task.config, PAD)
+    metrics = alone.evaluate()
+    assert (alone.report["prompts"], alone.report["log_loss_ci95"]) == (1, None)
+    assert found.keys() - metrics.keys() == {"eval/accuracy_ci95", "eval/log_loss_ci95"}
+
+
+def test_the_summary_has_intervals_where_there_are_any() -> None:
+    figures = {"eval/accuracy": 0.5684, "eval/log_loss": 0.67401, "eval/ece": 0.0312}
+    assert summary(figures) == (
+        "accuracy 0.568, log-loss 0.6740 nats, expected calibration error 0.031"
+    )
+    intervals = {"eval/accuracy_ci95": 0.0719, "eval/log_loss_ci95": 0.0123}
+    assert summary(figures | intervals) == (
+        "accuracy 0.568 ± 0.072, log-loss 0.6740 ± 0.0123 nats, expected calibration error 0.031"
+    )
 
 
 def _columns(row: int) -> dict:
@@ -123,3 +151,5 @@ def test_the_best_weights_are_the_ones_saved(
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert report["log_loss"] == lines[1]["eval/log_loss"] != lines[2]["eval/log_loss"]
     assert {"pairs", "accuracy", "log_loss", "ece", "reliability"} <= report.keys()
+    assert report["accuracy_ci95"] == lines[1]["eval/accuracy_ci95"]
+    assert report["log_loss_ci95"] == lines[1]["eval/log_loss_ci95"] > 0
