@@ -1,7 +1,7 @@
 """The paper's grid of experiments: conditional PM at every α, and KL, at every β.
 
     bash scripts/sweep.sh STAGE3_CONFIG [--output DIR] [key.path=value ...]
-    bash scripts/sweep.sh --report DIR
+    bash scripts/sweep.sh --report DIR [DIR ...]
 
 Every cell is a run of scripts/step3_rlhf.sh. What is finished is skipped and what was stopped goes
 on (sweep_cells.py, sweep_plan.py); then come the tables (sweep_tables.py), the figures
@@ -11,17 +11,19 @@ on (sweep_cells.py, sweep_plan.py); then come the tables (sweep_tables.py), the 
 import argparse
 import importlib.util
 import math
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.sweep_cells import SETTINGS, Grid, State, is_finished
+from step3_rlhf.sweep_model import model_name
 from step3_rlhf.sweep_plan import Job, Request, plan, stage_settings
 from training.cli import errors_end_cleanly
 from training.errors import RunError, UserError
@@ -69,7 +71,10 @@ class Launcher:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopped_by = number
-        if self._process is not None:
+        # SLURM gives this signal to every process of a step; a second one would end the command
+        # before its checkpoint is written.
+        told = number == signal.SIGUSR1 and "SLURM_STEP_ID" in os.environ
+        if self._process is not None and not told:
             self._process.send_signal(number)
 
 
@@ -124,7 +129,7 @@ def sweep(request: Request) -> None:
     with Launcher() as launch:
         failed = run(jobs, launch)
     if len(failed) < len(jobs):
-        print(report(request.directory))
+        print(report([request.directory]))
     if failed:
         lines = [f"  - {name}: {outcome}" for name, outcome in failed.items()]
         heading = f"{len(failed)} of {len(jobs)} cells failed; the same command runs them again:"
@@ -141,18 +146,55 @@ def describe(request: Request) -> str:
     return "\n".join(lines)
 
 
-def report(directory: Path) -> str:
-    """Write tables, figures and page from what is finished; returns what the terminal shows."""
+def report(
+    directories: list[Path], names: Sequence[str] | None = None, joint: Path | None = None
+) -> str:
+    """Write tables, figures and page from what is finished; returns what the terminal shows.
+
+    Args:
+        directories: sweeps, each of which gets its own; several have a Figure 1 together too.
+        names: the models', where they are not to be the sweeps' own.
+        joint: where that Figure 1 goes; the first of the directories.
+    """
     from step3_rlhf import sweep_figures, sweep_page, sweep_tables
     from step3_rlhf.sweep_results import read_results
 
-    results = read_results(directory)
-    files = sweep_tables.write_tables(results, directory)
-    drawn, left_out = sweep_figures.draw_figures(results, directory)
-    page = sweep_page.write_page(results, drawn, directory)
-    lines = [sweep_tables.markdown(results), *map(str, [*files, *drawn, page])]
-    lines += [f"not drawn: {name}: {reason}" for name, reason in left_out.items()]
-    return "\n".join(lines)
+    given: Sequence[str | None] = names or [None] * len(directories)
+    sweeps = [read_results(*pair) for pair in zip(directories, given, strict=True)]
+    lines = []
+    for directory, results in zip(directories, sweeps, strict=True):
+        files = sweep_tables.write_tables(results, directory)
+        drawn, left_out = sweep_figures.draw_figures(results, directory)
+        page = sweep_page.write_page(results, drawn, directory)
+        lines += [sweep_tables.markdown(results), *map(str, [*files, *drawn, page])]
+        lines += [f"not drawn: {name}: {reason}" for name, reason in left_out.items()]
+        lines.append("")
+    if len(sweeps) > 1:
+        drawn, left_out = sweep_figures.draw_joint(sweeps, joint or directories[0])
+        lines.append("Figure 1 with a panel for each model:")
+        lines += map(str, drawn)
+        lines += [f"not drawn: {name}: {reason}" for name, reason in left_out.items()]
+    return "\n".join(lines).rstrip("\n")
+
+
+def require_one_start() -> None:
+    """A sweep on several nodes is started on one of them.
+
+    Raises:
+        UserError: this is one of several starts, which would plan and write the same at once.
+    """
+    hostfile = os.environ.get("HOSTFILE")
+    if not hostfile or "NODE_RANK" not in os.environ:
+        return
+    try:
+        lines = Path(hostfile).read_text().splitlines()
+    except OSError:
+        return  # scripts/launch.sh says so
+    if sum("slots=" in line and not line.lstrip().startswith("#") for line in lines) > 1:
+        raise UserError(
+            "NODE_RANK is set and HOSTFILE names several nodes: a sweep is started once, not on "
+            "each node; bash scripts/sweep.sh --help names two ways"
+        )
 
 
 def require_matplotlib() -> None:
@@ -175,16 +217,38 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sweep.sh", description=__doc__.split("\n")[0])
     parser.add_argument("config", nargs="?", help="stage 3's JSON (or YAML) config")
     parser.add_argument("overrides", nargs="*", help="key.path=value, over the config's own")
-    parser.add_argument("--output", type=Path, help="default: sweep, beside its output_dir")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="default: sweep, beside its output_dir; with --report the joint Figure 1's directory, "
+        "by default the first",
+    )
     parser.add_argument("--alphas", type=positive_numbers, default=ALPHAS)
     parser.add_argument("--betas", type=positive_numbers, default=BETAS)
     parser.add_argument("--without-pm", action="store_true", help="leave out Figure 1")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="only tables and figures of DIR")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="only tables and figures of DIR; of several also a Figure 1 with a panel for each",
+    )
+    parser.add_argument(
+        "--model-name",
+        action="append",
+        metavar="NAME",
+        help="for captions, and the paper's numbers for OPT or Llama; once for each DIR",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_intermixed_args(arguments)
     if (options.config is None) == (options.report is None):
         parser.error("give a stage-3 config, or --report and a sweep's directory")
+    sweeps = len(options.report or [options.config])
+    if options.model_name and len(options.model_name) != sweeps:
+        parser.error(f"--model-name: {sweeps} expected, one for each sweep in their order")
+    if options.report and sweeps == 1 and options.output:
+        parser.error("--output: a single sweep's report is written into its own directory")
     return options
 
 
@@ -193,16 +257,18 @@ def main(arguments: list[str] | None = None) -> None:
     with errors_end_cleanly(options.debug):
         require_matplotlib()
         if options.report is not None:
-            print(report(options.report))
+            print(report(options.report, options.model_name, options.output))
             return
         settings = stage_settings(options.config, options.overrides)
         model = settings["model_name_or_path"]
-        grid = Grid(model, options.alphas, options.betas, options.without_pm)
+        name = options.model_name[0] if options.model_name else model_name(model)
+        grid = Grid(model, options.alphas, options.betas, options.without_pm, name)
         directory = options.output or Path(settings["output_dir"]).parent / "sweep"
         request = Request(options.config, options.overrides, grid, directory)
         if options.dry_run:
             print(describe(request))
         else:
+            require_one_start()
             sweep(request)
 
 

@@ -3,13 +3,13 @@
 A sweep's directory:
 
     sweep.json                    the grid
-    reference/                    the reference itself, only measured: Figures 3 and 4
+    reference/                    the reference itself, only measured: Figure 3 or 4
     beta-1.0/conditional_pm-0.3/  a stage-3 run; also beta-1.0/kl and, for Figure 1, beta-1.0/pm
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,13 @@ class Grid:
     """α × β, KL beside every α."""
 
     model: str
-    """The policy that every cell starts from, for captions."""
+    """The policy that every cell starts from: a path or a Hub name."""
     alphas: tuple[float, ...]
     betas: tuple[float, ...]
     without_pm: bool = False
     """Leave out unconditional PM, a cell that only Figure 1 needs."""
+    name: str = ""
+    """The model's, for captions; empty where only `model` says what it is (sweep_model.py)."""
 
     @property
     def main_beta(self) -> float:
@@ -85,7 +87,7 @@ class Grid:
         try:
             data = json.loads((directory / RECORD).read_text())
             grid = cls(**data)
-            return cls(grid.model, tuple(grid.alphas), tuple(grid.betas), grid.without_pm)
+            return replace(grid, alphas=tuple(grid.alphas), betas=tuple(grid.betas))
         except OSError:
             raise UserError(f"{directory} holds no {RECORD}, so it is no sweep") from None
         except (ValueError, TypeError) as error:

@@ -1,17 +1,21 @@
-"""Figures 1 and 3 to 8 of the paper from a sweep, as PNG and PDF.
+"""Figures 1 and 3 to 8 of the paper from sweeps, as PNG and PDF.
 
-Figures 3, 5 and 6 show Llama-2-7B, Figures 4, 7 and 8 the same for OPT-1.3B: one file each here,
-for the model that the sweep started from.
+Figures 3, 5 and 6 show Llama-2-7B, Figures 4, 7 and 8 the same for OPT-1.3B: a sweep's are named
+by the numbers of its model (sweep_model.py). Figure 1 shows both models: a sweep's own is one of
+its panels, and several sweeps have one together.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from step3_rlhf.sweep_cells import Cell
+from step3_rlhf.sweep_model import LLAMA, OPT, Shown
 from step3_rlhf.sweep_results import Results, best_alpha, cell_label, sigmoid
 
 KL_COLOUR, PM_COLOUR, REFERENCE_COLOUR, REWARD_COLOUR = "#C8501E", "#0B7A5B", "#E0A91B", "#1F6FB2"
@@ -28,35 +32,102 @@ class MissingCellsError(Exception):
     """A figure cannot be drawn; the message says what it needs."""
 
 
+@dataclass(frozen=True)
+class Kind:
+    """One of the paper's figures, whatever its number."""
+
+    shows: str
+    """As in `Shown.figures`."""
+    draw: Callable[[Results], Figure]
+    caption: str
+    """With places for the model's name and the β of what has one only."""
+
+    def number(self, shown: Shown) -> int:
+        return shown.figures[self.shows]
+
+    def name(self, shown: Shown) -> str:
+        """Its files', without their suffix."""
+        return f"figure{self.number(shown)}_{self.shows}"
+
+    def caption_of(self, results: Results) -> str:
+        """Which begins with its number."""
+        text = self.caption.format(model=results.model, beta=f"{results.grid.main_beta:g}")
+        return f"Figure {self.number(results.shown)}: {text}"
+
+
 def draw_figures(results: Results, directory: Path) -> tuple[list[Path], dict[str, str]]:
     """Write every figure whose cells are finished; earlier files of the others go.
 
     Returns:
         The files, and why the others were left out.
     """
-    drawn, left_out = [], {}
-    for name, draw in FIGURES.items():
-        paths = [directory / f"{name}.{suffix}" for suffix in ("png", "pdf")]
+    for shown in (LLAMA, OPT):
+        for kind in FIGURES:
+            remove(directory / kind.name(shown))
+    drawn: list[Path] = []
+    left_out: dict[str, str] = {}
+    for kind in FIGURES:
+        name = kind.name(results.shown)
         try:
-            figure = draw(results)
+            drawn += save(kind.draw(results), directory / name)
         except MissingCellsError as error:
             left_out[name] = str(error)
-            for path in paths:
-                path.unlink(missing_ok=True)
-            continue
-        for path in paths:
-            figure.savefig(path, dpi=150, facecolor="white")
-        drawn += paths
     return drawn, left_out
 
 
+def draw_joint(sweeps: Sequence[Results], directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The same of the Figure 1 that several sweeps have together."""
+    remove(directory / JOINT)
+    try:
+        figure = joint_perplexity(sweeps)
+    except MissingCellsError as error:
+        return [], {JOINT: str(error)}
+    directory.mkdir(parents=True, exist_ok=True)
+    return save(figure, directory / JOINT), {}
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    for path in files(stem):
+        figure.savefig(path, dpi=150, facecolor="white")
+    return files(stem)
+
+
+def remove(stem: Path) -> None:
+    for path in files(stem):
+        path.unlink(missing_ok=True)
+
+
+def files(stem: Path) -> list[Path]:
+    return [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf")]
+
+
 def perplexity(results: Results) -> Figure:
-    """Figure 1: perplexity of PM and KL RLHF."""
-    beta = results.grid.main_beta
-    cells = {results.grid.pm: PM_COLOUR, Cell("kl", beta): KL_COLOUR}
-    require(results, list(cells))
+    """A panel of Figure 1: perplexity of PM and KL RLHF."""
     figure = Figure(figsize=(4.2, 3.8), layout="constrained")
     axes = figure.subplots()
+    draw_perplexity(axes, results)
+    titled(axes, f"β = {results.grid.main_beta:g}")
+    return figure
+
+
+def joint_perplexity(sweeps: Sequence[Results]) -> Figure:
+    """Figure 1: a panel for each model, with a scale of its own."""
+    figure = Figure(figsize=(4.0 * len(sweeps) + 0.2, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(sweeps), squeeze=False)[0]
+    for place, (axes, results) in enumerate(zip(panels, sweeps, strict=True)):
+        try:
+            draw_perplexity(axes, results)
+        except MissingCellsError as error:
+            raise MissingCellsError(f"{results.model}: {error}") from None
+        name = results.model.replace("$", "\\$")  # which would begin a formula
+        titled(axes, f"({letter(place)}) {name}\nβ = {results.grid.main_beta:g}")
+        axes.set_ylabel(PERPLEXITY_LABEL if place == 0 else "")
+    return figure
+
+
+def draw_perplexity(axes: Axes, results: Results) -> None:
+    cells = {results.grid.pm: PM_COLOUR, Cell("kl", results.grid.main_beta): KL_COLOUR}
+    require(results, list(cells))
     found = [results.measured[cell].estimate("perplexity") for cell in cells]
     for place, (colour, value) in enumerate(zip(cells.values(), found, strict=True)):
         axes.bar(place, value.mean, width=0.55, color=colour, zorder=2)
@@ -76,9 +147,7 @@ def perplexity(results: Results) -> Figure:
         axes.set_ylim(bottom=1)  # no perplexity is lower
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(range(len(cells)), [cell_label(cell) for cell in cells])
-    axes.set(xlim=(-0.6, 1.6), ylabel="perplexity of own responses")
-    titled(axes, f"β = {beta:g}")
-    return figure
+    axes.set(xlim=(-0.6, 1.6), ylabel=PERPLEXITY_LABEL)
 
 
 def output_probabilities(results: Results) -> Figure:
@@ -260,12 +329,37 @@ def letter(place: int) -> str:
     return "abcdefghijklmnopqrstuvwxyz"[place]
 
 
-MISSING_LABEL = {"ha": "center", "va": "center", "rotation": 90, "color": MUTED}
+MISSING_LABEL: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 90, "color": MUTED}
 
-FIGURES: dict[str, Callable[[Results], Figure]] = {
-    "figure1_perplexity": perplexity,
-    "figure3_output_probabilities": output_probabilities,
-    "figure5_pm_divergence": divergence_by_alpha,
-    "figure6_pm_divergence_cdf": cumulative,
-}
-"""Figures 4, 7 and 8 are 3, 5 and 6 for the other model."""
+PERPLEXITY_LABEL = "perplexity of own responses"
+JOINT = "figure1_perplexity_models"
+"""Its name without a suffix; a sweep's own Figure 1 may lie beside it."""
+
+FIGURES = (
+    Kind(
+        "perplexity",
+        perplexity,
+        "Perplexity of PM RLHF and KL RLHF at β = {beta}, each of its own responses, fine-tuning "
+        "{model}; with 95 % confidence intervals.",
+    ),
+    Kind(
+        "output_probabilities",
+        output_probabilities,
+        "What reference and reward model make of the same pairs of responses (y1, y2), fine-tuning "
+        "{model}. Panel (a) shows the probabilities of the reference, panel (b) the preferences "
+        "that follow from the reward model at β = {beta}.",
+    ),
+    Kind(
+        "pm_divergence",
+        divergence_by_alpha,
+        "PM divergence when fine-tuning {model}. Upper panels: its mean at each α and β, with 95 % "
+        "confidence intervals. Lower panels: histogram (bars) and CDF (lines) of the instance PM "
+        "divergence under the best α and under KL RLHF.",
+    ),
+    Kind(
+        "pm_divergence_cdf",
+        cumulative,
+        "CDF of the instance PM divergence under each setting, conditional PM RLHF at every α and "
+        "KL RLHF, when fine-tuning {model}; a panel for each β.",
+    ),
+)

@@ -8,8 +8,9 @@ from string import Template
 
 from step3_rlhf.html import STYLE, picture, responses_cell, table
 from step3_rlhf.sweep_cells import Cell
+from step3_rlhf.sweep_figures import FIGURES
 from step3_rlhf.sweep_results import Measured, Results, best_alpha, cell_label
-from step3_rlhf.sweep_tables import caption, columns, entries, notes
+from step3_rlhf.sweep_tables import Table, further_table, notes, number, paper_table
 
 SAMPLED_PROMPTS = 4
 SHOWN_CHARACTERS = 400
@@ -18,16 +19,22 @@ SHOWN_CHARACTERS = 400
 
 def write_page(results: Results, figures: Iterable[Path], directory: Path) -> Path:
     """`report.html`, with the PNG files among `figures`."""
-    pictures = [
-        f"<h3>{escape(path.stem)}</h3>{picture(data_uri(path), path.stem)}"
-        for path in figures
-        if path.suffix == ".png"
-    ]
+    shown = {path.stem: data_uri(path) for path in figures if path.suffix == ".png"}
+    pictures = []
+    for kind in FIGURES:
+        if uri := shown.get(kind.name(results.shown)):
+            heading, _, text = kind.caption_of(results).partition(": ")
+            image = picture(uri, f"{heading}: {text}")
+            pictures.append(f"<h3>{heading}</h3><p>{escape(text)}</p>{image}")
+    paper, further = paper_table(results), further_table(results)
     text = PAGE.substitute(
         style=STYLE,
-        model=escape(results.grid.model),
-        caption=escape(caption(results)),
-        table=figures_table(results),
+        model=escape(results.model),
+        number=number(results),
+        caption=escape(paper.caption),
+        table=html_table(results, paper),
+        further_caption=escape(further.caption),
+        further=html_table(results, further),
         notes="".join(f"<p>{escape(note)}</p>" for note in notes(results) if note),
         beta=f"{results.grid.main_beta:g}",
         samples=samples(results),
@@ -42,13 +49,13 @@ def data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def figures_table(results: Results) -> str:
+def html_table(results: Results, which: Table) -> str:
     rows = [
-        [f"β = {beta:g}, {cell_label(cell)}", *entries(results, cell, "\u00a0±\u00a0")]
+        [f"β = {beta}, {cell_label(cell)}", *which.entries(results, cell, "\u00a0±\u00a0")]
         for beta in results.grid.betas
         for cell in results.grid.row(beta)
     ]
-    return table(["", *(escape(column.heading) for column in columns(results))], rows)
+    return table(["", *(escape(column.heading) for column in which.columns)], rows)
 
 
 def sampled_cells(results: Results) -> dict[str, Measured]:
@@ -96,10 +103,13 @@ table.sweep tbody th small { padding-left: 0; white-space: pre-wrap; }
 </head>
 <body><main>
 <h1>KL against conditional preference matching</h1>
-<p class="lead">$caption</p>
+<p class="lead">Both fine-tuning $model. The paper's tables and figures, by its own numbers.</p>
 <section>
-<h2>All cells</h2>
+<h2>$number</h2>
+<p>$caption</p>
 $table
+<p style="margin-top:24px">$further_caption</p>
+$further
 <div class="muted" style="margin-top:16px">$notes</div>
 </section>
 <section>

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from step3_rlhf.metrics import Estimate, pm_divergence
 from step3_rlhf.sweep_cells import Cell, Grid, is_finished
+from step3_rlhf.sweep_model import Shown, model_name, shown_as
 from training.errors import UserError
 
 HELD_OUT = "held_out_perplexity"
@@ -89,6 +90,16 @@ class Results:
     def get(self, cell: Cell) -> Measured | None:
         return self.measured.get(cell)
 
+    @cached_property
+    def model(self) -> str:
+        """The model's name, for captions."""
+        return self.grid.name or model_name(self.grid.model)
+
+    @property
+    def shown(self) -> Shown:
+        """The paper's numbers for such a model."""
+        return shown_as(self.model)
+
     @property
     def missing(self) -> list[str]:
         return [cell.name for cell in self.grid.cells() if cell not in self.measured]
@@ -98,13 +109,18 @@ class Results:
         return next(iter(self.measured.values()))
 
 
-def read_results(directory: Path) -> Results:
+def read_results(directory: Path, name: str | None = None) -> Results:
     """Every finished cell of the sweep in `directory`.
+
+    Args:
+        name: the model's, where it is not to be the sweep's own.
 
     Raises:
         UserError: it is no sweep, or none of its cells is finished.
     """
     grid = Grid.read(directory)
+    if name:
+        grid = replace(grid, name=name)
     finished = [cell for cell in grid.cells() if is_finished(directory / cell.name)]
     if not finished:
         raise UserError(f"{directory}: no cell of this sweep is finished")

@@ -1,8 +1,13 @@
-"""Table 2 (and 3) of the paper from a sweep: table.md, table.tex, and table.csv with everything."""
+"""Table 2 or 3 of the paper from a sweep: table.md, table.tex, and table.csv with everything.
+
+The paper's table comes first, in its own layout: its rows, columns and decimals. A second one holds
+the same rows with what the paper does not show: intervals, and the perplexity of held-out texts.
+"""
 
 import csv
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +18,7 @@ from step3_rlhf.sweep_results import HELD_OUT, Results, cell_label
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the paper's table."""
+    """A column of a table."""
 
     heading: str
     metric: str
@@ -21,21 +26,33 @@ class Column:
     decimals: int
 
 
-COLUMNS = (
-    Column("PM Divergence ↓", "pm_divergence", 4),
-    Column("Length", "length", 1),
-    Column("Perplexity ↓", "perplexity", 2),
-    Column("Entropy", "entropy_per_token", 3),
-    Column("KL", "kl_per_token", 3),
-)
-"""The paper's, in its order. Its Entropy and KL are means per token."""
-HELD_OUT_COLUMN = Column("Held-out perplexity ↓", HELD_OUT, 2)
-"""Beside the paper's. Its Perplexity rises where its Entropy falls, as this one can and that of a
-policy's own responses, which section 6.1 defines, cannot."""
+@dataclass(frozen=True)
+class Table:
+    """What stands above a table and in its columns; the rows are the grid's."""
+
+    caption: str
+    columns: tuple[Column, ...]
+    intervals: bool = False
+
+    def entries(self, results: Results, cell: Cell, plus_minus: str = " ± ") -> list[str]:
+        """A row's figures as texts."""
+        measured = results.get(cell)
+        if measured is None:
+            return ["missing", *["–"] * (len(self.columns) - 1)]
+        between = plus_minus if self.intervals else None
+        return [
+            rounded(measured.estimate(column.metric), column.decimals, between)
+            for column in self.columns
+        ]
+
 
 CAPTION = (
-    "Comparison between RLHF and conditional PM RLHF, when fine-tuning {model}. The symbol ↓ means "
-    "smaller is better. KL RLHF is equivalent to conditional PM RLHF when α is set to 1."
+    "KL RLHF compared with conditional PM RLHF, both fine-tuning {model}. ↓ marks measures of "
+    "which less is better. KL RLHF is what conditional PM RLHF becomes at α = 1."
+)
+FURTHER_CAPTION = (
+    "Not in the paper: the same means with half of their 95 % confidence intervals{held_out}; "
+    "fine-tuning {model}."
 )
 BETA_NOTE = (
     "The reward is r/β (section 6), so β moves the target as well: the PM divergence of a row is "
@@ -60,39 +77,96 @@ def write_tables(results: Results, directory: Path) -> list[Path]:
     return paths
 
 
+def paper_table(results: Results) -> Table:
+    """Table 2 or 3. Its Entropy and KL are means per token."""
+    columns = _columns(results.shown.divergence_decimals, 0, 2, 2, 2)
+    return Table(CAPTION.format(model=results.model), columns)
+
+
+def further_table(results: Results) -> Table:
+    """The paper's columns with intervals and, where the sweep has it, held-out perplexity.
+
+    The paper's Perplexity rises where its Entropy falls: so can that of held-out texts, but not
+    that of a policy's own responses, which section 6.1 defines.
+    """
+    columns, held_out = _columns(4, 1, 2, 3, 3), ""
+    if HELD_OUT in results.any.estimates:
+        columns = (*columns, Column("Held-out perplexity ↓", HELD_OUT, 2))
+        held_out = ", and the perplexity of held-out texts"
+    caption = FURTHER_CAPTION.format(model=results.model, held_out=held_out)
+    return Table(caption, columns, intervals=True)
+
+
+def _columns(*decimals: int) -> tuple[Column, ...]:
+    """The paper's, in its order."""
+    named = {
+        "PM Divergence ↓": "pm_divergence",
+        "Length": "length",
+        "Perplexity ↓": "perplexity",
+        "Entropy": "entropy_per_token",
+        "KL": "kl_per_token",
+    }
+    pairs = zip(named.items(), decimals, strict=True)
+    return tuple(Column(heading, metric, shown) for (heading, metric), shown in pairs)
+
+
+def number(results: Results) -> str:
+    """The paper's."""
+    return f"Table {results.shown.table}"
+
+
 def markdown(results: Results) -> str:
-    """The table with its caption, notes, and what is missing."""
-    heading = ["", "", *(column.heading for column in columns(results))]
-    lines = [f"**{caption(results)}**", "", _line(heading), _line(["---"] * len(heading))]
+    """Both tables with their captions, then notes and what is missing."""
+    paper, further = paper_table(results), further_table(results)
+    lines = [f"**{number(results)}: {paper.caption}**", "", *_rows(results, paper), ""]
+    lines += [f"**{further.caption}**", "", *_rows(results, further), "", *notes(results)]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(results: Results, table: Table) -> list[str]:
+    headings = ["", "", *(column.heading for column in table.columns)]
+    lines = [_line(headings), _line(["---"] * len(headings))]
     for beta in results.grid.betas:
         for place, cell in enumerate(results.grid.row(beta)):
             group = f"β = {beta}" if place == 0 else ""
-            lines.append(_line([group, cell_label(cell), *entries(results, cell, " ± ")]))
-    return "\n".join([*lines, "", *notes(results)]) + "\n"
+            lines.append(_line([group, cell_label(cell), *table.entries(results, cell)]))
+    return lines
 
 
 def latex(results: Results) -> str:
-    """A table for booktabs and multirow, the notes below it."""
+    """Both tables for booktabs and multirow, the notes below the second."""
+    below = [f"\\par\\smallskip\\footnotesize {_tex(note)}" for note in notes(results) if note]
     lines = [
         "% needs \\usepackage{booktabs,multirow}",
+        f"% {number(results)} of the paper",
+        *_environment(results, paper_table(results)),
+        "",
+        "% Not in the paper",
+        *_environment(results, further_table(results), below),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _environment(results: Results, table: Table, below: Sequence[str] = ()) -> list[str]:
+    headings = " & ".join(_tex(column.heading) for column in table.columns)
+    lines = [
         "\\begin{table}[t]",
-        f"\\caption{{{_tex(caption(results))}}}",
+        f"\\caption{{{_tex(table.caption)}}}",
         "\\centering",
-        "\\begin{tabular}{ll" + "c" * len(columns(results)) + "}",
+        "\\begin{tabular}{ll" + "c" * len(table.columns) + "}",
         "\\toprule",
-        " & & " + " & ".join(_tex(column.heading) for column in columns(results)) + " \\\\",
+        f" & & {headings} \\\\",
     ]
     for beta in results.grid.betas:
         row = results.grid.row(beta)
         lines.append("\\midrule")
         for place, cell in enumerate(row):
             group = f"\\multirow{{{len(row)}}}{{*}}{{$\\beta = {beta}$}}" if place == 0 else ""
-            cells = [f"${entry}$" for entry in entries(results, cell, " \\pm ")]
-            shown = cells if cell in results.measured else [*["missing"], *["--"] * 4]
-            lines.append(" & ".join([group, _tex(cell_label(cell)), *shown]) + " \\\\")
-    lines += ["\\bottomrule", "\\end{tabular}", ""]
-    lines += [f"\\par\\smallskip\\footnotesize {_tex(note)}" for note in notes(results) if note]
-    return "\n".join([*lines, "\\end{table}"]) + "\n"
+            label = "KL RLHF" if cell.alpha is None else f"$\\alpha = {cell.alpha:g}$"
+            entries = table.entries(results, cell, " \\pm ")
+            shown = [f"${e}$" if cell in results.measured else _tex(e) for e in entries]
+            lines.append(" & ".join([group, label, *shown]) + " \\\\")
+    return [*lines, "\\bottomrule", "\\end{tabular}", *below, "\\end{table}"]
 
 
 def comma_separated(results: Results) -> str:
@@ -114,32 +188,12 @@ def comma_separated(results: Results) -> str:
     return buffer.getvalue()
 
 
-def entries(results: Results, cell: Cell, plus_minus: str) -> list[str]:
-    """A row's figures as texts."""
-    measured = results.get(cell)
-    if measured is None:
-        return ["missing", *["–"] * (len(columns(results)) - 1)]
-    return [
-        shown(measured.estimate(column.metric), column.decimals, plus_minus)
-        for column in columns(results)
-    ]
-
-
-def columns(results: Results) -> tuple[Column, ...]:
-    """The paper's, and that of held-out texts where the sweep has any."""
-    return (*COLUMNS, HELD_OUT_COLUMN) if HELD_OUT in results.any.estimates else COLUMNS
-
-
-def shown(figure: Estimate, decimals: int, plus_minus: str = " ± ") -> str:
-    """Rounded; without the interval where a single prompt gives none."""
-    mean = f"{figure.mean:.{decimals}f}"
-    if not math.isfinite(figure.ci95):
+def rounded(figure: Estimate, decimals: int, plus_minus: str | None) -> str:
+    """Without the sign of a zero; without the interval where a single prompt gives none."""
+    mean = f"{round(figure.mean, decimals) + 0.0:.{decimals}f}"
+    if plus_minus is None or not math.isfinite(figure.ci95):
         return mean
     return f"{mean}{plus_minus}{figure.ci95:.{decimals}f}"
-
-
-def caption(results: Results) -> str:
-    return CAPTION.format(model=results.grid.model)
 
 
 def notes(results: Results) -> list[str]:

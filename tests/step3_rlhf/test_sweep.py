@@ -1,6 +1,8 @@
 """The sweep's plan: its cells and commands, what is finished, what goes on, what is refused."""
 
 import json
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -308,6 +310,29 @@ def test_a_signal_reaches_the_command_and_ends_the_sweep(
     assert signal.signal(number, outside) is signal.SIG_DFL
 
 
+def test_slurms_signal_reaches_the_command_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM gives it to every process of a step; scripts/launch.sh takes a second one for haste."""
+    program = (
+        "import os, pathlib, signal, time\n"
+        "received = []\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: received.append(1))\n"
+        "for process in (os.getpid(), os.getppid()):\n"
+        "    os.kill(process, signal.SIGUSR1)\n"
+        "time.sleep(0.5)\n"
+        f"pathlib.Path({str(tmp_path / 'received')!r}).write_text(str(len(received)))\n"
+    )
+    for variables, expected in (({"SLURM_STEP_ID": "0"}, "1"), ({}, "2")):
+        monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with sweep.Launcher() as launch, pytest.raises(SystemExit) as caught:
+            launch([sys.executable, "-c", program])
+        assert caught.value.code == 128 + signal.SIGUSR1
+        assert (tmp_path / "received").read_text() == expected
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(0.4, "0 s"), (119, "119 s"), (600, "10 min"), (9000, "2.5 h")]
 )
@@ -335,6 +360,9 @@ def test_options_may_stand_anywhere() -> None:
         (["c.json", "--betas", "0"], "numbers above 0 were expected"),
         (["c.json", "--betas", "inf"], "numbers above 0 were expected"),
         (["c.json", "--alphas", ""], "numbers above 0 were expected"),
+        (["c.json", "--model-name", "a", "--model-name", "b"], "--model-name: 1 expected"),
+        (["--report", "d", "e", "--model-name", "a"], "--model-name: 2 expected"),
+        (["--report", "d", "--output", "o"], "a single sweep's report is written into its own"),
     ],
 )
 def test_wrong_arguments(
@@ -362,3 +390,131 @@ def test_a_report_needs_a_finished_cell(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit, match="2"):
         sweep.main(["--report", str(tmp_path)])
     assert "no cell of this sweep is finished" in capsys.readouterr().err
+
+
+def test_the_model_is_named(
+    request_of: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what SFT started from, which --model-name overrides, and so in sweep.json."""
+    monkeypatch.setattr(sweep.Launcher, "__call__", lambda self, command: 3)
+    config = json.loads(Path(request_of().config).read_text())
+    sft = tmp_path / "opt" / "sft"
+    shutil.copytree(config["model_name_or_path"], sft / "model")
+    (sft / "config.json").write_text('{"model_name_or_path": "facebook/opt-1.3b"}')
+    arguments = [request_of().config, f"model_name_or_path={sft / 'model'}", "--alphas", "0.3"]
+    for further, expected in (([], "facebook/opt-1.3b"), (["--model-name", "Mine"], "Mine")):
+        with pytest.raises(SystemExit):  # every cell fails
+            sweep.main([*arguments, *further, "--output", str(tmp_path / "named")])
+        assert Grid.read(tmp_path / "named").name == expected
+
+
+def measured(directory: Path, grid: Grid, perplexity: float) -> None:
+    """A sweep whose cells hold what the tables and figures need."""
+    grid.write(directory)
+    names = "pm_divergence length perplexity entropy_per_token kl_per_token".split()
+    report = {name: {"mean": perplexity, "ci95": 0.5, "count": 1} for name in names}
+    sides = [{"text": t, "logp": 0.5, "ref_logp": 0.5, "reward": 1.0, "ended": True} for t in "ab"]
+    for cell in grid.cells():
+        finish(directory / cell.name, prompts=1)
+        more = {"prompts": 1, "pairs_per_prompt": 1, "preference_temperature": cell.beta}
+        (directory / cell.name / "evaluation.json").write_text(json.dumps(report | more))
+        instance = json.dumps({"prompt": "p", "responses": sides})
+        (directory / cell.name / "instances.jsonl").write_text(instance + "\n")
+
+
+def test_a_report_on_several_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other, joint = tmp_path / "one", tmp_path / "other", tmp_path / "together"
+    measured(one, Grid("facebook/opt-1.3b", (0.3,), (1.0,)), 9.0)
+    measured(other, Grid("x/sft/model", (0.3,), (1.0,), name="Llama-2-7B"), 7.0)
+    sweep.main(["--report", str(one), str(other)])
+    printed = capsys.readouterr().out
+    assert "**Table 3: " in printed
+    assert "**Table 2: " in printed
+    last = [f"{one / 'figure1_perplexity_models'}.{suffix}" for suffix in ("png", "pdf")]
+    assert printed.splitlines()[-3:] == ["Figure 1 with a panel for each model:", *last]
+    for path in map(Path, last):
+        assert path.stat().st_size > 5_000
+    assert (one / "figure7_pm_divergence.png").is_file()
+    assert (other / "figure5_pm_divergence.png").is_file()
+    assert not (other / "figure1_perplexity_models.png").exists()
+    for directory, name in ((one, "facebook/opt-1.3b"), (other, "Llama-2-7B")):
+        assert f"fine-tuning {name}. " in (directory / "table.md").read_text()
+
+    names = ["--model-name", "Llama", "--model-name", "OPT"]
+    sweep.main(["--report", str(one), str(other), "--output", str(joint), *names])
+    assert (joint / "figure1_perplexity_models.png").is_file()
+    assert (one / "figure5_pm_divergence.png").is_file()
+    assert not (one / "figure7_pm_divergence.png").exists()
+    assert (other / "table.md").read_text().startswith("**Table 3: ")
+    assert Grid.read(other).name == "Llama-2-7B"  # a report leaves the sweep's record alone
+
+
+def test_a_report_on_one_sweep_has_no_joint_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured(tmp_path, Grid("m", (0.3,), (1.0,)), 9.0)
+    sweep.main(["--report", str(tmp_path)])
+    assert (tmp_path / "figure1_perplexity.png").is_file()
+    assert "figure1_perplexity_models" not in capsys.readouterr().out
+
+
+def test_nothing_is_written_where_one_of_several_is_no_sweep(tmp_path: Path) -> None:
+    measured(tmp_path / "one", Grid("m", (0.3,), (1.0,)), 9.0)
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(["--report", str(tmp_path / "one"), str(tmp_path / "none")])
+    assert not (tmp_path / "one" / "table.md").exists()
+
+
+# Several nodes
+
+
+def test_a_sweep_is_not_started_on_every_node(
+    request_of: Callable[..., Request],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What scripts/slurm.sh would do on two nodes; on one node it may, or without NODE_RANK."""
+    started: list[list[str]] = []
+
+    def launch(self: sweep.Launcher, command: list[str]) -> int:
+        started.append(command)
+        return 3
+
+    monkeypatch.setattr(sweep.Launcher, "__call__", launch)
+    hosts = tmp_path / "hosts"
+    monkeypatch.setenv("HOSTFILE", str(hosts))
+    for text, node, refused in (
+        ("a slots=4\nb slots=4\n", "1", True),
+        ("a slots=4\nb slots=4\n", None, False),
+        ("a slots=4\n# b slots=4\n", "0", False),
+    ):
+        started.clear()
+        hosts.write_text(text)
+        monkeypatch.delenv("NODE_RANK", raising=False)
+        if node is not None:
+            monkeypatch.setenv("NODE_RANK", node)
+        with pytest.raises(SystemExit):
+            sweep.main([request_of().config, "--alphas", "0.3", "--betas", "1"])
+        assert ("a sweep is started once" in capsys.readouterr().err) == refused
+        assert len(started) == (0 if refused else 4)
+
+
+def test_cells_that_were_run_one_by_one_are_skipped(
+    request_of: Callable[..., Request], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--help's way for SLURM: each training command of --dry-run a job, then the sweep itself."""
+    request = request_of("seed=7")
+    arguments = [request.config, "seed=7", "--alphas", "0.3", "--betas", "1"]
+    arguments += ["--output", str(request.directory)]
+    sweep.main([*arguments, "--dry-run"])
+    printed = capsys.readouterr().out.splitlines()
+    commands = [shlex.split(line) for line in printed if line.startswith("    ")]
+    for _, script, path, *overrides in commands[1:]:
+        assert script == "scripts/step3_rlhf.sh"
+        config = load_config(PPOConfig, path, overrides)
+        finish(Path(config.output_dir), config)
+    sweep.main([*arguments, "--dry-run"])
+    states = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    finished = ["beta-1.0/conditional_pm-0.3", "beta-1.0/kl", "beta-1.0/pm"]
+    assert states == ["reference: starts", *(f"{name}: finished earlier" for name in finished)]

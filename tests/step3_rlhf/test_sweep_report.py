@@ -6,7 +6,9 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from step3_rlhf.metrics import Estimate
 from step3_rlhf.sweep_cells import Cell, Grid
 from step3_rlhf.sweep_results import Results, best_alpha, read_results, sigmoid
 
-GRID = Grid("a_b/model", (0.1, 0.3), (0.5, 1.0))
+GRID = Grid("some/model-2", (0.1, 0.3), (0.5, 1.0))
 KL = Cell("kl", 1.0)
 METRICS = (
     "pm_divergence length perplexity entropy entropy_per_token kl kl_per_token reward"
@@ -96,61 +98,160 @@ def test_the_best_alpha_has_the_lowest_divergence(results_without: Callable[...,
     assert best_alpha(Results(GRID, {}), 0.5) is None
 
 
-def test_held_out_perplexity_stands_beside_the_papers_columns(
-    results_without: Callable[..., Results], tmp_path: Path
-) -> None:
-    results_without()
-    texts = {"texts": 8, "perplexity": 11.5, "perplexity_ci95": 1.25}
-    for cell in GRID.cells():
-        file = tmp_path / "sweep" / cell.name / "evaluation.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"held_out_text": texts}))
-    results = read_results(tmp_path / "sweep")
-    assert sweep_tables.markdown(results).count("| 11.50 ± 1.25 |") == 6
-    assert "Held-out perplexity $\\downarrow$" in sweep_tables.latex(results)
-    (first, *_) = csv.DictReader(io.StringIO(sweep_tables.comma_separated(results)))
-    assert (first["held_out_perplexity"], first["held_out_perplexity_ci95"]) == ("11.5", "1.25")
+# Tables
 
 
-def test_markdown_has_the_papers_rows_and_columns(results_without: Callable[..., Results]) -> None:
-    text = sweep_tables.markdown(results_without("beta-1.0/conditional_pm-0.1"))
-    rows = [
-        [part.strip() for part in line.split("|")[1:-1]]
-        for line in text.splitlines()
-        if line.startswith("|")
-    ]
-    assert rows[0] == ["", "", "PM Divergence ↓", "Length", "Perplexity ↓", "Entropy", "KL"]
-    shared = ["250.0 ± 0.1", "0.12 ± 0.06", "0.125 ± 0.062", "0.125 ± 0.062"]
-    assert rows[2:] == [
-        ["β = 0.5", "α = 0.1", "1.0000 ± 0.0625", *shared],
-        ["", "α = 0.3", "0.7500 ± 0.0625", *shared],
-        ["", "KL RLHF", "1.5000 ± 0.0625", *shared],
-        ["β = 1.0", "α = 0.1", "missing", "–", "–", "–", "–"],
-        ["", "α = 0.3", "1.2500 ± 0.0625", *shared],
-        ["", "KL RLHF", "2.0000 ± 0.0625", *shared],
-    ]
-    assert "when fine-tuning a_b/model" in text
+MEASURED = {
+    "beta-0.5/conditional_pm-0.1": (0.97318, 256.8, 19.544, 0.849, 0.291),
+    "beta-0.5/conditional_pm-0.3": (0.97016, 254.6, 7.2051, 1.4149, 0.0551),
+    "beta-0.5/kl": (1.19566, 110.9, 6.71, 1.786, 0.0102),
+    "beta-1.0/conditional_pm-0.1": (1.09671, 256.4, 20.82, 0.6, 0.338),
+    "beta-1.0/conditional_pm-0.3": (0.97324, 257.0, 7.936, 1.2, 0.0849),
+    "beta-1.0/kl": (1.17372, 89.4, 6.6449, 1.844, -0.0012),
+}
+"""Means that round to six rows of the paper's Table 3."""
+
+
+@pytest.fixture
+def papers(tmp_path: Path) -> Callable[..., Results]:
+    """A sweep that measured what the paper did."""
+
+    def results(name: str = "facebook/opt-1.3b", *missing: str, texts: bool = False) -> Results:
+        directory = tmp_path / "papers"
+        grid = Grid("runs/opt-1.3b/sft/model", GRID.alphas, GRID.betas, without_pm=True, name=name)
+        grid.write(directory)
+        names = "pm_divergence length perplexity entropy_per_token kl_per_token".split()
+        for cell in grid.cells():
+            means = MEASURED.get(cell.name)
+            if means is not None and cell.name not in missing:
+                write_cell(directory, cell, **dict(zip(names, means, strict=True)))
+                file = directory / cell.name / "evaluation.json"
+                held_out = {"texts": 8, "perplexity": 11.5, "perplexity_ci95": 1.25}
+                more = {"held_out_text": held_out} if texts else {}
+                file.write_text(json.dumps(json.loads(file.read_text()) | more))
+        return read_results(directory)
+
+    return results
+
+
+OPT_TABLE = """\
+**Table 3: KL RLHF compared with conditional PM RLHF, both fine-tuning facebook/opt-1.3b. ↓ marks \
+measures of which less is better. KL RLHF is what conditional PM RLHF becomes at α = 1.**
+
+|  |  | PM Divergence ↓ | Length | Perplexity ↓ | Entropy | KL |
+| --- | --- | --- | --- | --- | --- | --- |
+| β = 0.5 | α = 0.1 | 0.9732 | 257 | 19.54 | 0.85 | 0.29 |
+|  | α = 0.3 | 0.9702 | 255 | 7.21 | 1.41 | 0.06 |
+|  | KL RLHF | 1.1957 | 111 | 6.71 | 1.79 | 0.01 |
+| β = 1.0 | α = 0.1 | 1.0967 | 256 | 20.82 | 0.60 | 0.34 |
+|  | α = 0.3 | 0.9732 | 257 | 7.94 | 1.20 | 0.08 |
+|  | KL RLHF | 1.1737 | 89 | 6.64 | 1.84 | 0.00 |
+
+**Not in the paper"""
+LLAMA_ROWS = """\
+| β = 0.5 | α = 0.1 | 0.97 | 257 | 19.54 | 0.85 | 0.29 |
+|  | α = 0.3 | 0.97 | 255 | 7.21 | 1.41 | 0.06 |
+|  | KL RLHF | 1.20 | 111 | 6.71 | 1.79 | 0.01 |
+"""
+FURTHER = """\
+**Not in the paper: the same means with half of their 95 % confidence intervals, and the \
+perplexity of held-out texts; fine-tuning facebook/opt-1.3b.**
+
+|  |  | PM Divergence ↓ | Length | Perplexity ↓ | Entropy | KL | Held-out perplexity ↓ |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| β = 0.5 | α = 0.1 | 0.9732 ± 0.0625 | 256.8 ± 0.1 | 19.54 ± 0.06 | 0.849 ± 0.062 | 0.291 ± 0.062 \
+| 11.50 ± 1.25 |
+|  | α = 0.3 | missing | – | – | – | – | – |
+"""
+
+
+def test_markdown_is_the_papers_table_3(papers: Callable[..., Results]) -> None:
+    text = sweep_tables.markdown(papers())
+    assert text.startswith(OPT_TABLE)
+    assert "Held-out perplexity ↓" not in text  # nothing of the kind was measured
     assert "with the row's own β" in text
-    assert "Missing: beta-1.0/conditional_pm-0.1." in text
 
 
-def test_an_interval_of_a_single_prompt_is_not_shown() -> None:
-    assert sweep_tables.shown(Estimate(1.0, math.inf, 1), 2) == "1.00"
+def test_llamas_table_2_has_two_decimals(papers: Callable[..., Results], tmp_path: Path) -> None:
+    text = sweep_tables.markdown(papers("meta-llama/Llama-2-7b-hf"))
+    assert text.startswith("**Table 2: ")
+    assert "both fine-tuning meta-llama/Llama-2-7b-hf. " in text
+    assert LLAMA_ROWS in text
+    renamed = sweep_tables.markdown(read_results(tmp_path / "papers", "OPT"))
+    assert renamed.startswith("**Table 3: ")
+    assert LLAMA_ROWS not in renamed
 
 
-def test_latex_is_balanced_and_escaped(results_without: Callable[..., Results]) -> None:
-    text = sweep_tables.latex(results_without("beta-1.0/kl"))
+def test_what_the_paper_does_not_show_is_a_second_table(papers: Callable[..., Results]) -> None:
+    missing = "beta-0.5/conditional_pm-0.3"
+    results = papers("facebook/opt-1.3b", missing, texts=True)
+    text = sweep_tables.markdown(results)
+    first, second = text.split("**Not in the paper")
+    assert FURTHER in f"**Not in the paper{second}"
+    assert "±" not in first
+    assert "|  | α = 0.3 | missing | – | – | – | – |\n" in first
+    assert "Missing: reference, beta-0.5/conditional_pm-0.3." in second
+    (_, row, *_) = csv.DictReader(io.StringIO(sweep_tables.comma_separated(results)))
+    assert (row["held_out_perplexity"], row["held_out_perplexity_ci95"]) == ("11.5", "1.25")
+
+
+@pytest.mark.parametrize(
+    ("figure", "decimals", "between", "expected"),
+    [
+        (Estimate(1.0, math.inf, 1), 2, " ± ", "1.00"),  # a single prompt has no interval
+        (Estimate(1.0, 0.5, 2), 2, " ± ", "1.00 ± 0.50"),
+        (Estimate(1.0, 0.5, 2), 2, None, "1.00"),
+        (Estimate(-0.004, 0.5, 2), 2, None, "0.00"),
+        (Estimate(-0.006, 0.5, 2), 2, None, "-0.01"),
+        (Estimate(256.5001, 0.5, 2), 0, None, "257"),
+        (Estimate(math.inf, 0.5, 2), 2, None, "inf"),
+    ],
+)
+def test_figures_are_rounded(
+    figure: Estimate, decimals: int, between: str | None, expected: str
+) -> None:
+    assert sweep_tables.rounded(figure, decimals, between) == expected
+
+
+LATEX = r"""% needs \usepackage{booktabs,multirow}
+% Table 3 of the paper
+\begin{table}[t]
+\caption{KL RLHF compared with conditional PM RLHF, both fine-tuning a\_b/opt. $\downarrow$ marks \
+measures of which less is better. KL RLHF is what conditional PM RLHF becomes at $\alpha$ = 1.}
+\centering
+\begin{tabular}{llccccc}
+\toprule
+ & & PM Divergence $\downarrow$ & Length & Perplexity $\downarrow$ & Entropy & KL \\
+\midrule
+\multirow{3}{*}{$\beta = 0.5$} & $\alpha = 0.1$ & $0.9732$ & $257$ & $19.54$ & $0.85$ & $0.29$ \\
+ & $\alpha = 0.3$ & $0.9702$ & $255$ & $7.21$ & $1.41$ & $0.06$ \\
+ & KL RLHF & $1.1957$ & $111$ & $6.71$ & $1.79$ & $0.01$ \\
+\midrule
+\multirow{3}{*}{$\beta = 1.0$} & $\alpha = 0.1$ & $1.0967$ & $256$ & $20.82$ & $0.60$ & $0.34$ \\
+ & $\alpha = 0.3$ & $0.9732$ & $257$ & $7.94$ & $1.20$ & $0.08$ \\
+ & KL RLHF & missing & -- & -- & -- & -- \\
+\bottomrule
+\end{tabular}
+\end{table}
+
+% Not in the paper
+\begin{table}[t]
+"""
+
+
+def test_latex_is_the_papers_table_escaped(papers: Callable[..., Results]) -> None:
+    text = sweep_tables.latex(papers("a_b/opt", "beta-1.0/kl", texts=True))
+    assert text.startswith(LATEX.replace("\\\nmeasures", "measures"))
+    further = text[text.index("% Not in the paper") :]
+    assert "\\begin{tabular}{llcccccc}" in further
+    assert " & KL RLHF & missing & -- & -- & -- & -- & -- \\\\" in further
+    assert "& $256.8 \\pm 0.1$ & " in further
+    assert "people's own texts" in further
     rows = [line for line in text.splitlines() if line.endswith("\\\\")]
-    assert len(rows) == 1 + 6
-    assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [6] * 7
-    assert rows[1] == (
-        "\\multirow{3}{*}{$\\beta = 0.5$} & $\\alpha$ = 0.1 & $1.0000 \\pm 0.0625$ & "
-        "$250.0 \\pm 0.1$ & $0.12 \\pm 0.06$ & $0.125 \\pm 0.062$ & $0.125 \\pm 0.062$ \\\\"
-    )
-    assert rows[6] == " & KL RLHF & missing & -- & -- & -- & -- \\\\"
-    assert "a\\_b/model" in text
+    assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [6] * 7 + [7] * 7
     assert text.isascii()
     assert text.count("{") == text.count("}")
-    assert text.count("\\begin{") == text.count("\\end{") == 2
+    assert text.count("\\begin{") == text.count("\\end{") == 4
 
 
 def test_csv_has_every_cell_and_every_metric(results_without: Callable[..., Results]) -> None:
@@ -179,7 +280,56 @@ def drawn(results: Results, directory: Path) -> tuple[set[str], dict[str, str]]:
 
 
 def test_every_figure_is_drawn(results_without: Callable[..., Results], tmp_path: Path) -> None:
-    assert drawn(results_without(), tmp_path) == (set(sweep_figures.FIGURES), {})
+    names = {
+        "figure1_perplexity",
+        "figure3_output_probabilities",
+        "figure5_pm_divergence",
+        "figure6_pm_divergence_cdf",
+    }
+    assert drawn(results_without(), tmp_path) == (names, {})
+
+
+def test_opts_figures_have_its_numbers(
+    results_without: Callable[..., Results], tmp_path: Path
+) -> None:
+    stale = [tmp_path / f"figure5_pm_divergence.{suffix}" for suffix in ("png", "pdf")]
+    for path in stale:
+        path.touch()
+    results = results_without("beta-1.0/pm")
+    opt = replace(results, grid=replace(results.grid, name="OPT-1.3B"))
+    names = {"figure4_output_probabilities", "figure7_pm_divergence", "figure8_pm_divergence_cdf"}
+    left_out = {"figure1_perplexity": "it needs the cells beta-1.0/pm"}
+    assert drawn(opt, tmp_path) == (names, left_out)
+    assert not any(path.exists() for path in stale)  # of the same sweep under another name
+
+
+def test_the_joint_figure_1_has_a_panel_for_each_model(
+    results_without: Callable[..., Results],
+) -> None:
+    results = results_without()
+    llama = replace(results, grid=replace(results.grid, name="Llama-2-7B"))
+    opt = Results(
+        replace(results.grid, name="OPT-$1.3B$"),
+        results.measured | {GRID.pm: SimpleNamespace(estimate=lambda name: Estimate(9, 2, 4))},  # type: ignore[dict-item]
+    )
+    figure = sweep_figures.joint_perplexity([opt, llama])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["(a) OPT-\\$1.3B\\$\nβ = 1", "(b) Llama-2-7B\nβ = 1"]
+    heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
+    assert heights == [[9.0, 0.125], [0.125, 0.125]]
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["PM RLHF", "KL RLHF"]
+    swapped = sweep_figures.joint_perplexity([llama, opt])
+    assert [bar.get_height() for bar in swapped.axes[0].patches] == [0.125, 0.125]
+
+
+def test_the_joint_figure_1_needs_every_model(
+    results_without: Callable[..., Results], tmp_path: Path
+) -> None:
+    results = results_without("beta-1.0/pm")
+    files, left_out = sweep_figures.draw_joint([results, results], tmp_path / "joint")
+    assert files == []
+    assert left_out == {"figure1_perplexity_models": "some/model-2: it needs the cells beta-1.0/pm"}
 
 
 def test_figures_say_what_they_lack(
@@ -247,7 +397,14 @@ def test_the_page_shows_table_figures_and_samples_side_by_side(
     drawn, _ = sweep_figures.draw_figures(results, tmp_path)
     text = sweep_page.write_page(results, drawn, tmp_path).read_text(encoding="utf-8")
     for cell in ("α = 0.1", "α = 0.3", "KL RLHF"):
-        assert f"β = 1, {cell}" in text
+        assert text.count(f"β = 1.0, {cell}") == 2  # the paper's table and ours
+    assert "<h2>Table 2</h2>" in text
+    assert re.findall(r"<h3>([^<]*)</h3><p>([^<]{16})", text) == [
+        ("Figure 1", "Perplexity of PM"),
+        ("Figure 3", "What reference a"),
+        ("Figure 5", "PM divergence wh"),
+        ("Figure 6", "CDF of the insta"),
+    ]
     assert text.count("data:image/png;base64,") == len(drawn) // 2
     heads = re.findall(r'<th scope="col">([^<]*)</th>', text[text.index("same prompts") :])
     assert heads == ["Prompt", "SFT", "KL", "conditional PM, α = 0.3", "PM"]
