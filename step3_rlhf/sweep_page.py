@@ -25,17 +25,17 @@ def write_page(results: Results, figures: Iterable[Path], directory: Path) -> Pa
         if uri := shown.get(kind.name(results.shown)):
             heading, _, text = kind.caption_of(results).partition(": ")
             image = picture(uri, f"{heading}: {text}")
-            pictures.append(f"<h3>{heading}</h3><p>{escape(text)}</p>{image}")
+            pictures.append(f"<h3>{heading}</h3><p>{prose(text)}</p>{image}")
     paper, further = paper_table(results), further_table(results)
     text = PAGE.substitute(
         style=STYLE,
         model=escape(results.model),
         number=number(results),
-        caption=escape(paper.caption),
+        caption=prose(paper.caption),
         table=html_table(results, paper),
-        further_caption=escape(further.caption),
+        further_caption=prose(further.caption),
         further=html_table(results, further),
-        notes="".join(f"<p>{escape(note)}</p>" for note in notes(results) if note),
+        notes="".join(f"<p>{prose(note)}</p>" for note in notes(results) if note),
         beta=f"{results.grid.main_beta:g}",
         samples=samples(results),
         figures="".join(pictures),
@@ -43,6 +43,11 @@ def write_page(results: Results, figures: Iterable[Path], directory: Path) -> Pa
     file = directory / "report.html"
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def prose(text: str) -> str:
+    """HTML, without a line that begins with a percent sign."""
+    return escape(text).replace(" %", "\u00a0%")
 
 
 def data_uri(path: Path) -> str:
@@ -96,6 +101,7 @@ PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>KL against conditional preference matching: $model</title>
 <style>$style
+table.figures tbody th { white-space: nowrap; }
 table.sweep { table-layout: fixed; width: 100%; } table.sweep td { width: auto; }
 table.sweep tbody th { width: 22%; font-weight: 400; overflow-wrap: anywhere; }
 table.sweep tbody th small { padding-left: 0; white-space: pre-wrap; }
@@ -103,7 +109,7 @@ table.sweep tbody th small { padding-left: 0; white-space: pre-wrap; }
 </head>
 <body><main>
 <h1>KL against conditional preference matching</h1>
-<p class="lead">Both fine-tuning $model. The paper's tables and figures, by its own numbers.</p>
+<p class="lead">Fine-tuning $model. Tables and figures are numbered as in the paper.</p>
 <section>
 <h2>$number</h2>
 <p>$caption</p>

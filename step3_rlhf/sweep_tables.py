@@ -47,7 +47,7 @@ class Table:
 
 
 CAPTION = (
-    "KL RLHF compared with conditional PM RLHF, both fine-tuning {model}. ↓ marks measures of "
+    "KL RLHF compared with conditional PM RLHF when fine-tuning {model}. ↓ marks measures of "
     "which less is better. KL RLHF is what conditional PM RLHF becomes at α = 1."
 )
 FURTHER_CAPTION = (

@@ -135,7 +135,7 @@ def papers(tmp_path: Path) -> Callable[..., Results]:
 
 
 OPT_TABLE = """\
-**Table 3: KL RLHF compared with conditional PM RLHF, both fine-tuning facebook/opt-1.3b. ↓ marks \
+**Table 3: KL RLHF compared with conditional PM RLHF when fine-tuning facebook/opt-1.3b. ↓ marks \
 measures of which less is better. KL RLHF is what conditional PM RLHF becomes at α = 1.**
 
 |  |  | PM Divergence ↓ | Length | Perplexity ↓ | Entropy | KL |
@@ -175,7 +175,7 @@ def test_markdown_is_the_papers_table_3(papers: Callable[..., Results]) -> None:
 def test_llamas_table_2_has_two_decimals(papers: Callable[..., Results], tmp_path: Path) -> None:
     text = sweep_tables.markdown(papers("meta-llama/Llama-2-7b-hf"))
     assert text.startswith("**Table 2: ")
-    assert "both fine-tuning meta-llama/Llama-2-7b-hf. " in text
+    assert "when fine-tuning meta-llama/Llama-2-7b-hf. " in text
     assert LLAMA_ROWS in text
     renamed = sweep_tables.markdown(read_results(tmp_path / "papers", "OPT"))
     assert renamed.startswith("**Table 3: ")
@@ -216,7 +216,7 @@ def test_figures_are_rounded(
 LATEX = r"""% needs \usepackage{booktabs,multirow}
 % Table 3 of the paper
 \begin{table}[t]
-\caption{KL RLHF compared with conditional PM RLHF, both fine-tuning a\_b/opt. $\downarrow$ marks \
+\caption{KL RLHF compared with conditional PM RLHF when fine-tuning a\_b/opt. $\downarrow$ marks \
 measures of which less is better. KL RLHF is what conditional PM RLHF becomes at $\alpha$ = 1.}
 \centering
 \begin{tabular}{llccccc}
@@ -399,6 +399,8 @@ def test_the_page_shows_table_figures_and_samples_side_by_side(
     for cell in ("α = 0.1", "α = 0.3", "KL RLHF"):
         assert text.count(f"β = 1.0, {cell}") == 2  # the paper's table and ours
     assert "<h2>Table 2</h2>" in text
+    assert "95\u00a0% confidence" in text
+    assert "95 %" not in text
     assert re.findall(r"<h3>([^<]*)</h3><p>([^<]{16})", text) == [
         ("Figure 1", "Perplexity of PM"),
         ("Figure 3", "What reference a"),
