@@ -107,7 +107,7 @@ def plan(config: SFTConfig, planned: Plan) -> None:
     planned.add_trained("policy", shape)
     plan_steps(config, planned, "sft", sequences=1)
     rows = config.per_device_train_batch_size
-    tokens = rows * (data.max_prompt_length + data.max_response_length)
+    tokens = rows * data.longest
     kept = activations(
         shape, tokens, engine.precision(config), config.gradient_checkpointing, dropout=True
     )

@@ -4,10 +4,20 @@ from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
+from step3_rlhf.reward_models import reads_as
 from step3_rlhf.rewards import check_reward
 from step3_rlhf.rollout import encode_prompt_texts
 from training.data import encode_responses
-from training.loading import check_positions, require_same_tokens
+from training.errors import UserError
+from training.loading import (
+    check_positions,
+    check_scalar_config,
+    has_linear_score,
+    load_model_config,
+    load_tokenizer,
+    require_same_tokens,
+)
+from training.tracking import say
 
 
 def check_models(
@@ -28,10 +38,30 @@ def check_models(
     check_reward(config.reward, config.trust_remote_code, untrained=stand_in)
     for setting in ("reference_model_name_or_path", "critic_model_name_or_path"):
         if path := getattr(config, setting, None):
-            require_same_tokens(
+            renamed = require_same_tokens(
                 path, tokenizer, setting, config.model_name_or_path, config.trust_remote_code
             )
+            if renamed:
+                names = ", ".join(sorted(renamed)[:5]) + (" …" if len(renamed) > 5 else "")
+                say(f"{setting}: {path} knows {len(renamed)} tokens by other names: {names}")
+    if critic := getattr(config, "critic_model_name_or_path", None):
+        check_critic(critic, config.trust_remote_code)
     check_lengths(config, sets, tokenizer)
+
+
+def check_critic(path: str, trust_remote_code: bool) -> None:
+    """Refuse a model of which no critic can be made.
+
+    Raises:
+        UserError: it has several labels, or no linear `score`.
+    """
+    config = load_model_config(path, trust_remote_code)
+    check_scalar_config(config, path, new_head=True)
+    if not has_linear_score(config, trust_remote_code):
+        raise UserError(
+            f"critic_model_name_or_path: {path} has no value after each token (a linear head "
+            "named 'score' on its last states)"
+        )
 
 
 def check_lengths(
@@ -55,7 +85,10 @@ def check_lengths(
             needs["data.max_prompt_length + evaluation.sampling.response_length"] = (
                 data.max_prompt_length + config.evaluation.sampling.response_length
             )
-    paths += [member.model_name_or_path for member in config.reward.weighted_models]
+    for member in config.reward.weighted_models:
+        own = load_tokenizer(member.model_name_or_path, config.trust_remote_code, of_pairs=True)
+        if reads_as(own, tokenizer):  # others cut texts to what they know
+            paths.append(member.model_name_or_path)
     for path in dict.fromkeys(path for path in paths if path):
         check_positions(path, needs, config.trust_remote_code)
 

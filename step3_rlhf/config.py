@@ -196,6 +196,9 @@ class PPOConfig(StageConfig, SamplingSettings):
             found.append("missing_eos_penalty: responses that were cut get another reward")
         if self.advantage_normalization == "full":
             found.append("advantage_normalization=full: blows up noise near the optimum")
+        if self.evaluation.sampling is not None:
+            own = self.evaluation.sampling.warnings()
+            found += [f"evaluation.sampling.{warning}" for warning in own]
         return found
 
 

@@ -21,6 +21,7 @@ from step3_rlhf.held_out import HeldOut, load_held_out
 from step3_rlhf.plan import plan
 from step3_rlhf.prompts import Prompts, iterations
 from step3_rlhf.rewards import load_reward
+from step3_rlhf.roles import critic_source, reference_source
 from step3_rlhf.trainer import PPOTrainer
 from training import engine, ranks
 from training.checkpoint import Checkpoints, check_resumable
@@ -51,7 +52,7 @@ def main(config: PPOConfig) -> None:
         raise UserError(str(error)) from error
 
     say(f"{records.report}\n{data.report}")
-    for warning in [*config.warnings(), *EvaluationConfig.of(config).sampling.warnings()]:
+    for warning in config.warnings():
         say(f"Warning: {warning}")
     evaluation = EvaluationConfig.of(config)
     held_out = load_held_out(evaluation, data.eval, tokenizer)
@@ -85,7 +86,9 @@ def build(
     steps = count * config.num_ppo_epochs * config.num_mini_batches
 
     actor = load_policy(config.model_name_or_path, tokenizer, dtype, **trained)
-    critic_path = critic_source(config, tokenizer)
+    critic_path, why = critic_source(config, tokenizer)
+    if why:
+        say(why)
     critic = load_scalar_model(critic_path, tokenizer, dtype, new_head=True, **trained)
     trained_actor = engine.TrainedModule(actor, config, config.actor, steps)
     return PPOTrainer(
@@ -103,10 +106,9 @@ def load_reference(
     config: PPOConfig, actor: engine.TrainedModule, tokenizer: PreTrainedTokenizerBase
 ) -> nn.Module | WithoutAdapter:
     """π_ref: a frozen model, or the actor without its adapter where it started as π_ref."""
-    path = config.reference_model_name_or_path
-    if config.lora is not None and path is None:
+    path = reference_source(config)
+    if path is None:
         return WithoutAdapter(actor.engine)
-    path = path or config.model_name_or_path
     dtype = engine.precision(config)
     reference = load_policy(
         path,
@@ -116,18 +118,6 @@ def load_reference(
         packing=config.packing,
     )
     return engine.frozen(reference, config.frozen_deepspeed, dtype)
-
-
-def critic_source(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Where the critic starts: at a reward model that reads the policy's tokens, or the policy."""
-    if config.critic_model_name_or_path:
-        return config.critic_model_name_or_path
-    for member in config.reward.weighted_models[:1]:
-        path = member.model_name_or_path
-        if load_tokenizer(path, config.trust_remote_code).get_vocab() == tokenizer.get_vocab():
-            return path
-        say("The reward model has another vocabulary: the critic starts from the policy")
-    return config.model_name_or_path
 
 
 def write_models(trainer: PPOTrainer, output: Path, trained_to_the_end_before: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where rewards come from: sequence-classification models, or a Python function."""
+"""Where rewards come from: models (reward_models.py), sums of them, or a Python function."""
 
 import importlib
 import math
@@ -6,21 +6,20 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig, RewardSettings
-from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
+from step3_rlhf.reward_models import ModelReward, known_positions, reading
+from step3_rlhf.rollout import Rollout
 from training import engine, ranks
-from training.data import encode_responses
 from training.errors import UserError
 from training.loading import (
     check_scalar_config,
     load_model_config,
-    load_scalar_model,
+    load_reward_model,
     load_tokenizer,
 )
-from training.models import last_token
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]
 
@@ -29,53 +28,6 @@ class RewardSource(Protocol):
     def __call__(self, rollout: Rollout) -> Tensor:
         """[B] rewards r(x, y), float32."""
         ...
-
-
-class ModelReward:
-    """The scalar of a reward model after the response's last token.
-
-    A model with another tokenizer than the policy's reads the texts anew in its own.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        policy_tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.same_tokens = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        self.batch_size = batch_size
-
-    @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> Tensor:
-        if not self.same_tokens:
-            rollout = self._retokenized(rollout)
-        wanted = -(-len(rollout) // self.batch_size)
-        forwards = ranks.max_over_ranks(wanted) if engine.is_partitioned(self.model) else wanted
-        parts = []
-        for number in range(forwards):
-            first = number * self.batch_size if number < wanted else 0  # the rest keep step
-            part = rollout.rows(first, first + self.batch_size)
-            values = self.model(part.input_ids, part.attention_mask)
-            parts.append(last_token(values, part.attention_mask))
-        return torch.cat(parts[:wanted])
-
-    def _retokenized(self, rollout: Rollout) -> Rollout:
-        responses = encode_responses(list(rollout.responses), self.tokenizer)
-        return assemble(
-            encode_prompt_texts(rollout.prompts, self.tokenizer),
-            # A response that was cut has no end in the other tokenizer either.
-            [
-                ids if ended or len(ids) == 1 else ids[:-1]
-                for ids, ended in zip(responses, rollout.ended.tolist(), strict=True)
-            ],
-            rollout.prompts,
-            self.tokenizer,
-            rollout.input_ids.device,
-        )
 
 
 class FunctionReward:
@@ -171,26 +123,25 @@ def load_reward(
     """The configured source; models are frozen."""
     if settings.function:
         return FunctionReward(import_function(settings.function), settings.function)
-    sources: list[tuple[float, RewardSource]] = []
-    dtype = engine.precision(config)
-    for member in settings.weighted_models:
-        tokenizer = load_tokenizer(member.model_name_or_path, config.trust_remote_code)
-        model = load_scalar_model(
-            member.model_name_or_path,
-            tokenizer,
-            dtype,
-            trust_remote_code=config.trust_remote_code,
-            packing=config.packing,
-        )
-        sources.append(
-            (
-                member.weight,
-                ModelReward(
-                    engine.frozen(model, config.frozen_deepspeed, dtype),
-                    tokenizer,
-                    policy_tokenizer,
-                    config.per_device_eval_batch_size,
-                ),
-            )
-        )
+    sources: list[tuple[float, RewardSource]] = [
+        (member.weight, load_model_reward(member.model_name_or_path, policy_tokenizer, config))
+        for member in settings.weighted_models
+    ]
     return sources[0][1] if len(sources) == 1 and sources[0][0] == 1.0 else WeightedSum(sources)
+
+
+def load_model_reward(
+    path: str, policy_tokenizer: PreTrainedTokenizerBase, config: PPOConfig | EvaluationConfig
+) -> ModelReward:
+    trusted, dtype = config.trust_remote_code, engine.precision(config)
+    tokenizer = load_tokenizer(path, trusted, of_pairs=True)
+    read = reading(
+        path,
+        tokenizer,
+        policy_tokenizer,
+        known_positions(load_model_config(path, trusted)),
+        config.data.max_prompt_length,
+    )
+    model = load_reward_model(path, tokenizer, dtype, trusted, config.packing)
+    frozen = engine.frozen(model, config.frozen_deepspeed, dtype)
+    return ModelReward(frozen, read, config.per_device_eval_batch_size)

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    PreTrainedTokenizerBase,
+)
 
 from step1_sft import main as sft
 from step1_sft.config import SFTConfig
@@ -133,6 +140,74 @@ def test_steps_are_those_of_the_run(
     facts = dict(line.strip().split(":", 1) for line in lines if ":" in line)
     records = int(facts["data"].split()[0])
     assert int(facts["optimizer steps"]) == -(-records // 8)
+
+
+def test_what_becomes_of_the_data_is_what_the_run_would_say(
+    dry_run: DryRun, stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    """Steps are those of what is left after tokens have been counted."""
+    settings = stage_settings("sft")
+    del settings["max_steps"]
+    long = tmp_path / "long.jsonl"
+    rows = [{"prompt": f"{n} {'long ' * 60}", "response": "Yes."} for n in range(40)]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings["data"]["sources"].append(str(long))
+    settings["data"]["overlong_prompts"] = "drop"
+    file = tmp_path / "sft.json"
+    file.write_text(json.dumps(settings))
+    printed = dry_run("step1_sft", file)
+    facts = dict(line.strip().split(":", 1) for line in printed.splitlines() if ":" in line)
+    used = int(facts[str(long)].split("; ")[-1].split()[0])
+    assert used > 0
+    assert f"  training: {used} dropped: a prompt longer than max_prompt_length\n" in printed
+    short = int(facts[settings["data"]["sources"][0]].split("; ")[-1].split()[0])
+    assert facts["data"].split()[0] == str(short)
+    assert int(facts["optimizer steps"]) == -(-short // 4) < -(-(short + used) // 4)
+
+
+def test_each_phase_of_ppo_is_counted(
+    dry_run: DryRun, model_directory: Callable[[str, str], str], tmp_path: Path
+) -> None:
+    """OPT-1.3B in bf16: 24 layers of 2048, keys and values, 2 bytes; 512 tokens a response."""
+    arguments = (
+        f"model_name_or_path={model_directory('opt-1.3b', 'policy')}",
+        f"reward.model_name_or_path={model_directory('opt-1.3b', 'reward')}",
+        f"output_dir={tmp_path / 'out'}",
+        'frozen_deepspeed={"zero_optimization": {"stage": 3}}',
+        'evaluation.sampling={"response_length": 768, "rollout_batch_size": 48, "top_p": 0.5}',
+        "--processes=4",
+    )
+    path = ROOT / "step3_rlhf" / "configs" / "opt-1.3b.json"
+    lines = dry_run("step3_rlhf", path, *arguments).splitlines()
+    phases = dict(line.strip().split(":", 1) for line in lines if "(" in line and ":" in line)
+    a_token = 2 * 24 * 2048 * 2 / 2**30
+    weights = 2 * 1_315_758_080 / 2**30
+    assert f"key-value cache {a_token * 24 * 512:.2f}" in phases["centering rewards"]
+    assert f"gathered weights {weights:.2f}" in phases["centering rewards"]  # ZeRO-3's reference
+    assert f"key-value cache {a_token * 4 * 512:.2f}" in phases["drawing responses"]
+    assert "gathered" not in phases["drawing responses"]  # ZeRO-2's actor
+    assert f"key-value cache {a_token * 48 * 1024:.2f}" in phases["evaluating"]
+    assert sum("top_p=0.5" in line for line in lines) == 1
+
+
+def test_a_reward_model_with_a_head_of_another_kind(
+    dry_run: DryRun, stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    bert = tmp_path / "bert"
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(names)}, "[UNK]"))
+    BertTokenizerFast(tokenizer_object=backend).save_pretrained(bert)
+    BertConfig(
+        num_labels=1, num_hidden_layers=1, architectures=["BertForSequenceClassification"]
+    ).save_pretrained(bert)
+    settings = stage_settings("ppo") | {"reward": {"model_name_or_path": str(bert)}}
+    file = tmp_path / "ppo.json"
+    file.write_text(json.dumps(settings))
+    printed = dry_run("step3_rlhf", file)
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.strip()}
+    model = BertForSequenceClassification(BertConfig(num_labels=1, num_hidden_layers=1))
+    assert rows["reward"][1] == f"{sum(p.numel() for p in model.parameters()):,}"
+    assert "the critic starts from the policy" in printed
 
 
 def test_what_does_not_fit_is_said_with_what_to_change(

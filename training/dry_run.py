@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from training.data import DataSettings, Stage, StageRecords, read_records
+from training.data import Stage, read_records, tokenize
 from training.engine import precision
 from training.errors import UnreachableError
 from training.fitting import global_batch_size, require_evaluation, total_steps
@@ -17,11 +17,20 @@ from training.loading import (
     check_head,
     check_policy_config,
     check_scalar_config,
+    has_linear_score,
     load_model_config,
     load_tokenizer,
+    on_meta,
 )
 from training.lora import add_adapter
-from training.memory import ModelStates, Shape, Sharding, frozen_weights, on_meta, trained_states
+from training.memory import (
+    ModelStates,
+    Shape,
+    Sharding,
+    frozen_weights,
+    offloaded_weights,
+    trained_states,
+)
 from training.packing import refuse_unpackable
 from training.stage_config import StageConfig, SupervisedConfig, model_path_faults
 
@@ -41,31 +50,40 @@ class Plan:
     stand_in: str | None = None
     """A model of the size of those that earlier stages have yet to write."""
     facts: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What becomes of the data, and warnings."""
     models: dict[str, tuple[Shape, ModelStates]] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     phases: dict[str, dict[str, int]] = field(default_factory=dict)
     """Memory that comes and goes, by phase and by what takes it."""
 
-    def shape(self, name_or_path: str, scalar: bool, lora: bool = False) -> Shape:
+    def shape(
+        self, name_or_path: str, scalar: bool, lora: bool = False, frozen: bool = False
+    ) -> Shape:
         """The shape of a model that the config names, grown by a pad token where it lacks one.
+
+        Args:
+            scalar: a reward model or critic; a frozen one may have a head of any kind.
 
         Raises:
             UserError: it cannot be found, or is of the wrong kind.
         """
         trusted = self.config.trust_remote_code
         config = load_model_config(name_or_path, trusted)
-        if self.config.packing:
+        if self.config.packing and not (
+            scalar and frozen and not has_linear_score(config, trusted)
+        ):
             refuse_unpackable(config, name_or_path)
         if scalar:
             check_scalar_config(config, name_or_path, new_head=True)
             config.num_labels = 1
         else:
             check_policy_config(config, name_or_path)
-        tokens = len(load_tokenizer(name_or_path, trusted))
+        tokens = len(load_tokenizer(name_or_path, trusted, of_pairs=scalar and frozen))
         config.vocab_size = max(config.vocab_size, tokens)
         build = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-        model = on_meta(build, config)
-        if scalar:
+        model = on_meta(build, config, trusted)
+        if scalar and not frozen:
             check_head(model, name_or_path)
         if lora and self.config.lora is not None:
             add_adapter(model, self.config.lora)
@@ -77,25 +95,31 @@ class Plan:
         self.models[name] = shape, states
 
     def add_frozen(self, name: str, shape: Shape, section: dict[str, Any]) -> None:
-        weights = frozen_weights(
-            shape, precision(self.config), sharding_of(section, self.processes)
-        )
-        self.models[name] = shape, ModelStates(weights, 0, 0)
+        dtype, sharding = precision(self.config), sharding_of(section, self.processes)
+        weights = frozen_weights(shape, dtype, sharding)
+        host = offloaded_weights(shape, dtype, sharding)
+        self.models[name] = shape, ModelStates(weights, 0, 0, host=host)
         self.frozen.add(name)
 
-    def records(self, data: DataSettings, stage: Stage) -> StageRecords | None:
-        """The stage's records, or None where some are on the Hub and it cannot be reached.
+    def examples(self, stage: Stage) -> int | None:
+        """How many there are to train on, or None where the Hub that has some cannot be reached.
+
+        All records are read and turned into tokens, as the run would, which then need not do it.
 
         Raises:
             UserError: the data is at fault, as far as it is here.
         """
         try:
-            found = read_records(data, stage)
+            records = read_records(self.config.data, stage)
         except UnreachableError as error:
             self.facts["data"] = f"not checked: {error.faults[0]}"
             return None
-        self.facts["data"] = f"{len(found.train)} records to train on, {len(found.eval)} held out"
-        return found
+        require_evaluation(records)
+        tokenizer = load_tokenizer(self.config.model_name_or_path, self.config.trust_remote_code)
+        data = tokenize(records, tokenizer, self.config.data, stage)
+        self.facts["data"] = f"{len(data.train)} examples to train on, {len(data.eval)} held out"
+        self.notes += [*records.report.lines(), *data.report.lines()]
+        return len(data.train)
 
     @property
     def needed(self) -> int:
@@ -110,6 +134,7 @@ class Plan:
             lines += [self.config.description, ""]
         facts = {"processes": str(self.processes), **self.facts}
         lines += [f"  {name + ':':<22}{value}" for name, value in facts.items()]
+        lines += ["", *(f"  {note}" for note in self.notes)] if self.notes else []
         kinds = f"{'weights':>9}{'grads':>7}{'optimizer':>11}{'buckets':>9}"
         heading = f"{'parameters':>16}{'trained':>16}{kinds}"
         lines += ["", f"  {'GiB on each GPU':<20}{heading}"]
@@ -159,12 +184,10 @@ def plan_steps(config: SupervisedConfig, planned: Plan, stage: Stage, sequences:
     """The steps of a supervised stage, whose examples have so many sequences each."""
     batch = global_batch_size(config, planned.processes)
     length = config.data.longest
-    records = planned.records(config.data, stage)
-    if records is not None:
-        require_evaluation(records)
+    examples = planned.examples(stage)
     steps = config.max_steps
-    if records is not None:
-        steps = total_steps(config, len(records.train), planned.processes)
+    if examples is not None:
+        steps = total_steps(config, examples, planned.processes)
     planned.facts |= {
         "examples per step": f"{batch:,}",
         "tokens per step": f"{batch * sequences * length:,} at most",

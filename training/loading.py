@@ -21,9 +21,10 @@ from transformers.utils import logging as transformers_logging
 from training.errors import UserError
 from training.faults import remedy
 from training.lora import add_adapter
-from training.models import Float32Head, Policy, ScalarModel
+from training.models import Classifier, Float32Head, Policy, ScalarModel
 from training.packing import refuse_unpackable
 from training.stage_config import LoraSettings
+from training.tracking import say
 
 PAD_TOKEN = "<pad>"
 UNREADABLE = (OSError, ValueError, KeyError, struct.error)
@@ -42,11 +43,19 @@ def _source(name_or_path: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, trust_remote_code: bool = False, of_pairs: bool = False
+) -> PreTrainedTokenizerBase:
     """The model's tokenizer with a pad token that is never its EOS.
 
     A model whose pad is its EOS masks EOS out of every loss and never learns to stop; where there
     is no pad token of its own, `<pad>` is added (the embeddings grow in `load_policy`).
+
+    Args:
+        of_pairs: one that joins two texts by tokens of its own (`reads_pairs`) needs no EOS.
+
+    Raises:
+        UserError: there is none, or it cannot end a response.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -54,11 +63,16 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
         )
     except UNREADABLE as error:
         raise UserError(f"no tokenizer could be loaded from {name_or_path}: {error}") from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and not (of_pairs and reads_pairs(tokenizer)):
         raise UserError(f"the tokenizer of {name_or_path} has no EOS token; responses need an end")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
+
+
+def reads_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether two texts are read as BERT and its kin do: [CLS] prompt [SEP] response [SEP]."""
+    return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
 def load_model_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -91,15 +105,35 @@ def require_same_tokens(
     setting: str,
     policy: str,
     trust_remote_code: bool = False,
-) -> None:
+) -> set[str]:
     """Refuse a model that would read the policy's token ids as other words.
+
+    Added tokens (reserved ones, those of a chat template, padding) may have other names, since the
+    same ids reach both models; BOS and EOS may not.
 
     Args:
         tokenizer: the policy's; `policy` is its name for the message.
         setting: that names the model.
+
+    Returns:
+        The policy's tokens that the model has under another name or not at all.
+
+    Raises:
+        UserError: for other words.
     """
-    if load_tokenizer(path, trust_remote_code).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{setting}: {path} has another vocabulary than {policy}")
+    other = load_tokenizer(path, trust_remote_code)
+    own, known = tokenizer.get_vocab(), other.get_vocab()
+    differing = {token for token, _ in own.items() ^ known.items()}
+    words = differing - _added(tokenizer) - _added(other)
+    ends = [(t.bos_token_id, t.eos_token_id) for t in (tokenizer, other)]
+    if words or ends[0] != ends[1]:
+        example = f"; {sorted(words)[0]!r} is one difference" if words else ": its BOS or EOS"
+        raise UserError(f"{setting}: {path} has another vocabulary than {policy}{example}")
+    return differing & own.keys()
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return set(tokenizer.get_added_vocab())
 
 
 def load_policy(
@@ -169,6 +203,37 @@ def load_scalar_model(
     return ScalarModel(_ready(model, tokenizer, gradient_checkpointing, lora), packing)
 
 
+def load_reward_model(
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    packing: bool = False,
+) -> ScalarModel | Classifier:
+    """A trained one-label sequence-classification model of any build, only to be asked.
+
+    Args:
+        packing: of models that can be trained; others compute padded rows.
+
+    Raises:
+        UserError: it has no trained head, another number of labels, or cannot be packed.
+    """
+    config = load_model_config(name_or_path, trust_remote_code)
+    check_scalar_config(config, name_or_path, new_head=False)
+    config.num_labels = 1
+    if has_linear_score(config, trust_remote_code):
+        return load_scalar_model(
+            name_or_path, tokenizer, dtype, trust_remote_code=trust_remote_code, packing=packing
+        )
+    model = _load(
+        AutoModelForSequenceClassification, name_or_path, config, dtype, False, trust_remote_code
+    )
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module.out_features == 1:
+            model.set_submodule(name, Float32Head.like(module))
+    return Classifier(_ready(model, tokenizer, gradient_checkpointing=False, lora=None))
+
+
 def check_scalar_config(config: PretrainedConfig, name_or_path: str, new_head: bool) -> bool:
     """Whether the model has a trained head; a UserError where it cannot be a scalar model."""
     trained = any("SequenceClassification" in name for name in config.architectures or [])
@@ -223,6 +288,12 @@ def _load(
             f"{name_or_path} lacks weights, which would be random: {', '.join(missing[:5])}"
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         )
+    unexpected = sorted(
+        set(found["unexpected_keys"]) - {"lm_head.weight"}
+    )  # a scalar model's start
+    if unexpected:
+        names = ", ".join(unexpected[:5]) + (" …" if len(unexpected) > 5 else "")
+        say(f"{name_or_path}: {len(unexpected)} weights have no place in the model: {names}")
     if gguf and hasattr(model, "hf_quantizer"):  # plain weights now, which can be saved
         model.hf_quantizer.remove_quantization_config(model)
     if not dropout:  # also where a config names it in a way of its own
@@ -259,8 +330,26 @@ def _ready(
 
 def check_head(model: PreTrainedModel, name_or_path: str) -> None:
     """Refuse a classification model whose scalar is not a linear function of its last states."""
-    if not isinstance(getattr(model, "score", None), nn.Linear):
+    if not _has_linear_score(model):
         raise UserError(f"{name_or_path}: {type(model).__name__} has no linear head named 'score'")
+
+
+def has_linear_score(config: PretrainedConfig, trust_remote_code: bool = False) -> bool:
+    """Whether the classification model has a value after every token, as a critic needs."""
+    return _has_linear_score(on_meta(AutoModelForSequenceClassification, config, trust_remote_code))
+
+
+def _has_linear_score(model: PreTrainedModel) -> bool:
+    return isinstance(getattr(model, "score", None), nn.Linear)
+
+
+def on_meta(
+    build: type, config: PretrainedConfig, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model of Auto class `build` without any weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = build.from_config(config, trust_remote_code=trust_remote_code)
+    return model
 
 
 def check_policy_config(config: PretrainedConfig, name_or_path: str) -> None:

@@ -5,7 +5,7 @@ own estimators; activations count the tensors that a decoder layer keeps for its
 Korthikanti et al. 2022 do, with an attention that keeps no [length, length] matrix.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -135,10 +135,10 @@ def trained_states(shape: Shape, precision: torch.dtype, sharding: Sharding) -> 
         gradients //= n
     if sharding.zero_stage == 3:
         gradients = 0
-    host = 0
+    host = offloaded_weights(shape, precision, sharding)
     if sharding.offload_optimizer:  # float32 weights, gradients and moments, once in all
         optimizer = gradients = 0
-        host = (2 * FLOAT32 + ADAM) * shape.trained
+        host += (2 * FLOAT32 + ADAM) * shape.trained
     weights = frozen_weights(shape, precision, sharding, True)
     buckets = sharding.bucket * (FLOAT32 if sharding.zero_stage == 1 else size)
     return ModelStates(weights, gradients, optimizer, buckets, host)
@@ -153,6 +153,12 @@ def frozen_weights(
         return size * shape.parameters
     part = 0 if sharding.offload_parameters else size * shape.parameters // sharding.processes
     return part + (2 if with_gradients else 1) * size * shape.largest_layer
+
+
+def offloaded_weights(shape: Shape, precision: torch.dtype, sharding: Sharding) -> int:
+    """Weights in the memory of the hosts, once in all processes; ZeRO-3 only can offload them."""
+    offloads = sharding.zero_stage == 3 and sharding.offload_parameters
+    return precision.itemsize * shape.parameters if offloads else 0
 
 
 def activations(
@@ -177,6 +183,12 @@ def activations(
     return shape.layers * shape.hidden * tokens * precision.itemsize + layer
 
 
+def forward(shape: Shape, tokens: int, precision: torch.dtype) -> int:
+    """What a forward pass without gradients holds: one layer's vectors."""
+    one = replace(shape, layers=1)
+    return activations(one, tokens, precision, checkpointing=False)
+
+
 def logits(shape: Shape, scored_tokens: int) -> int:
     """The logits of one chunk (logprobs.py) when its backward pass has most of them.
 
@@ -193,10 +205,3 @@ def key_value_cache(shape: Shape, sequences: int, length: int, precision: torch.
 def drawing(shape: Shape, sequences: int) -> int:
     """The sampler's float64 distribution over the vocabulary, summed up, beside float32 logits."""
     return (2 * 8 + FLOAT32) * sequences * shape.vocabulary
-
-
-def on_meta(build: type, config: PretrainedConfig) -> PreTrainedModel:
-    """A model of Auto class `build` without any weights."""
-    with torch.device("meta"):
-        model: PreTrainedModel = build.from_config(config)
-    return model

@@ -85,6 +85,24 @@ class ScalarModel(nn.Module):
         return last_token(self(input_ids, attention_mask), attention_mask)
 
 
+class Classifier(nn.Module):
+    """A one-label sequence-classification model of any build, asked as Hugging Face builds it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> Tensor:
+        """Rewards [batch] float32.
+
+        Args:
+            input_ids: [batch, length], padded on the right.
+            more: what else the model's tokenizer gives, as token_type_ids.
+        """
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **more).logits
+        return logits.squeeze(-1).float()
+
+
 class Float32Head(nn.Linear):
     """A linear head whose output is float32 whatever the weights are.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import BertConfig, PreTrainedTokenizerBase
 
 from step3_rlhf.checks import check_lengths, check_models, longest
 from step3_rlhf.config import EvaluationConfig, PPOConfig
@@ -20,10 +20,10 @@ Settings = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture
-def short_model(tiny_world: Path, tmp_path: Path) -> str:
+def short_model(tiny_world: Path, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
     """A config that knows 64 positions; the world's models know more."""
     directory = tmp_path / "short"
-    directory.mkdir()
+    world_tokenizer.save_pretrained(directory)
     data = json.loads((tiny_world / "base" / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(data | {"max_position_embeddings": 64}))
     return str(directory)
@@ -106,17 +106,57 @@ def test_models_that_read_the_policys_tokens_must_know_them(
     world_tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     setting: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    other = tmp_path / "other"
-    longer = copy.deepcopy(world_tokenizer)
-    longer.add_tokens(["<another>"])
-    longer.save_pretrained(other)
+    other = str(tmp_path / "other")
+    world_tokenizer.save_pretrained(other)
     shutil.copy(tiny_world / "base" / "config.json", other)
-    settings = stage_settings("ppo") | {"reward": {"function": "operator:add"}}
-    check_models(check_config(PPOConfig, settings, "config:"), world_tokenizer)
-    config = check_config(PPOConfig, settings | {setting: str(other)}, "config:")
+    settings = stage_settings("ppo") | {"reward": {"function": "operator:add"}, setting: other}
+    config = check_config(PPOConfig, settings, "config:")
+    check_models(config, world_tokenizer)
+    longer = copy.deepcopy(world_tokenizer)
+    longer.add_tokens(["<another>"])  # which the other model can be made to hold
+    check_models(config, longer)
+    assert f"{setting}: {other} knows 1 tokens by other names: <another>" in capsys.readouterr().out
+    file = Path(other) / "tokenizer.json"
+    data = json.loads(file.read_text())
+    ids = data["model"]["vocab"]
+    first, second = sorted(ids)[-2:]  # two words change places
+    ids[first], ids[second] = ids[second], ids[first]
+    file.write_text(json.dumps(data))
     with pytest.raises(UserError, match=rf"{setting}: .*another vocabulary"):
         check_models(config, world_tokenizer)
+
+
+def test_a_critic_has_a_value_after_each_token(
+    stage_settings: Settings, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    critic = str(tmp_path / "bert")
+    world_tokenizer.save_pretrained(critic)
+    BertConfig(
+        num_labels=1, num_hidden_layers=1, architectures=["BertForSequenceClassification"]
+    ).save_pretrained(critic)
+    settings = stage_settings("ppo") | {"reward": {"function": "operator:add"}}
+    config = check_config(PPOConfig, settings | {"critic_model_name_or_path": critic}, "config:")
+    with pytest.raises(
+        UserError, match=r"critic_model_name_or_path: .*bert has no value after each"
+    ):
+        check_models(config, world_tokenizer)
+
+
+def test_a_reward_model_with_a_format_of_its_own_cuts_texts_itself(
+    stage_settings: Settings,
+    short_model: str,
+    world_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    settings = stage_settings("ppo") | {"reward": {"model_name_or_path": short_model}}
+    settings["response_length"] = 17
+    with pytest.raises(UserError, match="knows 64 positions"):
+        check(settings, world_tokenizer)
+    own = copy.deepcopy(world_tokenizer)
+    own.chat_template = "{{ messages[0].content }}"
+    own.save_pretrained(short_model)
+    check(settings, world_tokenizer)
 
 
 def test_a_language_model_is_no_reward_model_unless_it_stands_for_one(

@@ -1,4 +1,4 @@
-"""Sources of rewards: models, sums of models, and functions whose faults are the user's."""
+"""Sources of rewards: functions, whose faults are the user's, sums, and what a config names."""
 
 import math
 import re
@@ -11,7 +11,6 @@ from step3_rlhf import rewards as module
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.rewards import (
     FunctionReward,
-    ModelReward,
     WeightedSum,
     import_function,
     load_reward,
@@ -20,7 +19,7 @@ from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
 from training.config import check_config
 from training.data import encode_responses
 from training.errors import UserError
-from training.loading import load_scalar_model, load_tokenizer
+from training.loading import load_scalar_model
 
 PROMPTS = ("Please suggest a drink.", "What is a good pet?", "Hi")
 RESPONSES = ("tea", "a cat, or perhaps two of them", "hello")
@@ -89,53 +88,6 @@ def test_functions_are_imported_by_name(tmp_path: Path, monkeypatch: pytest.Monk
             import_function(path)
 
 
-# Models
-
-
-@pytest.fixture
-def scalar(tiny_world: Path, world_tokenizer):
-    model = load_scalar_model(str(tiny_world / "base"), world_tokenizer, new_head=True)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.model.score.weight)
-    return model.eval()
-
-
-@torch.no_grad()
-def own_rewards(scalar, tokenizer) -> torch.Tensor:
-    """One by one, without padding, from the sequence-classification model itself."""
-    rows = zip(
-        encode_prompt_texts(PROMPTS, tokenizer),
-        encode_responses(list(RESPONSES), tokenizer),
-        strict=True,
-    )
-    return torch.cat([scalar.model(input_ids=torch.tensor([p + r])).logits[0] for p, r in rows])
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_a_models_reward_does_not_depend_on_the_batch(
-    rollout: Rollout, scalar, world_tokenizer, batch_size: int
-) -> None:
-    source = ModelReward(scalar, world_tokenizer, world_tokenizer, batch_size)
-    own = own_rewards(scalar, world_tokenizer)
-    torch.testing.assert_close(source(rollout), own, rtol=0, atol=1e-5)
-    assert own.std() > 1e-3
-
-
-def test_a_model_with_another_tokenizer_reads_the_texts_in_its_own(
-    rollout: Rollout, scalar, world_tokenizer, tiny_world: Path
-) -> None:
-    other = load_tokenizer(str(tiny_world / "base"))
-    other.add_tokens(["qqqq"])
-    source = ModelReward(scalar, world_tokenizer, other, 8)
-    assert not source.same_tokens
-    shuffled = Rollout(
-        torch.zeros_like(rollout.input_ids), rollout.attention_mask, rollout.response_mask,
-        rollout.ended, rollout.prompts, rollout.responses,
-    )  # fmt: skip
-    own = own_rewards(scalar, world_tokenizer)
-    torch.testing.assert_close(source(shuffled), own, rtol=0, atol=1e-5)
-
-
 def test_weighted_sums(rollout: Rollout) -> None:
     lengths = FunctionReward(lambda p, r: [len(x) for x in r], "a:b")
     ones = FunctionReward(lambda p, r: [1.0 for _ in r], "c:d")
@@ -144,12 +96,17 @@ def test_weighted_sums(rollout: Rollout) -> None:
 
 
 def test_the_configured_source(
-    rollout: Rollout, scalar, world_tokenizer, stage_settings, tmp_path: Path
+    rollout: Rollout, tiny_world: Path, world_tokenizer, stage_settings, tmp_path: Path
 ) -> None:
-    scalar.model.save_pretrained(tmp_path / "reward")
-    world_tokenizer.save_pretrained(tmp_path / "reward")
+    scalar = load_scalar_model(str(tiny_world / "base"), world_tokenizer, new_head=True)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(scalar.model.score.weight)
     path = str(tmp_path / "reward")
-    own = own_rewards(scalar, world_tokenizer)
+    scalar.model.save_pretrained(path)
+    world_tokenizer.save_pretrained(path)
+    with torch.no_grad():
+        own = scalar.rewards(rollout.input_ids, rollout.attention_mask)
+    assert own.std() > 1e-3
     for settings, expected in (
         ({"model_name_or_path": path}, own),
         ({"models": [{"model_name_or_path": path, "weight": 0.25}]}, 0.25 * own),

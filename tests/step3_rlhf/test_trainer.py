@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from step3_rlhf import ppo
 from step3_rlhf.config import PPOConfig
-from step3_rlhf.main import critic_source, flattened
+from step3_rlhf.main import flattened
 from step3_rlhf.prompts import Prompts
 from step3_rlhf.regularizers import parse_regularizer
 from step3_rlhf.rewards import FunctionReward
+from step3_rlhf.roles import critic_source
 from step3_rlhf.rollout import sample
 from step3_rlhf.trainer import Experience, PPOTrainer, Statistics
 from training import engine
@@ -370,14 +372,24 @@ def test_where_the_critic_starts(configured, tiny_world, tmp_path, world_tokeniz
     for directory in (same, other):
         shutil.copy(f"{base}/config.json", directory)
 
-    def source(**changes: object) -> str:
+    headless = str(tmp_path / "headless")
+    shutil.copytree(same, headless)
+    bert = BertConfig(num_hidden_layers=1, num_labels=1, hidden_size=12)
+    bert.save_pretrained(headless)
+
+    def source(**changes: object) -> tuple[str, str]:
         return critic_source(configured(**changes), world_tokenizer)
 
-    assert source() == base  # a function rewards: the policy
+    assert source() == (base, "")  # a function rewards: the policy
     models = [{"model_name_or_path": same}, {"model_name_or_path": other}]
-    assert source(reward={"models": models}) == same
-    assert source(reward={"models": models[::-1]}) == base  # it would read other words
-    assert source(critic_model_name_or_path=same) == same
+    assert source(reward={"models": models}) == (same, "")
+    path, why = source(reward={"models": models[::-1]})  # it would read other words
+    assert path == base
+    assert "another vocabulary" in why
+    path, why = source(reward={"model_name_or_path": headless})
+    assert path == base
+    assert "no value after each token" in why
+    assert source(critic_model_name_or_path=same) == (same, "")
 
 
 def test_an_evaluations_means_are_logged() -> None:

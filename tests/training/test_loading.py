@@ -1,7 +1,7 @@
 """What is loaded is whole, of the right kind, and has an EOS that it can learn."""
 
-import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +9,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -20,11 +23,16 @@ from transformers import (
 from training.errors import UserError
 from training.loading import (
     check_positions,
+    has_linear_score,
+    load_model_config,
     load_policy,
+    load_reward_model,
     load_scalar_model,
     load_tokenizer,
+    reads_pairs,
     require_same_tokens,
 )
+from training.models import ScalarModel
 
 PAD, EOS = 3, 2
 
@@ -249,12 +257,96 @@ def test_files_that_are_no_weights(
         load_policy(str(tmp_path), world_tokenizer)
 
 
-def test_another_vocabulary_is_refused(
-    tiny_world: Path, world_tokenizer: PreTrainedTokenizerBase
+def words(directory: Path, *names: str, eos: str = "</s>", added: tuple[str, ...] = ()) -> str:
+    """A model directory with a tokenizer of these words, and of added tokens after them."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token=eos, pad_token="<pad>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
+    write_model(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def test_other_words_and_ends_are_refused_but_not_other_names_of_added_tokens(
+    tmp_path: Path,
 ) -> None:
-    other = copy.deepcopy(world_tokenizer)
-    other.add_tokens(["<another>"])
-    base = str(tiny_world / "base")
-    require_same_tokens(base, world_tokenizer, "reference", "policy")
-    with pytest.raises(UserError, match=r"reference: .*base has another vocabulary than policy"):
-        require_same_tokens(base, other, "reference", "policy")
+    usual = ("<unk>", "<pad>", "</s>", "yes", "no")
+    policy = load_tokenizer(words(tmp_path / "policy", *usual, added=("<a>", "<b>")))
+
+    def renamed(name: str, *names: str, **options: Any) -> set[str]:
+        path = words(tmp_path / name, *names, **options)
+        return require_same_tokens(path, policy, "reference", "policy")
+
+    assert renamed("same", *usual, added=("<a>", "<b>")) == set()
+    assert renamed("reserved", *usual, added=("<reserved_0>", "<b>")) == {"<a>"}
+    assert renamed("fewer", *usual, added=("<a>",)) == {"<b>"}
+    assert renamed("more", *usual, added=("<a>", "<b>", "<c>")) == set()
+    with pytest.raises(UserError, match=r"reference: .* has another vocabulary.*'maybe'"):
+        renamed("another word", *usual[:-1], "maybe", added=("<a>", "<b>"))
+    with pytest.raises(UserError, match=r"reference: .* has another vocabulary.*'no'"):
+        renamed("swapped", *usual[:3], "no", "yes", added=("<a>", "<b>"))
+    with pytest.raises(UserError, match="another vocabulary than policy: its BOS or EOS"):
+        renamed("another end", *usual, eos="<b>", added=("<a>", "<b>"))
+
+
+def tiny_bert(directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=32, num_labels=1,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def test_a_reward_model_may_have_a_head_of_any_kind_a_critic_may_not(
+    tmp_path: Path, world_tokenizer
+) -> None:
+    tokenizer = load_tokenizer(_short(tmp_path), of_pairs=True)
+    path = tiny_bert(tmp_path / "bert", tokenizer)
+    ids = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    own = BertForSequenceClassification.from_pretrained(path)(ids, mask).logits[:, 0]
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+        model = load_reward_model(path, tokenizer, dtype).to(dtype)
+        found = model(ids, mask)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, own, rtol=0, atol=tolerance)
+    assert not torch.equal(found, found.bfloat16().float())  # finer than bfloat16 can say
+    with pytest.raises(UserError, match="has no linear head named 'score'"):
+        load_scalar_model(path, tokenizer)
+    assert not has_linear_score(load_model_config(path))
+    write_model(tmp_path / "llama", LlamaForSequenceClassification, num_labels=1)
+    assert has_linear_score(load_model_config(str(tmp_path / "llama")))
+    assert isinstance(load_reward_model(str(tmp_path / "llama"), tokenizer), ScalarModel)
+
+
+def _short(directory: Path) -> str:
+    """A tokenizer as BERT's, without an EOS."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, "[UNK]"))
+    BertTokenizerFast(tokenizer_object=backend).save_pretrained(directory / "pairs")
+    return str(directory / "pairs")
+
+
+def test_a_tokenizer_that_joins_pairs_needs_no_end(tmp_path: Path) -> None:
+    assert reads_pairs(load_tokenizer(_short(tmp_path), of_pairs=True))
+    with pytest.raises(UserError, match="has no EOS token"):
+        load_tokenizer(_short(tmp_path))
+
+
+def test_weights_without_a_place_are_said(
+    tiny_llama: PreTrainedModel, world_tokenizer, tmp_path: Path, capsys
+) -> None:
+    file = damaged(tiny_llama, world_tokenizer, tmp_path)
+    load_policy(str(tmp_path), world_tokenizer)
+    load_scalar_model(str(tmp_path), world_tokenizer, new_head=True)  # lm_head is expected
+    assert capsys.readouterr().out == ""
+    weights = load_file(file) | {"v_head.summary.weight": torch.ones(1, 32)}
+    save_file(weights, file, metadata={"format": "pt"})
+    load_policy(str(tmp_path), world_tokenizer)
+    assert "1 weights have no place in the model: v_head.summary.weight" in capsys.readouterr().out

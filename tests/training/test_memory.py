@@ -24,15 +24,17 @@ from transformers import (
 )
 
 from training.dry_run import sharding_of
+from training.loading import on_meta
 from training.logprobs import token_logprobs
 from training.memory import (
     Shape,
     Sharding,
     activations,
+    forward,
     frozen_weights,
     key_value_cache,
     logits,
-    on_meta,
+    offloaded_weights,
     trained_states,
 )
 
@@ -211,3 +213,20 @@ def test_dropout_counts_where_a_model_has_it() -> None:
     assert [shapes[name].dropout for name in ("llama", "opt", "gpt2")] == [False, True, True]
     on, off = (activations(shapes["opt"], 10, BF16, False, dropout) for dropout in (True, False))
     assert on - off == 6 * 2 * 128 * 10 * 2  # layers, masks, hidden, tokens, bytes
+
+
+def test_offloaded_frozen_weights_are_in_the_hosts_memory() -> None:
+    """Once in all processes, beside what an offloaded optimizer keeps there."""
+    shape = shape_of("opt-1.3b")
+    offloaded = Sharding(3, 4, offload_parameters=True)
+    assert offloaded_weights(shape, BF16, offloaded) == 2 * KNOWN["opt-1.3b"]
+    assert offloaded_weights(shape, BF16, Sharding(3, 4)) == 0
+    assert offloaded_weights(shape, BF16, Sharding(2, 4, offload_parameters=True)) == 0
+    both = Sharding(3, 4, offload_optimizer=True, offload_parameters=True)
+    assert trained_states(shape, BF16, both).host == (16 + 2) * KNOWN["opt-1.3b"]
+
+
+def test_a_forward_pass_without_gradients_holds_one_layer() -> None:
+    shape = shape_of("opt-1.3b")
+    whole = activations(shape, 100, BF16, checkpointing=False)
+    assert forward(shape, 100, BF16) * shape.layers == whole

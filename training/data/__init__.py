@@ -23,6 +23,7 @@ from training.data.templates import (
     encode_responses,
     render_prompt,
     response_text,
+    truncate_prompt,
 )
 from training.data.tokens import TokenizedData, tokenize
 
@@ -54,4 +55,5 @@ __all__ = [
     "response_text",
     "shard",
     "tokenize",
+    "truncate_prompt",
 ]
