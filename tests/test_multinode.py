@@ -82,6 +82,17 @@ def test_a_node_without_a_meeting_place_is_refused(config: Path, tmp_path: Path)
     assert "MASTER_ADDR" in printed
 
 
+@pytest.mark.parametrize("argument", ["--launcher openmpi", "--launcher=slurm"])
+def test_other_launchers_are_refused(config: Path, tmp_path: Path, argument: str) -> None:
+    """They start ranks and quote words in ways of their own, which nothing here follows."""
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+    node = start(config, HOSTFILE=str(hosts), DEEPSPEED_ARGS=f"--log_level error {argument}")
+    printed, _ = node.communicate(timeout=60)
+    assert node.returncode == 1
+    assert f"DEEPSPEED_ARGS: {argument}: several nodes are reached by pdsh" in printed
+
+
 SSH = "#!/bin/sh\necho 127.0.0.1\n"  # DeepSpeed asks the first node for its address
 PDSH = r"""#!/bin/bash
 # What pdsh -S does: the command in a shell on each node, %n the node's number; an exit code.
