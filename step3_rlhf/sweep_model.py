@@ -9,7 +9,7 @@ from pathlib import Path
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)")
 """The Hub's own directory for a downloaded model."""
-SAYS_NOTHING = re.compile(r"model|actor|sft|checkpoints?|(checkpoint|step)-\d+|/|\.+")
+SAYS_NOTHING = re.compile(r"model|base|world|actor|sft|checkpoints?|(checkpoint|step)-\d+|/|\.+")
 """Parts of a path that are the same for every model."""
 
 

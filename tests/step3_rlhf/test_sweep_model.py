@@ -51,6 +51,7 @@ def test_a_config_that_says_nothing(tmp_path: Path, text: str) -> None:
         ("gpt2", "gpt2"),
         ("runs/opt-1.3b/sft/model", "opt-1.3b"),
         ("llama/model", "llama"),
+        ("runs/quickstart/world/base", "quickstart"),
         ("/models/Llama-2-7b-hf/", "Llama-2-7b-hf"),
         ("/x/opt-125m/checkpoints/step-00000003", "opt-125m"),
         ("../opt-125m/checkpoint-30", "opt-125m"),
