@@ -4,12 +4,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
 from training import engine, ranks
 from training.data import encode_responses, truncate_prompt
-from training.loading import reads_pairs
+from training.loading import on_meta, reads_pairs
 from training.models import last_token
 from training.tracking import say
 
@@ -141,7 +145,15 @@ class TextPairs:
         return dict(encoded.to(rollout.input_ids.device))
 
 
-def known_positions(config: PretrainedConfig) -> int | None:
-    """Positions that a model was built with, as far as its config says."""
+def known_positions(config: PretrainedConfig, trust_remote_code: bool = False) -> int | None:
+    """Positions that a classification model knows, as far as it is built with a number of them."""
+    model = on_meta(AutoModelForSequenceClassification, config, trust_remote_code)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the one after padding's.
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            return int(module.num_embeddings - module.padding_idx - 1)
     found: int | None = getattr(config, "max_position_embeddings", None)
     return found

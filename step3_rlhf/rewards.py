@@ -139,7 +139,7 @@ def load_model_reward(
         path,
         tokenizer,
         policy_tokenizer,
-        known_positions(load_model_config(path, trusted)),
+        known_positions(load_model_config(path, trusted), trusted),
         config.data.max_prompt_length,
     )
     model = load_reward_model(path, tokenizer, dtype, trusted, config.packing)

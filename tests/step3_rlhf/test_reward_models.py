@@ -13,8 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    T5Config,
 )
 
 from step3_rlhf.config import PPOConfig
@@ -23,6 +26,7 @@ from step3_rlhf.reward_models import (
     OwnTokens,
     TextPairs,
     as_it_stands,
+    known_positions,
     reading,
     reads_as,
 )
@@ -221,3 +225,15 @@ def test_pairs_fit_the_models_positions(rollout: Rollout, bert: str) -> None:
     # 10 positions − 3 joints − 1 word of response: the last 6 words of the prompt.
     words = tokenizer.convert_ids_to_tokens(ids[0].tolist())
     assert words == ["[CLS]", *["pet"] * 5, "drink", "[SEP]", "tea", "[SEP]"]
+
+
+def test_how_many_positions_a_model_knows() -> None:
+    """RoBERTa's 514 are 512: it counts from the one after padding's."""
+    tiny = {"num_hidden_layers": 1, "hidden_size": 12, "vocab_size": 8}
+    for config, known in (
+        (BertConfig(**tiny, max_position_embeddings=512), 512),
+        (RobertaConfig(**tiny, max_position_embeddings=514, pad_token_id=1), 512),
+        (LlamaConfig(**tiny, num_attention_heads=2, max_position_embeddings=99), 99),
+        (T5Config(d_model=12, num_layers=1, vocab_size=8, eos_token_id=1), None),
+    ):
+        assert known_positions(config) == known
