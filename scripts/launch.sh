@@ -27,7 +27,7 @@ launch() {
                 fail "NODE_RANK=$NODE_RANK: name the first node with MASTER_ADDR and a free port there with MASTER_PORT"
             arguments+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
         elif (($(hosts | wc -l) > 1)); then
-            [[ ! "${DEEPSPEED_ARGS:-}" =~ --launcher[=\ ]+([a-z]+) || "${BASH_REMATCH[1]}" == pdsh ]] ||
+            [[ ! "${DEEPSPEED_ARGS:-}" =~ --launcher[=\ ]+([A-Za-z]+) || "${BASH_REMATCH[1],,}" == pdsh ]] ||
                 fail "DEEPSPEED_ARGS: ${BASH_REMATCH[0]}: several nodes are reached by pdsh, or started each with its NODE_RANK"
             command -v pdsh >/dev/null ||
                 fail "HOSTFILE=$HOSTFILE names several nodes: pdsh is needed here (on Debian: apt install pdsh), or NODE_RANK on each node"

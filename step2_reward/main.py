@@ -24,7 +24,7 @@ from training.data import GroupedBatch, collate_groups, read_records, tokenize
 from training.disk import recover
 from training.dry_run import Plan, plan_steps
 from training.export import export
-from training.loading import check_positions, load_scalar_model, load_tokenizer
+from training.loading import RESPONSE_END, check_positions, load_scalar_model, load_tokenizer
 from training.memory import activations
 from training.models import last_token
 from training.signals import requests
@@ -143,6 +143,9 @@ def main(config: RewardConfig) -> None:
     if ranks.rank() == 0:
         recover(output / "model")
     stopping = fitting.EarlyStopping(config.early_stopping_patience)
+
+    # Stage 3 gives this model EOS after a response, whatever its chat template writes there.
+    model.model.config.update({RESPONSE_END: "eos"})
 
     def save_best(metrics: dict[str, float]) -> None:
         export(model.model, tokenizer, output / "model")

@@ -86,9 +86,10 @@ def check_lengths(
                 data.max_prompt_length + config.evaluation.sampling.response_length
             )
     for member in config.reward.weighted_models:
-        own = load_tokenizer(member.model_name_or_path, config.trust_remote_code, of_pairs=True)
-        if reads_as(own, tokenizer):  # others cut texts to what they know
-            paths.append(member.model_name_or_path)
+        path, trusted = member.model_name_or_path, config.trust_remote_code
+        own = load_tokenizer(path, trusted, of_pairs=True)
+        if reads_as(own, tokenizer, load_model_config(path, trusted)):
+            paths.append(path)  # others cut texts to what they know
     for path in dict.fromkeys(path for path in paths if path):
         check_positions(path, needs, config.trust_remote_code)
 

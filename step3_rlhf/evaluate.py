@@ -67,17 +67,29 @@ def run(config: EvaluationConfig) -> None:
 
 
 def identity(config: EvaluationConfig, held_out: HeldOut) -> dict[str, Any]:
-    """All that the figures depend on."""
+    """All that the figures depend on, however its paths are spelt."""
     paths = [config.model_name_or_path, config.reference_model_name_or_path]
     paths += [member.model_name_or_path for member in config.reward.weighted_models]
     if config.reward.function:
         paths.append(source_file(config.reward.function))
+    settings = config.model_dump(mode="json", exclude={"output_dir": True, "data": {"cache_dir"}})
     return {
-        "config": config.model_dump(mode="json"),
-        "models": [identity_of(path) for path in paths if path],
+        "config": resolved(settings),
+        "models": [identity_of(resolved(path)) for path in paths if path],
         "held_out": held_out.digest,
         "processes": ranks.world_size(),
     }
+
+
+def resolved(value: Any) -> Any:
+    """JSON with every text that is a path of this machine spelt in one way."""
+    if isinstance(value, dict):
+        return {name: resolved(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [resolved(part) for part in value]
+    if isinstance(value, str) and "/" in value and Path(value).exists():
+        return str(Path(value).resolve())
+    return value
 
 
 def run_settings(run_dir: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig, RewardSettings
-from step3_rlhf.reward_models import ModelReward, known_positions, reading
+from step3_rlhf.reward_models import ModelReward, reading
 from step3_rlhf.rollout import Rollout
 from training import engine, ranks
 from training.errors import UserError
@@ -135,13 +135,7 @@ def load_model_reward(
 ) -> ModelReward:
     trusted, dtype = config.trust_remote_code, engine.precision(config)
     tokenizer = load_tokenizer(path, trusted, of_pairs=True)
-    read = reading(
-        path,
-        tokenizer,
-        policy_tokenizer,
-        known_positions(load_model_config(path, trusted), trusted),
-        config.data.max_prompt_length,
-    )
+    read = reading(path, tokenizer, policy_tokenizer, load_model_config(path, trusted), trusted)
     model = load_reward_model(path, tokenizer, dtype, trusted, config.packing)
     frozen = engine.frozen(model, config.frozen_deepspeed, dtype)
     return ModelReward(frozen, read, config.per_device_eval_batch_size)

@@ -82,7 +82,7 @@ def test_a_node_without_a_meeting_place_is_refused(config: Path, tmp_path: Path)
     assert "MASTER_ADDR" in printed
 
 
-@pytest.mark.parametrize("argument", ["--launcher openmpi", "--launcher=slurm"])
+@pytest.mark.parametrize("argument", ["--launcher openmpi", "--launcher=SLURM"])
 def test_other_launchers_are_refused(config: Path, tmp_path: Path, argument: str) -> None:
     """They start ranks and quote words in ways of their own, which nothing here follows."""
     hosts = tmp_path / "hostfile"

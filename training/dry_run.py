@@ -80,14 +80,21 @@ class Plan:
         else:
             check_policy_config(config, name_or_path)
         tokens = len(load_tokenizer(name_or_path, trusted, of_pairs=scalar and frozen))
-        config.vocab_size = max(config.vocab_size, tokens)
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, tokens)
         build = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
         model = on_meta(build, config, trusted)
         if scalar and not frozen:
             check_head(model, name_or_path)
         if lora and self.config.lora is not None:
             add_adapter(model, self.config.lora)
-        return Shape.of(model)
+        try:
+            return Shape.of(model)
+        except AttributeError:  # other names for its layers and heads
+            if not frozen:
+                raise
+            self.notes.append(f"{name_or_path}: only its weights are counted, no activations")
+            return Shape.of_weights(model)
 
     def add_trained(self, name: str, shape: Shape) -> None:
         sharding = sharding_of(self.config.deepspeed, self.processes)

@@ -27,6 +27,8 @@ from training.stage_config import LoraSettings
 from training.tracking import say
 
 PAD_TOKEN = "<pad>"
+RESPONSE_END = "response_end"
+"""In a reward model's config.json: what it learned to see after a whole response."""
 UNREADABLE = (OSError, ValueError, KeyError, struct.error)
 """What transformers raises for a model that is missing, of another kind, or cut off."""
 DROPOUT_FIELDS = (
@@ -75,6 +77,11 @@ def reads_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
+def ends_with_eos(config: PretrainedConfig) -> bool:
+    """Whether stage 2 made the reward model, of responses that end with EOS and nothing else."""
+    return getattr(config, RESPONSE_END, None) == "eos"
+
+
 def load_model_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(
@@ -108,8 +115,8 @@ def require_same_tokens(
 ) -> set[str]:
     """Refuse a model that would read the policy's token ids as other words.
 
-    Added tokens (reserved ones, those of a chat template, padding) may have other names, since the
-    same ids reach both models; BOS and EOS may not.
+    Special tokens (reserved ones, padding) may have other names, since the same ids reach both
+    models; BOS, EOS and tokens that both know may not be elsewhere.
 
     Args:
         tokenizer: the policy's; `policy` is its name for the message.
@@ -124,7 +131,9 @@ def require_same_tokens(
     other = load_tokenizer(path, trust_remote_code)
     own, known = tokenizer.get_vocab(), other.get_vocab()
     differing = {token for token, _ in own.items() ^ known.items()}
-    words = differing - _added(tokenizer) - _added(other)
+    words = differing - (_special(tokenizer) | _special(other))
+    # The same word in another place; padding is never looked at.
+    words |= (differing & own.keys() & known.keys()) - {tokenizer.pad_token, other.pad_token}
     ends = [(t.bos_token_id, t.eos_token_id) for t in (tokenizer, other)]
     if words or ends[0] != ends[1]:
         example = f"; {sorted(words)[0]!r} is one difference" if words else ": its BOS or EOS"
@@ -132,8 +141,8 @@ def require_same_tokens(
     return differing & own.keys()
 
 
-def _added(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    return set(tokenizer.get_added_vocab())
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
 def load_policy(
@@ -241,6 +250,8 @@ def check_scalar_config(config: PretrainedConfig, name_or_path: str, new_head: b
         raise UserError(
             f"{name_or_path} has {config.num_labels} labels; a reward model has one (num_labels=1)"
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name_or_path} is an encoder-decoder; reward models read one sequence")
     if not trained and not new_head:
         raise UserError(
             f"{name_or_path} is not a sequence-classification model, so its rewards would be "
@@ -346,9 +357,16 @@ def _has_linear_score(model: PreTrainedModel) -> bool:
 def on_meta(
     build: type, config: PretrainedConfig, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A model of Auto class `build` without any weights."""
-    with torch.device("meta"):
-        model: PreTrainedModel = build.from_config(config, trust_remote_code=trust_remote_code)
+    """A model of Auto class `build` without any weights.
+
+    Raises:
+        UserError: transformers has no such model of this architecture.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = build.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UserError(f"a {config.model_type} model has no {build.__name__}: {error}") from error
     return model
 
 

@@ -26,29 +26,25 @@ class Shape:
     parameters: int
     trained: int
     largest_layer: int  # parameters of the largest single module
-    layers: int
-    hidden: int
-    query: int  # heads x head size
-    key: int  # key-value heads x head size
-    intermediate: int
-    gated: bool  # as Llama: a gate beside the up-projection, and norms that compute in float32
-    inner: int  # vectors of the intermediate size that a layer keeps for its backward pass
-    dropout: bool
-    vocabulary: int
+    layers: int = 0
+    hidden: int = 0
+    query: int = 0  # heads x head size
+    key: int = 0  # key-value heads x head size
+    intermediate: int = 0
+    gated: bool = (
+        False  # as Llama: a gate beside the up-projection, and norms that compute in float32
+    )
+    inner: int = 0  # vectors of the intermediate size that a layer keeps for its backward pass
+    dropout: bool = False
+    vocabulary: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Shape":
         """`model` may be on the meta device."""
-        config = model.config
-        parameters = list(model.parameters())
+        config = model.config.get_text_config()
         gated = any(name.endswith("gate_proj") for name, _ in model.named_modules())
-        return cls(
-            parameters=sum(p.numel() for p in parameters),
-            trained=sum(p.numel() for p in parameters if p.requires_grad),
-            largest_layer=max(
-                sum(p.numel() for p in module.parameters(recurse=False))
-                for module in model.modules()
-            ),
+        return replace(
+            cls.of_weights(model),
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             query=config.num_attention_heads * _head_size(config),
@@ -58,6 +54,19 @@ class Shape:
             inner=_activation_vectors(config) + (2 if gated else 0),  # up-projection, product
             dropout=any(getattr(config, name, 0) for name in RESIDUAL_DROPOUT),
             vocabulary=model.get_input_embeddings().num_embeddings,
+        )
+
+    @classmethod
+    def of_weights(cls, model: PreTrainedModel) -> "Shape":
+        """Of a model that is built in no way that the formulae know: its parameters only."""
+        parameters = list(model.parameters())
+        return cls(
+            parameters=sum(p.numel() for p in parameters),
+            trained=sum(p.numel() for p in parameters if p.requires_grad),
+            largest_layer=max(
+                sum(p.numel() for p in module.parameters(recurse=False))
+                for module in model.modules()
+            ),
         )
 
 

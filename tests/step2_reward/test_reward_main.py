@@ -16,7 +16,7 @@ from step2_reward.main import PreferenceModelling, by_group, pair_margins, summa
 from training.config import check_config
 from training.data import FILLER, collate_groups
 from training.engine import TrainedModule
-from training.loading import load_scalar_model
+from training.loading import ends_with_eos, load_scalar_model
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -147,6 +147,7 @@ def test_the_best_weights_are_the_ones_saved(
     assert torch.equal(saved.score.weight, heads[1])
     assert not torch.equal(saved.score.weight, heads[2])
     assert saved.config.num_labels == 1
+    assert ends_with_eos(saved.config)  # which stage 3 needs to know
     report = json.loads((output / "evaluation.json").read_text())
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert report["log_loss"] == lines[1]["eval/log_loss"] != lines[2]["eval/log_loss"]

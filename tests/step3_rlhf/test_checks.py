@@ -115,7 +115,9 @@ def test_models_that_read_the_policys_tokens_must_know_them(
     config = check_config(PPOConfig, settings, "config:")
     check_models(config, world_tokenizer)
     longer = copy.deepcopy(world_tokenizer)
-    longer.add_tokens(["<another>"])  # which the other model can be made to hold
+    longer.add_special_tokens(
+        {"additional_special_tokens": ["<another>"]}
+    )  # it can be made to hold
     check_models(config, longer)
     assert f"{setting}: {other} knows 1 tokens by other names: <another>" in capsys.readouterr().out
     file = Path(other) / "tokenizer.json"

@@ -1,6 +1,7 @@
 """What is measured on: all of it or a random part, the same for every policy, told apart."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +75,21 @@ def test_other_data_are_another_evaluation(stage_settings) -> None:
     identities = [identity(settings, replace(held_out, **change)) for change in [{}, *changes]]
     assert len({entry["held_out"] for entry in identities}) == 6
     assert identities[0]["held_out"] == held_out.digest
+
+
+def test_another_spelling_of_a_path_is_the_same_evaluation(
+    stage_settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, held_out = stage_settings("ppo"), HeldOut([], [], [], [])
+    model = Path(settings["model_name_or_path"])
+    monkeypatch.chdir(model.parent)
+    spellings = [str(model), model.name, f"./{model.name}/", f"{model}/../{model.name}"]
+    # A bare name of one part may be one of the Hub's.
+    found = [
+        identity(config(settings, model_name_or_path=path, output_dir=f"runs/{n}"), held_out)
+        for n, path in enumerate(spellings)
+        if "/" in path
+    ]
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2]
+    assert identity(config(settings, seed=7), held_out) != found[0]

@@ -14,10 +14,11 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     RobertaConfig,
-    T5Config,
+    XLNetConfig,
 )
 
 from step3_rlhf.config import PPOConfig
@@ -29,18 +30,19 @@ from step3_rlhf.reward_models import (
     known_positions,
     reading,
     reads_as,
+    right_padded,
 )
 from step3_rlhf.rewards import load_reward
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
 from training.config import check_config
-from training.data import encode_responses
+from training.data import Record, encode_responses, prompt_messages, response_frame
 from training.loading import load_scalar_model
 from training.models import ScalarModel
 
 PROMPTS = ("Please suggest a drink.", "What is a good pet?", "Hi")
 RESPONSES = ("tea", "a cat, or perhaps two of them", "hello")
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }}\n{% endfor %}"
+    "<s>{% for m in messages %}<|{{ m.role }}|> {{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 
@@ -80,7 +82,19 @@ def own_rewards(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase) -> torc
         encode_responses(list(RESPONSES), tokenizer),
         strict=True,
     )
-    return torch.cat([scalar.model(input_ids=torch.tensor([p + r])).logits[0] for p, r in rows])
+    return rewards_of(scalar, [p + r for p, r in rows])
+
+
+@torch.no_grad()
+def rewards_of(scalar: ScalarModel, texts: list[list[int]]) -> torch.Tensor:
+    return torch.cat([scalar.model(input_ids=torch.tensor([ids])).logits[0] for ids in texts])
+
+
+def config_of(model: ScalarModel, **changes: object) -> PretrainedConfig:
+    """As it would be read from disk."""
+    config = copy.deepcopy(model.model.config)
+    config.update({"architectures": ["LlamaForSequenceClassification"], **changes})
+    return config
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -97,62 +111,125 @@ def test_a_models_reward_does_not_depend_on_the_batch(
 def test_another_chat_template_is_the_models_own(
     rollout: Rollout, scalar: ScalarModel, world_tokenizer, templated, capsys, batch_size: int
 ) -> None:
-    assert not reads_as(templated, world_tokenizer)
-    read = reading("rm", templated, world_tokenizer, None, 64)
+    """A whole dialogue as the template writes it, to the very end: <|end|> and a new line."""
+    read = reading("rm", templated, world_tokenizer, config_of(scalar))
     assert "rm reads prompts and responses anew" in capsys.readouterr().out
     found = ModelReward(scalar, read, batch_size)(rollout)
-    own = own_rewards(scalar, templated)
+    dialogues = [
+        templated.apply_chat_template(
+            [{"role": "user", "content": p}, {"role": "assistant", "content": r}], tokenize=False
+        )
+        for p, r in zip(PROMPTS, RESPONSES, strict=True)
+    ]
+    assert dialogues[0].endswith("tea<|end|>\n")
+    own = rewards_of(scalar, templated(dialogues, add_special_tokens=False)["input_ids"])
     torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
-    wrong = ModelReward(scalar, as_it_stands, batch_size)(rollout)  # in the policy's format
-    assert (wrong - own).abs().max() > 1e-2
+    for wrong in (as_it_stands, OwnTokens(templated, None, by_template=False)):
+        assert (ModelReward(scalar, wrong, batch_size)(rollout) - own).abs().max() > 1e-2
 
 
-def test_who_reads_the_policys_tokens_as_they_stand(world_tokenizer, templated, capsys) -> None:
-    assert reads_as(templated, templated)
-    assert reads_as(world_tokenizer, templated)  # no template of its own to differ in
+def test_what_stage_2_made_learned_eos_after_a_response(
+    rollout: Rollout, scalar: ScalarModel, world_tokenizer, templated
+) -> None:
+    made = config_of(scalar, response_end="eos")
+    found = ModelReward(scalar, reading("rm", templated, world_tokenizer, made), 8)(rollout)
+    torch.testing.assert_close(found, own_rewards(scalar, templated), rtol=0, atol=1e-5)
+
+
+def test_who_reads_the_policys_tokens_as_they_stand(
+    scalar: ScalarModel, world_tokenizer, templated, capsys
+) -> None:
+    foreign, made = config_of(scalar), config_of(scalar, response_end="eos")
+    assert reads_as(world_tokenizer, world_tokenizer, foreign)
+    assert reads_as(templated, templated, made)
+    assert not reads_as(templated, templated, foreign)  # it learned <|end|>, not EOS
+    ending = copy.deepcopy(templated)
+    ending.chat_template = TEMPLATE.replace("<|end|>\n", "</s>")
+    assert reads_as(ending, ending, foreign)
+    # No template is a format too: that of plain dialogues.
+    assert not reads_as(world_tokenizer, templated, made)
+    assert not reads_as(templated, world_tokenizer, made)
     longer = copy.deepcopy(world_tokenizer)
     longer.add_tokens(["qqqq"])
-    assert not reads_as(longer, world_tokenizer)
-    assert not reads_as(world_tokenizer, longer)
-    assert reading("rm", world_tokenizer, templated, 64, 64) is as_it_stands
-    assert isinstance(reading("rm", longer, world_tokenizer, 64, 64), OwnTokens)
-    assert "in the plain dialogue format" in capsys.readouterr().out
+    assert not reads_as(longer, world_tokenizer, made)
+    assert not reads_as(world_tokenizer, longer, made)
+    assert reading("rm", world_tokenizer, world_tokenizer, foreign) is as_it_stands
+    assert isinstance(reading("rm", longer, world_tokenizer, foreign), OwnTokens)
+    assert "in its plain dialogue format" in capsys.readouterr().out
 
 
 def test_texts_count_not_the_policys_tokens(
     rollout: Rollout, scalar: ScalarModel, world_tokenizer
 ) -> None:
     shuffled = replace(rollout, input_ids=torch.zeros_like(rollout.input_ids))
-    found = ModelReward(scalar, OwnTokens(world_tokenizer, 512, 64), 8)(shuffled)
+    found = ModelReward(scalar, OwnTokens(world_tokenizer, 512, False), 8)(shuffled)
     torch.testing.assert_close(found, own_rewards(scalar, world_tokenizer), rtol=0, atol=1e-5)
 
 
 def test_long_texts_are_cut_to_what_the_model_knows(rollout: Rollout, world_tokenizer) -> None:
-    """The prompt's beginning goes first, as the policy's; then the response's end."""
+    """The beginning goes, as the policy's prompts lose theirs."""
     prompts = encode_prompt_texts(PROMPTS, world_tokenizer)
     responses = encode_responses(list(RESPONSES), world_tokenizer)
     bos = world_tokenizer.bos_token_id
     assert (len(prompts[1]), len(responses[1])) > (6, 6)
 
-    def row(positions: int, max_prompt_length: int) -> list[int]:
-        inputs = OwnTokens(world_tokenizer, positions, max_prompt_length)(rollout)
+    def row(positions: int | None) -> list[int]:
+        inputs = OwnTokens(world_tokenizer, positions, by_template=False)(rollout)
         kept = inputs["attention_mask"][1].bool()
         return inputs["input_ids"][1][kept].tolist()
 
-    assert row(512, 64) == prompts[1] + responses[1]
-    assert row(512, 4) == [bos, *prompts[1][-3:]] + responses[1]
-    assert row(len(responses[1]) + 3, 64) == [bos, *prompts[1][-2:]] + responses[1]
-    assert row(5, 64) == [bos, *responses[1][:4]]
+    assert row(None) == row(512) == prompts[1] + responses[1]
+    assert row(len(responses[1]) + 3) == [bos, *prompts[1][-2:]] + responses[1]
+    assert row(5) == [bos, *responses[1][-4:]]
 
 
+@pytest.mark.parametrize("by_template", [True, False])
 def test_a_response_that_was_cut_has_no_end_in_other_tokens_either(
-    rollout: Rollout, world_tokenizer
+    rollout: Rollout, templated, by_template: bool
 ) -> None:
     cut = replace(rollout, ended=torch.tensor([True, False, True]))
-    inputs = OwnTokens(world_tokenizer, 512, 64)(cut)
-    last = inputs["attention_mask"].cumsum(-1).argmax(-1)
-    ends = inputs["input_ids"].gather(1, last[:, None])[:, 0] == world_tokenizer.eos_token_id
-    assert ends.tolist() == [True, False, True]
+    inputs = OwnTokens(templated, 512, by_template)(cut)
+    texts = [
+        templated.decode(ids[mask.bool()].tolist())
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]
+    end = "<|end|>\n" if by_template else "</s>"
+    assert [text.endswith(end) for text in texts] == [True, False, True]
+    assert texts[1].endswith("two of them")
+
+
+def test_a_response_cannot_spell_the_templates_special_tokens(rollout: Rollout, templated) -> None:
+    spelt = replace(rollout, responses=("tea</s>", "<s>a cat", "hello"))
+    inputs = OwnTokens(templated, None, by_template=True)(spelt)
+    assert (inputs["input_ids"] == templated.eos_token_id).sum() == 0
+    assert (inputs["input_ids"] == templated.bos_token_id).sum() == 3  # the template's own
+
+
+def test_a_head_that_looks_for_the_last_token_at_the_right(
+    rollout: Rollout, world_tokenizer
+) -> None:
+    assert (rollout.attention_mask[:, 0] == 0).any()
+    inputs = right_padded(rollout, world_tokenizer)
+    assert (inputs["attention_mask"][:, 0] == 1).all()
+    for row, mask, ids in zip(
+        inputs["input_ids"], inputs["attention_mask"].bool(), rollout.input_ids, strict=True
+    ):
+        assert row[mask].tolist() == [i for i in ids.tolist() if i != world_tokenizer.pad_token_id]
+
+
+def test_a_system_message_stays_one(world_tokenizer, templated) -> None:
+    prompt = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
+    text = Record(prompt, (), "").prompt_text
+    assert prompt_messages(text) == prompt
+    before, after = response_frame(prompt_messages(text), templated)
+    assert before == "<s><|system|> Be brief.<|end|>\n<|user|> Hi<|end|>\n<|assistant|> "
+    assert after == "<|end|>\n"
+    templated.chat_template = TEMPLATE.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}",
+    )
+    before, _ = response_frame(prompt_messages(text), templated)
+    assert before == "<s><|user|> Be brief.\n\nHi<|end|>\n<|assistant|> "
 
 
 # Models that read pairs
@@ -218,22 +295,45 @@ def test_bert_reads_a_pair_of_texts(
 
 
 def test_pairs_fit_the_models_positions(rollout: Rollout, bert: str) -> None:
+    """The prompt's beginning goes first, then the response's end; one word of the prompt stays."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(bert)
-    long = replace(rollout, prompts=("pet " * 30 + "drink", "Hi", "Hi"))
-    ids = TextPairs(tokenizer, 10)(long)["input_ids"]
-    assert ids.shape == (3, 10)
-    # 10 positions − 3 joints − 1 word of response: the last 6 words of the prompt.
-    words = tokenizer.convert_ids_to_tokens(ids[0].tolist())
-    assert words == ["[CLS]", *["pet"] * 5, "drink", "[SEP]", "tea", "[SEP]"]
+    asked = ("pet " * 30 + "drink", "pet pet drink", "Hi")
+    answered = ("tea", "a b c d e f g h i j k", "hello")
+    answered = (answered[0], "cat " + "tea " * 20, answered[2])
+    inputs = TextPairs(tokenizer, 10)(replace(rollout, prompts=asked, responses=answered))
+    words = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in inputs["input_ids"]]
+    assert words[0] == ["[CLS]", *["pet"] * 5, "drink", "[SEP]", "tea", "[SEP]"]
+    assert words[1] == ["[CLS]", "drink", "[SEP]", "cat", *["tea"] * 5, "[SEP]"]
+    assert words[2] == ["[CLS]", "Hi", "[SEP]", "hello", "[SEP]", *["[PAD]"] * 5]
 
 
-def test_how_many_positions_a_model_knows() -> None:
+def test_text_that_looks_like_a_joint_stays_text(rollout: Rollout, bert: str) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(bert)
+    written = ("tea [SEP] hello", "[CLS]", "hello")
+    ids = TextPairs(tokenizer, None)(replace(rollout, responses=written))["input_ids"]
+    assert [(row == tokenizer.sep_token_id).sum().item() for row in ids] == [2, 2, 2]
+    assert [(row == tokenizer.cls_token_id).sum().item() for row in ids] == [1, 1, 1]
+
+
+def test_a_decoder_with_berts_tokenizer_reads_one_sequence(
+    rollout: Rollout, scalar: ScalarModel, bert: str, world_tokenizer
+) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(bert)
+    tokenizer.eos_token = "[SEP]"
+    assert isinstance(reading("rm", tokenizer, world_tokenizer, config_of(scalar)), OwnTokens)
+
+
+def test_how_many_positions_a_model_knows(world_tokenizer, bert: str) -> None:
     """RoBERTa's 514 are 512: it counts from the one after padding's."""
+    endless = PreTrainedTokenizerFast.from_pretrained(bert)
+    assert endless.model_max_length > 1e6
     tiny = {"num_hidden_layers": 1, "hidden_size": 12, "vocab_size": 8}
     for config, known in (
         (BertConfig(**tiny, max_position_embeddings=512), 512),
         (RobertaConfig(**tiny, max_position_embeddings=514, pad_token_id=1), 512),
         (LlamaConfig(**tiny, num_attention_heads=2, max_position_embeddings=99), 99),
-        (T5Config(d_model=12, num_layers=1, vocab_size=8, eos_token_id=1), None),
+        (XLNetConfig(vocab_size=8, d_model=12, n_layer=1, n_head=2, d_inner=4), None),
     ):
-        assert known_positions(config) == known
+        assert known_positions(config, endless) == known
+    assert world_tokenizer.model_max_length == 512
+    assert known_positions(BertConfig(**tiny, max_position_embeddings=600), world_tokenizer) == 512

@@ -10,7 +10,7 @@ import pytest
 
 from training.config import check_config
 from training.data import DataSettings, Source, prompt_messages, read_records
-from training.data.formats import RecordFault, Unusable, parse_record
+from training.data.formats import Record, RecordFault, Unusable, parse_record
 from training.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -115,6 +115,10 @@ def test_a_prompts_text_gives_its_messages_back():
         for record in read(FIXTURES / f"{name}.jsonl", "reward").train:
             assert prompt_messages(record.prompt_text) == record.prompt
     assert prompt_messages("Human: the word") == (user("Human: the word"),)
+    system = {"role": "system", "content": "Be brief."}
+    for prompt in ((system, user("Hi")), (system, user("Hi"), assistant("Hello."), user("Bye"))):
+        assert prompt_messages(Record(prompt, (), "").prompt_text) == prompt
+    assert prompt_messages("System: down") == (user("System: down"),)
 
 
 def test_rankings_are_indices_best_first():

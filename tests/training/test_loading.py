@@ -15,9 +15,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MambaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForSequenceClassification,
 )
 
 from training.errors import UserError
@@ -283,12 +286,15 @@ def test_other_words_and_ends_are_refused_but_not_other_names_of_added_tokens(
     assert renamed("reserved", *usual, added=("<reserved_0>", "<b>")) == {"<a>"}
     assert renamed("fewer", *usual, added=("<a>",)) == {"<b>"}
     assert renamed("more", *usual, added=("<a>", "<b>", "<c>")) == set()
+    for name, added in (("moved", ("<b>", "<a>")), ("among others", ("<new>", "<a>"))):
+        with pytest.raises(UserError, match=r"another vocabulary than policy; '<[ab]>' is one"):
+            renamed(name, *usual, added=added)
     with pytest.raises(UserError, match=r"reference: .* has another vocabulary.*'maybe'"):
         renamed("another word", *usual[:-1], "maybe", added=("<a>", "<b>"))
     with pytest.raises(UserError, match=r"reference: .* has another vocabulary.*'no'"):
         renamed("swapped", *usual[:3], "no", "yes", added=("<a>", "<b>"))
     with pytest.raises(UserError, match="another vocabulary than policy: its BOS or EOS"):
-        renamed("another end", *usual, eos="<b>", added=("<a>", "<b>"))
+        renamed("another end", *usual, eos="no", added=("<a>", "<b>"))
 
 
 def tiny_bert(directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
@@ -331,6 +337,27 @@ def _short(directory: Path) -> str:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, "[UNK]"))
     BertTokenizerFast(tokenizer_object=backend).save_pretrained(directory / "pairs")
     return str(directory / "pairs")
+
+
+def test_added_words_are_words(tmp_path: Path) -> None:
+    usual = ("<unk>", "<pad>", "</s>", "yes", "no")
+    policy, other = (words(tmp_path / name, *usual) for name in ("policy", "other"))
+    for path, word in ((policy, "zebra"), (other, "horse")):
+        tokenizer = load_tokenizer(path)
+        tokenizer.add_tokens([word])
+        tokenizer.save_pretrained(path)
+    with pytest.raises(UserError, match="another vocabulary than policy; 'horse' is one"):
+        require_same_tokens(other, load_tokenizer(policy), "reference", "policy")
+
+
+def test_what_cannot_be_a_reward_model_is_said(tmp_path: Path, world_tokenizer) -> None:
+    T5ForSequenceClassification(
+        T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, num_labels=1)
+    ).save_pretrained(tmp_path / "t5")
+    with pytest.raises(UserError, match="t5 is an encoder-decoder"):
+        load_reward_model(str(tmp_path / "t5"), world_tokenizer)
+    with pytest.raises(UserError, match="a mamba model has no AutoModelForSequenceClassification"):
+        has_linear_score(MambaConfig(num_hidden_layers=1, hidden_size=8))
 
 
 def test_a_tokenizer_that_joins_pairs_needs_no_end(tmp_path: Path) -> None:

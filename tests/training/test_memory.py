@@ -14,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    FNetConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -230,3 +232,14 @@ def test_a_forward_pass_without_gradients_holds_one_layer() -> None:
     shape = shape_of("opt-1.3b")
     whole = activations(shape, 100, BF16, checkpointing=False)
     assert forward(shape, 100, BF16) * shape.layers == whole
+
+
+def test_a_model_that_is_built_in_another_way_has_its_weights_counted() -> None:
+    config = FNetConfig(num_hidden_layers=1, hidden_size=8, intermediate_size=8, vocab_size=9)
+    model = on_meta(AutoModelForSequenceClassification, config)
+    with pytest.raises(AttributeError):
+        Shape.of(model)
+    shape = Shape.of_weights(model)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert frozen_weights(shape, BF16, Sharding()) == 2 * shape.parameters
+    assert forward(shape, 100, BF16) == 0

@@ -19,9 +19,11 @@ from training.data.settings import STAGES, DataSettings, Source, Stage
 from training.data.split import chosen_at_random
 from training.data.templates import (
     decode_responses,
+    encode_dialogues,
     encode_prompts,
     encode_responses,
     render_prompt,
+    response_frame,
     response_text,
     truncate_prompt,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "collate_groups",
     "collate_texts",
     "decode_responses",
+    "encode_dialogues",
     "encode_prompts",
     "encode_responses",
     "pad_prompts",
@@ -51,6 +54,7 @@ __all__ = [
     "prompt_messages",
     "read_records",
     "render_prompt",
+    "response_frame",
     "response_labels",
     "response_text",
     "shard",

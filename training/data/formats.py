@@ -24,6 +24,7 @@ from training.errors import did_you_mean
 Message = Mapping[str, str]
 
 ROLES = {"Human": "user", "Assistant": "assistant"}
+SYSTEM = "System: "
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -50,10 +51,11 @@ class Record:
 
     @property
     def prompt_text(self) -> str:
-        """The text of a single user turn, or the transcript of a dialogue."""
+        """The text of a single user turn, or the transcript of a dialogue (System: … first)."""
         if len(self.prompt) == 1:
             return self.prompt[0]["content"]
-        return transcript(self.prompt).strip()
+        start = SYSTEM if self.prompt[0]["role"] == "system" else ""
+        return start + transcript(self.prompt).strip()
 
 
 def transcript(messages: tuple[Message, ...] | list[Message]) -> str:
@@ -65,11 +67,18 @@ def transcript(messages: tuple[Message, ...] | list[Message]) -> str:
 def prompt_messages(text: str) -> tuple[Message, ...]:
     r"""The messages of a prompt given as text: one user turn, or a `\n\nHuman:` dialogue.
 
-    The inverse of `Record.prompt_text`, but for a system message.
+    The inverse of `Record.prompt_text`.
     """
     text = text.strip()
+    if text.startswith(SYSTEM) and (start := text.find("\n\nHuman:")) > 0:
+        system = {"role": "system", "content": text[len(SYSTEM) : start]}
+        return (system, *_asked(text[start:].strip()))
     if not (text.startswith("Human:") and "\n\nAssistant:" in text):
         return ({"role": "user", "content": text},)
+    return _asked(text)
+
+
+def _asked(text: str) -> tuple[Message, ...]:
     turns = _turns(text)
     # "...\n\nAssistant:" at the end asks for the answer; the template puts it there again.
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns

@@ -5,6 +5,7 @@ response are encoded apart, so the ids of a response are the same after every pr
 scored in training is what a rollout produces. A response ends with EOS, and it is learned.
 """
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Some templates print today's date unless one is given: the same data must give the same ids.
 _FIXED_DATE = "26 Jul 2024"
+_ANSWER = "ThisIsTheAnswer"
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -33,6 +35,60 @@ def render_prompt(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBa
 def response_text(response: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """What is appended to the rendered prompt; the plain template wants a space before it."""
     return response if tokenizer.chat_template else f" {response}"
+
+
+def response_frame(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[str, str]:
+    """What the chat template puts before and after the answer to `messages`.
+
+    A template that knows no system message gets it with the first user's.
+    """
+    from jinja2 import TemplateError
+
+    def rendered(prompt: Sequence[Message]) -> tuple[str, str]:
+        dialogue = [dict(message) for message in prompt]
+        whole: Any = tokenizer.apply_chat_template(
+            [*dialogue, {"role": "assistant", "content": _ANSWER}],
+            tokenize=False,
+            date_string=_FIXED_DATE,
+        )
+        before, _, after = whole.rpartition(_ANSWER)
+        return before, after
+
+    try:
+        return rendered(messages)
+    except TemplateError:
+        if messages[0]["role"] != "system":
+            raise
+        system, user, *rest = messages
+        joined = {**user, "content": f"{system['content']}\n\n{user['content']}"}
+        return rendered([joined, *rest])
+
+
+def encode_dialogues(
+    prompts: Sequence[Sequence[Message]],
+    responses: Sequence[str],
+    ended: Sequence[bool],
+    tokenizer: "PreTrainedTokenizerBase",
+) -> list[list[int]]:
+    """Token ids of whole dialogues as the tokenizer's chat template writes them.
+
+    A response that was cut has nothing after it. What spells a special token in a response is left
+    out: it would be one.
+    """
+    special = _special_tokens(tokenizer)
+    texts = []
+    for messages, response, whole in zip(prompts, responses, ended, strict=True):
+        before, after = response_frame(messages, tokenizer)
+        texts.append(before + special.sub("", response) + (after if whole else ""))
+    return _encode(texts, tokenizer)
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    spelt = sorted({*known, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, spelt)) or r"(?!)")
 
 
 def encode_prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
