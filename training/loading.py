@@ -299,9 +299,8 @@ def _load(
             f"{name_or_path} lacks weights, which would be random: {', '.join(missing[:5])}"
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         )
-    unexpected = sorted(
-        set(found["unexpected_keys"]) - {"lm_head.weight"}
-    )  # a scalar model's start
+    # A scalar model that starts from a language model has no place for its head.
+    unexpected = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})
     if unexpected:
         names = ", ".join(unexpected[:5]) + (" …" if len(unexpected) > 5 else "")
         say(f"{name_or_path}: {len(unexpected)} weights have no place in the model: {names}")

@@ -298,8 +298,7 @@ def test_pairs_fit_the_models_positions(rollout: Rollout, bert: str) -> None:
     """The prompt's beginning goes first, then the response's end; one word of the prompt stays."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(bert)
     asked = ("pet " * 30 + "drink", "pet pet drink", "Hi")
-    answered = ("tea", "a b c d e f g h i j k", "hello")
-    answered = (answered[0], "cat " + "tea " * 20, answered[2])
+    answered = ("tea", "cat " + "tea " * 20, "hello")
     inputs = TextPairs(tokenizer, 10)(replace(rollout, prompts=asked, responses=answered))
     words = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in inputs["input_ids"]]
     assert words[0] == ["[CLS]", *["pet"] * 5, "drink", "[SEP]", "tea", "[SEP]"]

@@ -297,23 +297,19 @@ def test_other_words_and_ends_are_refused_but_not_other_names_of_added_tokens(
         renamed("another end", *usual, eos="no", added=("<a>", "<b>"))
 
 
-def tiny_bert(directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+def tiny_bert(directory: Path) -> str:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, max_position_embeddings=32, num_labels=1,
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
     return str(directory)
 
 
-def test_a_reward_model_may_have_a_head_of_any_kind_a_critic_may_not(
-    tmp_path: Path, world_tokenizer
-) -> None:
+def test_a_reward_model_may_have_a_head_of_any_kind_a_critic_may_not(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(_short(tmp_path), of_pairs=True)
-    path = tiny_bert(tmp_path / "bert", tokenizer)
+    path = tiny_bert(tmp_path / "bert")
     ids = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     own = BertForSequenceClassification.from_pretrained(path)(ids, mask).logits[:, 0]
