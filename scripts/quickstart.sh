@@ -125,7 +125,7 @@ EOF
     phase sft_evaluation bash scripts/evaluate.sh "$directory/sft" "${overrides[@]}"
 }
 
-phase world python -m training.opinions --output_dir "$directory/world" --seed "$seed"
+phase world python -m training.world --output_dir "$directory/world" --seed "$seed"
 mapfile -t overrides < <(places sft world/base texts)
 phase sft bash scripts/step1_sft.sh step1_sft/configs/quickstart.json "${overrides[@]}"
 mapfile -t overrides < <(places reward sft/model comparisons)
@@ -140,4 +140,4 @@ if [[ "$full" == true || " ${FURTHER[*]} " == *" $only "* ]]; then
     done
 fi
 evaluate_sft
-phase report python -m step3_rlhf.report "$directory"
+phase report python -m step3_rlhf.paper.quickstart "$directory"

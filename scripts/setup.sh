@@ -42,7 +42,7 @@ if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
     if [[ "$gpus" == 0 ]]; then
         # DeepSpeed compiles its communication between CPU processes when it is first used.
         echo "Compiling DeepSpeed's CPU communication (a minute, once)"
-        python -c "from training.extensions import load_extension; load_extension('ShareMemCommBuilder')" >/dev/null
+        python -c "from training.runtime.extensions import load_extension; load_extension('ShareMemCommBuilder')" >/dev/null
     fi
     echo "$wanted" >"$stamp"
 fi

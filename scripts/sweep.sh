@@ -28,4 +28,4 @@ case "${1:-}" in
 esac
 
 source scripts/setup.sh
-exec python -m step3_rlhf.sweep "$@"
+exec python -m step3_rlhf.paper.grid "$@"

@@ -11,16 +11,19 @@ import torch
 from datasets import Dataset
 
 from step1_sft.config import SFTConfig
-from training import engine, fitting, ranks
-from training.checkpoint import check_resumable
+from training import fitting
 from training.cli import prepare_output, run_stage
 from training.data import SequenceBatch, collate_texts, read_records, tokenize
 from training.dry_run import Plan, plan_steps
-from training.export import export
-from training.loading import check_positions, load_policy, load_tokenizer
 from training.memory import activations, logits
-from training.signals import requests
-from training.tracking import say
+from training.models.export import export
+from training.models.loading import load_policy
+from training.models.pretrained import check_positions
+from training.models.tokenizers import load_tokenizer
+from training.runtime import engine, ranks
+from training.runtime.checkpoint import check_resumable
+from training.runtime.signals import requests
+from training.runtime.tracking import say
 
 
 class ResponseModelling:

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from training.statistics import mean_ci95
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,6 @@ def accuracy(margins: Tensor) -> float:
 def log_loss(margins: Tensor) -> float:
     """Mean of −log σ(m), in nats."""
     return losses(margins).mean().item()
-
-
-def mean_ci95(values: Tensor, prompts: Tensor) -> float | None:
-    """Half the width of the 95 % confidence interval of a mean over pairs.
-
-    Prompts are independent; the pairs of one prompt (of a ranking, or of several comparisons) are
-    not. The mean is the ratio of two sums over the G prompts, of values and of pairs, so with e_g
-    the sum of a prompt's residuals x − x̄ it is 1.96 · sqrt(G/(G − 1) · Σ_g e_g²) / n (Cochran
-    1977, section 6.5). With one pair to a prompt this is 1.96 · s/√n.
-
-    Args:
-        values: [n].
-        prompts: [n] long, the number of the prompt that each pair belongs to.
-
-    Returns:
-        None where there is a single prompt, which says nothing about others.
-    """
-    _, group = prompts.unique(return_inverse=True)
-    count = int(group.max()) + 1
-    if count < 2:
-        return None
-    residuals = values.double() - values.double().mean()
-    sums = torch.zeros(count, dtype=torch.float64).index_add(0, group, residuals)
-    deviation = (count / (count - 1) * sums.square().sum()).sqrt() / len(values)
-    return (1.96 * deviation).item()
 
 
 def reliability(margins: Tensor, bins: int) -> list[Bin]:

@@ -17,18 +17,21 @@ from datasets import Dataset
 from step2_reward.calibration import calibration_report, draw_reliability
 from step2_reward.config import RewardConfig
 from step2_reward.losses import plackett_luce_loss
-from training import engine, fitting, ranks
-from training.checkpoint import check_resumable
+from training import fitting
 from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, collate_groups, read_records, tokenize
-from training.disk import recover
 from training.dry_run import Plan, plan_steps
-from training.export import export
-from training.loading import RESPONSE_END, check_positions, load_scalar_model, load_tokenizer
 from training.memory import activations
-from training.models import last_token
-from training.signals import requests
-from training.tracking import say
+from training.models.export import export
+from training.models.loading import load_scalar_model
+from training.models.pretrained import RESPONSE_END, check_positions
+from training.models.scalar import last_token
+from training.models.tokenizers import load_tokenizer
+from training.runtime import engine, ranks
+from training.runtime.checkpoint import check_resumable
+from training.runtime.disk import recover
+from training.runtime.signals import requests
+from training.runtime.tracking import say
 
 FIGURES = ("accuracy", "accuracy_ci95", "log_loss", "log_loss_ci95", "ece")
 """Of the calibration report, those that metrics.jsonl has too."""

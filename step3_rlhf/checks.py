@@ -4,20 +4,19 @@ from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
-from step3_rlhf.reward_models import reads_as
-from step3_rlhf.rewards import check_reward
+from step3_rlhf.rewards.readings import reads_as
+from step3_rlhf.rewards.sources import check_reward
 from step3_rlhf.rollout import encode_prompt_texts
 from training.data import encode_responses
 from training.errors import UserError
-from training.loading import (
+from training.models.pretrained import (
     check_positions,
     check_scalar_config,
     has_linear_score,
     load_model_config,
-    load_tokenizer,
-    require_same_tokens,
 )
-from training.tracking import say
+from training.models.tokenizers import load_tokenizer, require_same_tokens
+from training.runtime.tracking import say
 
 
 def check_models(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from step3_rlhf.ppo import AdvantageNormalization
-from step3_rlhf.regularizers import RegularizerField
+from step3_rlhf.regularizers.registry import RegularizerField
 from training.config import Count, Fraction, NonNegative, Positive, StrictModel
 from training.data.settings import DataSettings
 from training.deepspeed_section import deepspeed_faults

@@ -12,28 +12,30 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from step3_rlhf.blocks import Blocks
 from step3_rlhf.checks import check_models
 from step3_rlhf.config import EvaluationConfig, PPOConfig
-from step3_rlhf.evaluate import identity, settings_of_run
-from step3_rlhf.evaluation import Models, evaluate, summary, write_evaluation
-from step3_rlhf.held_out import HeldOut, load_held_out
-from step3_rlhf.plan import plan
+from step3_rlhf.dry_run import plan
+from step3_rlhf.evaluation.held_out import HeldOut, load_held_out
+from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
+from step3_rlhf.evaluation.resume import Blocks, identity
+from step3_rlhf.evaluation.scoring import Models
+from step3_rlhf.evaluation.settings import settings_of_run
 from step3_rlhf.prompts import Prompts, iterations
-from step3_rlhf.rewards import load_reward
+from step3_rlhf.rewards.sources import load_reward
 from step3_rlhf.roles import critic_source, reference_source
 from step3_rlhf.trainer import PPOTrainer
-from training import engine, ranks
-from training.checkpoint import Checkpoints, check_resumable
 from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
 from training.errors import UserError
-from training.export import export
 from training.fitting import require_evaluation
-from training.loading import load_policy, load_scalar_model, load_tokenizer
-from training.lora import WithoutAdapter
-from training.signals import Stopped, requests
-from training.tracking import Tracker, say
+from training.models.export import export
+from training.models.loading import load_policy, load_scalar_model
+from training.models.lora import WithoutAdapter
+from training.models.tokenizers import load_tokenizer
+from training.runtime import engine, ranks
+from training.runtime.checkpoint import Checkpoints, check_resumable
+from training.runtime.signals import Stopped, requests
+from training.runtime.tracking import Tracker, say
 
 SHOWN = ("objective/rlhf_reward", "objective/kl", "policy/entropy_per_token", "response/length")
 

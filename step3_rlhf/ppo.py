@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from training.logprobs import masked_sum
+from training.models.logprobs import masked_sum
 
 AdvantageNormalization = Literal["none", "center", "full"]
 

@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from step3_rlhf.config import PPOConfig
 from training.data import shard
-from training.ranks import rank, world_size
+from training.runtime.ranks import rank, world_size
 
 # What is drawn for: a draw's seed is (seed, purpose, position).
 TRAINING, CENTERING, EVALUATION = 0, 1, 2

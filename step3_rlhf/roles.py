@@ -3,7 +3,8 @@
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import PPOConfig
-from training.loading import has_linear_score, load_model_config, load_tokenizer, reads_pairs
+from training.models.pretrained import has_linear_score, load_model_config
+from training.models.tokenizers import load_tokenizer, reads_pairs
 
 
 def critic_source(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

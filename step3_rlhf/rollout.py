@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from step3_rlhf.config import SamplingSettings
-from training import engine
 from training.data import encode_prompts, pad_prompts, prompt_messages, render_prompt
-from training.lora import WithoutAdapter
+from training.models.lora import WithoutAdapter
+from training.models.partitioned import whole_parameters
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def sample(
         seeds: one per prompt; the same seed draws the same response.
     """
     responses: list[list[int]] = []
-    with engine.whole_parameters(policy) as module, _plain_generation(module.model) as model:
+    with whole_parameters(policy) as module, _plain_generation(module.model) as model:
         device = model.device
         for start in range(0, len(prompt_ids), settings.rollout_batch_size):
             part = slice(start, start + settings.rollout_batch_size)

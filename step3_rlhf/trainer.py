@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from step3_rlhf import ppo
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.prompts import Prompts
-from step3_rlhf.rewards import RewardSource
+from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout, sample
-from training.engine import TrainedModule, optimizer_step
-from training.faults import dumped, require_finite
-from training.logprobs import masked_sum
-from training.lora import WithoutAdapter
-from training.ranks import sum_over_ranks
+from training.models.logprobs import masked_sum
+from training.models.lora import WithoutAdapter
+from training.runtime.engine import TrainedModule, optimizer_step
+from training.runtime.faults import dumped, require_finite
+from training.runtime.ranks import sum_over_ranks
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from training.opinions import WorldSizes, write_world
+from training.world.files import WorldSizes, write_world
 
 PAD, BOS, EOS = 3, 1, 2
 VOCABULARY = 64
@@ -40,7 +40,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def world_tokenizer(tiny_world: Path) -> PreTrainedTokenizerBase:
-    from training.loading import load_tokenizer
+    from training.models.tokenizers import load_tokenizer
 
     return load_tokenizer(str(tiny_world / "base"))
 
@@ -123,7 +123,7 @@ def process_group() -> Iterator[None]:
 
     One for the whole session: DeepSpeed cannot join a second one.
     """
-    from training import ranks
+    from training.runtime import ranks
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

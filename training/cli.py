@@ -75,8 +75,8 @@ def start(stage: Callable[[], None], config: Startable) -> None:
     announce_foreign_code(config.trust_remote_code)
     import transformers
 
-    from training import engine, ranks
-    from training.signals import requests
+    from training.runtime import engine, ranks
+    from training.runtime.signals import requests
 
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the stage's own
     engine.require_fp16(config.fp16)
@@ -102,8 +102,8 @@ def errors_end_cleanly(debug: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from training.faults import remedy
-        from training.signals import Stopped
+        from training.runtime.faults import remedy
+        from training.runtime.signals import Stopped
 
         if debug and not isinstance(error, Stopped):
             raise
@@ -157,8 +157,8 @@ def prepare_output(config: StageConfig) -> Path:
 
     Every rank calls; rank 0 acts.
     """
-    from training.ranks import barrier, rank
-    from training.tracking import say
+    from training.runtime.ranks import barrier, rank
+    from training.runtime.tracking import say
 
     output = Path(config.output_dir)
     if config.description:

@@ -10,19 +10,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from training.data import Stage, read_records, tokenize
-from training.engine import precision
 from training.errors import UnreachableError
 from training.fitting import global_batch_size, require_evaluation, total_steps
-from training.loading import (
-    check_head,
-    check_policy_config,
-    check_scalar_config,
-    has_linear_score,
-    load_model_config,
-    load_tokenizer,
-    on_meta,
-)
-from training.lora import add_adapter
 from training.memory import (
     ModelStates,
     Shape,
@@ -31,7 +20,18 @@ from training.memory import (
     offloaded_weights,
     trained_states,
 )
-from training.packing import refuse_unpackable
+from training.models.lora import add_adapter
+from training.models.packing import refuse_unpackable
+from training.models.pretrained import (
+    check_head,
+    check_policy_config,
+    check_scalar_config,
+    has_linear_score,
+    load_model_config,
+    on_meta,
+)
+from training.models.tokenizers import load_tokenizer
+from training.runtime.engine import precision
 from training.stage_config import StageConfig, SupervisedConfig, model_path_faults
 
 GIB = 1024**3

@@ -8,15 +8,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from datasets import Dataset
 
-from training.checkpoint import Checkpoints
 from training.data import GlobalBatches, StageRecords, shard
-from training.engine import TrainedModule, optimizer_step
 from training.errors import RunError, UserError
-from training.faults import dumped
-from training.ranks import rank, sum_over_ranks, world_size
-from training.signals import Stopped, requests
+from training.runtime.checkpoint import Checkpoints
+from training.runtime.engine import TrainedModule, optimizer_step
+from training.runtime.faults import dumped
+from training.runtime.ranks import rank, sum_over_ranks, world_size
+from training.runtime.signals import Stopped, requests
+from training.runtime.tracking import Tracker, say
 from training.stage_config import SupervisedConfig
-from training.tracking import Tracker, say
 
 Batch = TypeVar("Batch")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from training.logprobs import ROWS_PER_CHUNK
+from training.models.logprobs import ROWS_PER_CHUNK
 
 ADAM = 8
 """Bytes per trained parameter: two float32 moments."""

@@ -13,8 +13,8 @@ from step1_sft.config import SFTConfig
 from step1_sft.main import ResponseModelling
 from training.config import check_config
 from training.data import FILLER, read_records, response_labels, tokenize
-from training.engine import TrainedModule, optimizer_step
-from training.loading import load_policy
+from training.models.loading import load_policy
+from training.runtime.engine import TrainedModule, optimizer_step
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -14,9 +14,9 @@ from step2_reward.calibration import (
     expected_calibration_error,
     log_loss,
     losses,
-    mean_ci95,
     reliability,
 )
+from training.statistics import mean_ci95
 
 NINE_TO_ONE, SIX_TO_FOUR = math.log(9.0), math.log(1.5)
 MARGINS = torch.tensor([NINE_TO_ONE, NINE_TO_ONE, -NINE_TO_ONE, SIX_TO_FOUR], dtype=torch.float64)

@@ -15,8 +15,9 @@ from step2_reward.losses import btl_loss
 from step2_reward.main import PreferenceModelling, by_group, pair_margins, summary
 from training.config import check_config
 from training.data import FILLER, collate_groups
-from training.engine import TrainedModule
-from training.loading import ends_with_eos, load_scalar_model
+from training.models.loading import load_scalar_model
+from training.models.pretrained import ends_with_eos
+from training.runtime.engine import TrainedModule
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -23,14 +23,16 @@ from transformers import (
 )
 
 from step3_rlhf.config import PPOConfig
-from step3_rlhf.metrics import total_variation
-from step3_rlhf.optimum import ResponseSet, optimum
+from step3_rlhf.evaluation.metrics import total_variation
 from step3_rlhf.prompts import Prompts
-from step3_rlhf.regularizers import parse_regularizer
+from step3_rlhf.regularizers.base import ResponseSet
+from step3_rlhf.regularizers.optimum import optimum
+from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.rollout import Rollout, assemble
 from step3_rlhf.trainer import PPOTrainer
-from training import engine
-from training.models import Policy, ScalarModel
+from training.models.policy import Policy
+from training.models.scalar import ScalarModel
+from training.runtime import engine
 
 EOS, A, B, PAD = 0, 1, 2, 3
 PROMPTS = [[PAD + 1 + number] for number in range(8)]

@@ -15,7 +15,7 @@ from step3_rlhf.rollout import (
     sample,
     uniforms,
 )
-from training.models import Policy
+from training.models.policy import Policy
 
 PAD, BOS, EOS = 3, 1, 2
 CPU = torch.device("cpu")

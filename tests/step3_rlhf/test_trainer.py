@@ -14,17 +14,18 @@ from step3_rlhf import ppo
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.main import flattened
 from step3_rlhf.prompts import Prompts
-from step3_rlhf.regularizers import parse_regularizer
-from step3_rlhf.rewards import FunctionReward
+from step3_rlhf.regularizers.registry import parse_regularizer
+from step3_rlhf.rewards.sources import FunctionReward
 from step3_rlhf.roles import critic_source
 from step3_rlhf.rollout import sample
 from step3_rlhf.trainer import Experience, PPOTrainer, Statistics
-from training import engine
 from training.config import check_config
 from training.data import read_records, tokenize
-from training.engine import TrainedModule
-from training.loading import load_policy, load_scalar_model
-from training.models import Policy, ScalarModel
+from training.models.loading import load_policy, load_scalar_model
+from training.models.policy import Policy
+from training.models.scalar import ScalarModel
+from training.runtime import engine
+from training.runtime.engine import TrainedModule
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from step1_sft.config import SFTConfig
-from training import cli, ranks, signals
+from training import cli
 from training.cli import prepare_output, run_stage, stage_parser
 from training.config import check_config
 from training.errors import RunError, UserError
+from training.runtime import ranks, signals
 
 Settings = Callable[[str], dict[str, Any]]
 

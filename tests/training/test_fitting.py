@@ -13,11 +13,11 @@ from step1_sft.config import SFTConfig
 from training import fitting
 from training.config import check_config
 from training.data import FILLER, StageRecords
-from training.data.report import Report
-from training.engine import TrainedModule
+from training.data.tally import Report
 from training.errors import RunError, UserError
 from training.fitting import EarlyStopping, fit
-from training.tracking import Tracker
+from training.runtime.engine import TrainedModule
+from training.runtime.tracking import Tracker
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -76,7 +76,12 @@ def test_stage_3_flows_one_way(module: str) -> None:
     assert not found & ORDER[module]
 
 
-ENTRY_POINTS = ("step1_sft.main", "step2_reward.main", "step3_rlhf.main", "step3_rlhf.evaluate")
+ENTRY_POINTS = (
+    "step1_sft.main",
+    "step2_reward.main",
+    "step3_rlhf.main",
+    "step3_rlhf.evaluation.__main__",
+)
 
 
 def module_file(name: str) -> Path | None:

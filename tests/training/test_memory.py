@@ -26,8 +26,6 @@ from transformers import (
 )
 
 from training.dry_run import sharding_of
-from training.loading import on_meta
-from training.logprobs import token_logprobs
 from training.memory import (
     Shape,
     Sharding,
@@ -39,6 +37,8 @@ from training.memory import (
     offloaded_weights,
     trained_states,
 )
+from training.models.logprobs import token_logprobs
+from training.models.pretrained import on_meta
 
 BF16, FLOAT32 = torch.bfloat16, torch.float32
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "model_configs"

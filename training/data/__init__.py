@@ -14,9 +14,9 @@ from training.data.batches import (
 )
 from training.data.formats import Record, prompt_messages
 from training.data.records import StageRecords, read_records
-from training.data.report import Report
 from training.data.settings import STAGES, DataSettings, Source, Stage
 from training.data.split import chosen_at_random
+from training.data.tally import Report
 from training.data.templates import (
     decode_responses,
     encode_dialogues,

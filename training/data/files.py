@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.data.report import Count
 from training.data.settings import Source
+from training.data.tally import Count
 from training.errors import UnreachableError, UserError
 
 BAD_UNICODE = "with invalid Unicode, replaced by U+FFFD"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from training.data.files import raw_records
 from training.data.formats import Record, RecordFault, Unusable, check_usable, parse_record
-from training.data.report import Count, Report
 from training.data.settings import DataSettings, Source, Stage
 from training.data.split import chosen_at_random, normalized, stage_of
+from training.data.tally import Count, Report
 from training.errors import UnreachableError, UserError
 
 MAX_FAULTS = 20

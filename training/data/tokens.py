@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from training.data import formats, templates
 from training.data.formats import Record
 from training.data.records import StageRecords
-from training.data.report import Report
 from training.data.settings import DataSettings, Stage
+from training.data.tally import Report
 from training.data.templates import (
     encode_prompts,
     encode_responses,

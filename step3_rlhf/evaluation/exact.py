@@ -1,0 +1,109 @@
+"""Exact distances between distributions on finite response sets."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from step3_rlhf.config import EvaluationConfig
+from step3_rlhf.evaluation.metrics import kl_divergence, total_variation
+from step3_rlhf.evaluation.resume import Blocks
+from step3_rlhf.evaluation.scoring import Models, token_logps
+from step3_rlhf.evaluation.shared_work import over_ranks
+from step3_rlhf.regularizers import Regularizer
+from step3_rlhf.regularizers.base import NoOptimumError, ResponseSet
+from step3_rlhf.regularizers.optimum import optimum
+from step3_rlhf.response_sets import FiniteSet
+from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
+from training.data import encode_responses
+from training.runtime import ranks
+from training.statistics import estimate
+
+
+def exact_metrics(
+    models: Models,
+    sets: list[FiniteSet],
+    regularizer: Regularizer | None,
+    temperature: float,
+    config: EvaluationConfig,
+    blocks: Blocks | None = None,
+) -> dict[str, Any]:
+    """Distances between whole distributions on finite response sets, means over prompts.
+
+    Distances are between distributions conditional on the set; `outside_mass` is the policy's
+    probability of everything else.
+    """
+
+    def measure(rows: list[int]) -> list[dict[str, Any]]:
+        return [measure_set(models, sets[row], regularizer, temperature) for row in rows]
+
+    per_prompt = over_ranks(len(sets), 1, measure, "response sets", blocks)
+    report: dict[str, Any] = {"prompts": len(per_prompt)}
+    for name in EXACT_FIGURES:
+        values = [entry[name] for entry in per_prompt if entry.get(name) is not None]
+        report[name] = asdict(estimate(torch.tensor(values))) if values else None
+    return report | {"per_prompt": per_prompt}
+
+
+EXACT_FIGURES = (
+    "tv_to_reward",
+    "tv_to_population",
+    "tv_to_optimum",
+    "kl_to_reward",
+    "kl_to_population",
+    "kl_to_optimum",
+    "outside_mass",
+)
+
+
+def measure_set(
+    models: Models, finite: FiniteSet, regularizer: Regularizer | None, temperature: float
+) -> dict[str, Any]:
+    """Everything exact about one prompt."""
+    count = len(finite.responses)
+    rollout = assemble(
+        encode_prompt_texts([finite.prompt], models.tokenizer) * count,
+        encode_responses(list(finite.responses), models.tokenizer),
+        [finite.prompt] * count,
+        models.tokenizer,
+        ranks.device(),
+    )
+    logp = token_logps(models.policy, rollout).sum(-1)
+    ref_logp = token_logps(models.reference, rollout)
+    rewards = models.reward(rollout).double().cpu()
+    policy = logp.log_softmax(0)
+    targets = {"reward": (rewards / temperature).log_softmax(0)}
+    if finite.population is not None:
+        targets["population"] = torch.tensor(finite.population).double().log()
+    best = optimum_on(rollout, rewards, ref_logp, regularizer)
+    if best is not None:
+        targets["optimum"] = best
+    entry: dict[str, Any] = {
+        "prompt": finite.prompt,
+        "topic": finite.topic,
+        "responses": list(finite.responses),
+        "outside_mass": max(0.0, 1.0 - logp.exp().sum().item()),
+        "policy": policy.exp().tolist(),
+        "reference": ref_logp.sum(-1).log_softmax(0).exp().tolist(),
+        "rewards": rewards.tolist(),
+    }
+    for name, target in targets.items():
+        entry[name] = target.exp().tolist()
+        entry[f"tv_to_{name}"] = total_variation(policy, target).item()
+        entry[f"kl_to_{name}"] = kl_divergence(policy, target).item()
+    return entry
+
+
+def optimum_on(
+    rollout: Rollout, rewards: Tensor, ref_logp: Tensor, regularizer: Regularizer | None
+) -> Tensor | None:
+    """log π* on the set, or None where there is no regularizer or it has no optimum there."""
+    if regularizer is None:
+        return None
+    tokens = rollout.input_ids[:, rollout.prompt_length :].cpu()
+    responses = ResponseSet(tokens, ref_logp, rollout.response_mask.cpu(), rewards)
+    try:
+        return optimum(regularizer, responses)
+    except NoOptimumError:
+        return None

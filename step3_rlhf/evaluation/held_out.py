@@ -1,0 +1,74 @@
+"""What a policy is measured on: prompts, texts that people wrote, and finite response sets."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from step3_rlhf.config import EvaluationConfig
+from step3_rlhf.response_sets import FiniteSet, read_response_sets
+from training.data import chosen_at_random, read_records, tokenize
+from training.errors import UserError
+from training.runtime import ranks
+from training.runtime.tracking import say
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Nothing of it has been trained on."""
+
+    prompt_ids: list[list[int]]
+    prompts: list[str]
+    texts: list[tuple[list[int], list[int]]]  # prompt and response ids of held-out text
+    sets: list[FiniteSet]
+
+    @property
+    def digest(self) -> str:
+        """Differs wherever any of it does."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+
+
+def load_held_out(
+    config: EvaluationConfig, prompts: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> HeldOut:
+    """The evaluation prompts of stage 3's data, held-out texts, and the finite sets.
+
+    Where `max_prompts` leaves some out, the others are chosen at random, the same for every policy.
+    """
+    with ranks.rank_zero_first():
+        texts = held_out_texts(config, tokenizer)
+    rows = chosen_rows(len(prompts), config, "prompts")
+    chosen = prompts.select(rows)[:]
+    return HeldOut(
+        chosen["prompt_ids"],
+        chosen["prompt"],
+        [texts[row] for row in chosen_rows(len(texts), config, "texts")],
+        read_response_sets(config.evaluation.response_sets),
+    )
+
+
+def chosen_rows(count: int, config: EvaluationConfig, what: str) -> list[int]:
+    """Those of 0 … count − 1 that `max_prompts` leaves, in their order."""
+    limit = config.evaluation.max_prompts
+    if limit is None or limit >= count:
+        return list(range(count))
+    say(f"evaluation.max_prompts: {limit} of {count} held-out {what}, chosen at random")
+    return sorted(chosen_at_random(range(count), limit, "max_prompts", config.data.split_seed))
+
+
+def held_out_texts(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response ids that people wrote and no stage trained on, where the data has any."""
+    try:
+        records = read_records(config.data, "sft")
+        data = tokenize(replace(records, train=[]), tokenizer, config.data, "sft")
+    except UserError as error:
+        say(f"No held-out text for perplexity: {error}")
+        return []
+    for line in data.report.lines():
+        say(f"held-out texts, {line}")
+    texts = data.eval[:]
+    return list(zip(texts["prompt_ids"], texts["response_ids"], strict=True))

@@ -1,0 +1,73 @@
+"""The paper's metrics (section 6.1) and exact distances on finite sets: pure functions.
+
+Log-probabilities are natural logarithms; π(y|x) = exp(Σ_t log π_t), EOS included.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def pm_divergence(
+    logp_1: Tensor, logp_2: Tensor, reward_1: Tensor, reward_2: Tensor, temperature: float
+) -> Tensor:
+    """Instance preference matching divergence (section 6.1), in nats.
+
+    KL(Bernoulli(p_llm) ‖ Bernoulli(p_reward)) with p_llm = σ(log π(y1) − log π(y2)) and
+    p_reward = σ((r1 − r2) / β), in log space: finite wherever its arguments are.
+
+    Args:
+        logp_1, logp_2: [prompts] log π of two independent responses to each prompt.
+        reward_1, reward_2: [prompts].
+        temperature: β.
+
+    Returns:
+        [prompts] values ≥ 0; their mean is the PM divergence.
+    """
+    llm = (logp_1 - logp_2).double()
+    reward = (reward_1 - reward_2).double() / temperature
+    first = llm.sigmoid() * (logsigmoid(llm) - logsigmoid(reward))
+    second = (-llm).sigmoid() * (logsigmoid(-llm) - logsigmoid(-reward))
+    return (first + second).clamp(min=0.0)
+
+
+def response_perplexity(logp: Tensor, lengths: Tensor) -> Tensor:
+    """[p_1 · … · p_L]^{−1/L} of each response (section 6.1); the metric is its mean.
+
+    Args:
+        logp: [responses] log π(y|x).
+        lengths: [responses] tokens, EOS included.
+    """
+    return torch.exp(-logp.double() / lengths)
+
+
+def text_perplexity(logp: Tensor, lengths: Tensor) -> float:
+    """exp(−Σ log π / Σ tokens) of given texts."""
+    return torch.exp(-logp.double().sum() / lengths.sum()).item()
+
+
+def text_perplexity_ci95(logp: Tensor, lengths: Tensor) -> float:
+    """Half the width of `text_perplexity`'s 95 % confidence interval over texts.
+
+    H = −Σ log π / Σ tokens is a ratio of sums: with residuals z_i = −log π_i − H · tokens_i its
+    variance is n/(n − 1) · Σ z_i² / (Σ tokens)² (Cochran 1977, section 6.5), and that of exp H is
+    exp(2H) times as large (delta method). 0 for a single text.
+    """
+    n, tokens = len(logp), lengths.double().sum()
+    if n < 2:
+        return 0.0
+    entropy = -logp.double().sum() / tokens
+    residuals = -logp.double() - entropy * lengths.double()
+    deviation = (n / (n - 1) * residuals.square().sum()).sqrt() / tokens
+    return (1.96 * deviation * entropy.exp()).item()
+
+
+def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """½ Σ |p − q| of distributions given as normalized log-probabilities [..., K]."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ p (log p − log q) in nats, of normalized log-probabilities [..., K]; 0 log 0 = 0."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)

@@ -1,0 +1,163 @@
+"""Metrics of sampled responses (section 6.1) and of held-out texts."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from step3_rlhf.config import EvaluationConfig
+from step3_rlhf.evaluation.held_out import HeldOut
+from step3_rlhf.evaluation.metrics import (
+    pm_divergence,
+    response_perplexity,
+    text_perplexity,
+    text_perplexity_ci95,
+)
+from step3_rlhf.evaluation.resume import Blocks
+from step3_rlhf.evaluation.scoring import Models, sequence_logps
+from step3_rlhf.evaluation.shared_work import over_ranks
+from step3_rlhf.prompts import EVALUATION
+from step3_rlhf.rollout import assemble, sample
+from training.runtime import ranks
+from training.statistics import Estimate, estimate
+
+
+@dataclass(frozen=True)
+class Responses:
+    """One response to each prompt, as all three models see it; [prompts] each."""
+
+    texts: list[str]
+    logp: Tensor
+    ref_logp: Tensor
+    rewards: Tensor
+    lengths: Tensor
+    ended: Tensor
+
+
+def sampled_metrics(
+    prompts: list[str], responses: list[Responses], temperature: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Section 6.1 from independent responses to each prompt; intervals are over prompts.
+
+    Args:
+        responses: an even number of draws; each two make a pair, and a prompt's PM divergence is
+            the mean over its pairs.
+    """
+    pairs = list(zip(responses[::2], responses[1::2], strict=True))
+    divergence = torch.stack(
+        [pm_divergence(a.logp, b.logp, a.rewards, b.rewards, temperature) for a, b in pairs]
+    ).mean(0)
+
+    def mean(value: Callable[[Responses], Tensor]) -> Estimate:
+        return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0))
+
+    figures = {
+        "pm_divergence": estimate(divergence),
+        "reward": mean(lambda y: y.rewards),
+        "length": mean(lambda y: y.lengths),
+        "ended_fraction": mean(lambda y: y.ended),
+        "perplexity": mean(lambda y: response_perplexity(y.logp, y.lengths)),
+        "reference_perplexity": mean(lambda y: response_perplexity(y.ref_logp, y.lengths)),
+        "entropy": mean(lambda y: -y.logp),
+        "entropy_per_token": mean(lambda y: -y.logp / y.lengths),
+        "kl": mean(lambda y: y.logp - y.ref_logp),
+        "kl_per_token": mean(lambda y: (y.logp - y.ref_logp) / y.lengths),
+    }
+    report: dict[str, Any] = {
+        "prompts": len(prompts),
+        "pairs_per_prompt": len(pairs),
+        "preference_temperature": temperature,
+    }
+    report |= {name: asdict(figure) for name, figure in figures.items()}
+    instances = [
+        {
+            "prompt": prompt,
+            "pm_divergence": divergence[i].item(),
+            "responses": [
+                {
+                    "text": y.texts[i],
+                    "logp": y.logp[i].item(),
+                    "ref_logp": y.ref_logp[i].item(),
+                    "reward": y.rewards[i].item(),
+                    "length": int(y.lengths[i]),
+                    "ended": bool(y.ended[i]),
+                }
+                for y in responses
+            ],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    return report, instances
+
+
+def respond(
+    models: Models,
+    held_out: HeldOut,
+    config: EvaluationConfig,
+    draw: int,
+    blocks: Blocks | None = None,
+) -> Responses:
+    """One seeded response to every prompt, the work divided over the ranks.
+
+    Prompts of one length come together, since the shorter ones of a batch are padded.
+    """
+    order = sorted(range(len(held_out.prompts)), key=lambda row: len(held_out.prompt_ids[row]))
+
+    def measure(places: list[int]) -> list[tuple[Any, ...]]:
+        rows = [order[place] for place in places]
+        rollout = sample(
+            models.policy,
+            models.tokenizer,
+            [list(held_out.prompt_ids[row]) for row in rows],
+            [held_out.prompts[row] for row in rows],
+            [(config.seed, EVALUATION, row, draw) for row in rows],
+            config.sampling,
+        )
+        logp, ref_logp = (
+            sequence_logps(models.policy, rollout, config),
+            sequence_logps(models.reference, rollout, config),
+        )
+        columns = (logp, ref_logp, models.reward(rollout), rollout.lengths, rollout.ended)
+        return list(zip(rollout.responses, *(column.tolist() for column in columns), strict=True))
+
+    measured = over_ranks(
+        len(order), config.sampling.rollout_batch_size, measure, f"draw {draw + 1}", blocks
+    )
+    rows = [row for _, row in sorted(zip(order, measured, strict=True), key=lambda pair: pair[0])]
+    texts, *columns = zip(*rows, strict=True)
+    return Responses(list(texts), *(torch.tensor(column).double() for column in columns))
+
+
+def held_out_perplexity(
+    models: Models, held_out: HeldOut, config: EvaluationConfig, blocks: Blocks | None = None
+) -> dict[str, float]:
+    """Perplexity per token of people's own texts under policy and reference."""
+
+    def measure(rows: list[int]) -> list[tuple[float, float, int]]:
+        texts = [held_out.texts[row] for row in rows]
+        rollout = assemble(
+            [list(prompt) for prompt, _ in texts],
+            [list(response) for _, response in texts],
+            [""] * len(texts),
+            models.tokenizer,
+            ranks.device(),
+        )
+        columns = (
+            sequence_logps(models.policy, rollout, config),
+            sequence_logps(models.reference, rollout, config),
+            rollout.lengths,
+        )
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    size = config.per_device_eval_batch_size
+    rows = over_ranks(len(held_out.texts), size, measure, "held-out texts", blocks)
+    logp, ref_logp, lengths = (torch.tensor(column).double() for column in zip(*rows, strict=True))
+    return {
+        "texts": len(rows),
+        "perplexity": text_perplexity(logp, lengths),
+        "perplexity_ci95": text_perplexity_ci95(logp, lengths),
+        "reference_perplexity": text_perplexity(ref_logp, lengths),
+        "reference_perplexity_ci95": text_perplexity_ci95(ref_logp, lengths),
+    }

@@ -1,0 +1,46 @@
+"""The settings of an evaluation, as far as a run's directory knows them."""
+
+from pathlib import Path
+from typing import Any
+
+from step3_rlhf.config import EvaluationConfig
+from training.config import check_config, read_mapping
+
+
+def run_settings(run_dir: str) -> dict[str, Any]:
+    """The evaluation's settings as far as RUN_DIR knows them."""
+    directory = Path(run_dir)
+    known: dict[str, Any] = {}
+    saved: dict[str, Any] = {}
+    if (directory / "config.json").is_file():
+        saved = read_mapping(str(directory / "config.json"))
+    if (directory / "actor").is_dir() and saved:
+        known |= {name: saved[name] for name in EvaluationConfig.model_fields if name in saved}
+        known |= (saved.get("evaluation") or {}).get("sampling") or {}
+        known["reference_model_name_or_path"] = (
+            saved.get("reference_model_name_or_path") or saved["model_name_or_path"]
+        )
+        known["model_name_or_path"] = str(directory / "actor")
+    elif (directory / "model").is_dir():
+        known["model_name_or_path"] = str(directory / "model")
+    return known | {"output_dir": run_dir}
+
+
+def settings_of_run(run_dir: str) -> EvaluationConfig:
+    """What `scripts/evaluate.sh RUN_DIR` uses where it is told nothing else."""
+    return check_config(EvaluationConfig, run_settings(run_dir), f"{run_dir} cannot be evaluated:")
+
+
+def missing_models(settings: dict[str, Any]) -> list[str]:
+    """What to pass where RUN_DIR is not a run of stage 3."""
+    needed = {
+        "model_name_or_path": "model_name_or_path=POLICY, a directory or a Hub name",
+        "reward": "reward.model_name_or_path=REWARD_MODEL",
+        "data": 'data.sources=["PATH_OR_NAME"]',
+    }
+    missing = [f"pass {remedy}" for name, remedy in needed.items() if name not in settings]
+    if not missing:
+        return []
+    reason = "it is not what stage 3 wrote, so the command has to name the models"
+    reference = "pass reference_model_name_or_path=REFERENCE, unless it is the policy"
+    return [reason, *missing, reference]

@@ -1,0 +1,1 @@
+"""Reproduces the paper's figures and tables; nothing else imports it."""

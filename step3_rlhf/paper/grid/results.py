@@ -1,0 +1,150 @@
+"""What the finished cells of a sweep measured, and the words that go with it."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from step3_rlhf.evaluation.metrics import pm_divergence
+from step3_rlhf.paper.grid.cells import Cell, Grid, is_finished
+from step3_rlhf.paper.grid.paper_models import Shown, model_name, shown_as
+from training.errors import UserError
+from training.statistics import Estimate
+
+HELD_OUT = "held_out_perplexity"
+"""Of people's own texts under the policy: `held_out_text` in evaluation.json."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt: their log-odds in nats, seen by reference and reward model."""
+
+    reference: float
+    """log π_ref(y1|x) − log π_ref(y2|x)."""
+    reward: float
+    """r_θ(x, y1) − r_θ(x, y2), not yet divided by β."""
+
+
+class Measured:
+    """One finished cell's evaluation.json and instances.jsonl."""
+
+    def __init__(self, directory: Path) -> None:
+        self.report: dict[str, Any] = json.loads((directory / "evaluation.json").read_text())
+        self._instances = directory / "instances.jsonl"
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """Every figure with an interval, by its name in evaluation.json."""
+        found = {
+            name: Estimate(**value)
+            for name, value in self.report.items()
+            if isinstance(value, dict) and {"mean", "ci95"} <= value.keys()
+        }
+        if texts := self.report.get("held_out_text"):
+            interval = texts["perplexity_ci95"]
+            found[HELD_OUT] = Estimate(texts["perplexity"], interval, texts["texts"])
+        return found
+
+    def estimate(self, name: str) -> Estimate:
+        return self.estimates[name]
+
+    @cached_property
+    def divergences(self) -> list[float]:
+        """Instance PM divergence of every prompt, of its first pair of responses.
+
+        Section 6.1 has one pair; a mean over several would hide how far apart they are.
+        """
+        pairs = [entry["responses"][:2] for entry in self.instances()]
+        columns = [
+            torch.tensor([pair[place][name] for pair in pairs], dtype=torch.float64)
+            for name in ("logp", "reward")
+            for place in (0, 1)
+        ]
+        return pm_divergence(*columns, self.report["preference_temperature"]).tolist()
+
+    def pairs(self) -> list[Pair]:
+        """The first two responses of every prompt, where they are not the same text."""
+        found = []
+        for entry in self.instances():
+            first, second = entry["responses"][:2]
+            if first["text"] != second["text"]:
+                reference = first["ref_logp"] - second["ref_logp"]
+                found.append(Pair(reference, first["reward"] - second["reward"]))
+        return found
+
+    def instances(self) -> list[dict[str, Any]]:
+        """The lines of instances.jsonl, one for each prompt."""
+        return [json.loads(line) for line in self._instances.open(encoding="utf-8")]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A sweep as far as it is finished."""
+
+    grid: Grid
+    measured: dict[Cell, Measured]
+
+    def get(self, cell: Cell) -> Measured | None:
+        return self.measured.get(cell)
+
+    @cached_property
+    def model(self) -> str:
+        """The model's name, for captions."""
+        return self.grid.name or model_name(self.grid.model)
+
+    @property
+    def shown(self) -> Shown:
+        """The paper's numbers for such a model."""
+        return shown_as(self.model)
+
+    @property
+    def missing(self) -> list[str]:
+        return [cell.name for cell in self.grid.cells() if cell not in self.measured]
+
+    @property
+    def any(self) -> Measured:
+        return next(iter(self.measured.values()))
+
+
+def read_results(directory: Path, name: str | None = None) -> Results:
+    """Every finished cell of the sweep in `directory`.
+
+    Args:
+        name: the model's, where it is not to be the sweep's own.
+
+    Raises:
+        UserError: it is no sweep, or none of its cells is finished.
+    """
+    grid = Grid.read(directory)
+    if name:
+        grid = replace(grid, name=name)
+    finished = [cell for cell in grid.cells() if is_finished(directory / cell.name)]
+    if not finished:
+        raise UserError(f"{directory}: no cell of this sweep is finished")
+    return Results(grid, {cell: Measured(directory / cell.name) for cell in finished})
+
+
+def best_alpha(results: Results, beta: float) -> Cell | None:
+    """Conditional PM with the lowest PM divergence of this β: the paper's "optimal α"."""
+    cells = [cell for cell in results.grid.row(beta) if cell.alpha is not None]
+    found = {
+        cell: measured.estimate("pm_divergence").mean
+        for cell in cells
+        if (measured := results.get(cell)) is not None
+    }
+    return min(found, key=lambda cell: found[cell]) if found else None
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^{−x}) for any x."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def cell_label(cell: Cell) -> str:
+    """As in the paper's tables."""
+    names = {"kl": "KL RLHF", "pm": "PM RLHF", "reference": "reference"}
+    return names.get(cell.kind) or f"α = {cell.alpha:g}"

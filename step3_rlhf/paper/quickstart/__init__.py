@@ -1,0 +1,1 @@
+"""The quickstart's report: `python -m step3_rlhf.paper.quickstart DIRECTORY`."""

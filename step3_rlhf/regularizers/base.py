@@ -1,0 +1,127 @@
+"""What a regularizer R of the objective E_{y~π}[r(x, y) + R(π(y|x))] is.
+
+It states two things and keeps them apart:
+
+value     R itself, β included: what reports show.
+marginal  R + πR', eq. (3.6): what PPO adds to the reward. ∇E_π[R] = E_π[(R + πR')·∇log π], and
+          only for −log π does that differ from R by a mere constant.
+
+Shapes, everywhere: `logp` and `ref_logp` are [batch, length] natural log-probabilities of the
+sampled tokens under the policy and the reference; `mask` is the [batch, length] bool of the
+response's tokens, end-of-sequence included. Where `mask` is false they may hold anything.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.config import Positive, StrictModel
+from training.errors import UserError
+
+LARGEST_EXPONENT = 80.0
+"""Reported values use e^x for |x| ≤ 80 only: finite in float32."""
+
+
+@dataclass(frozen=True)
+class Marginal:
+    """R + πR' up to a constant, in units of reward.
+
+    per_token  [batch, length]  zero where the mask is false; its sum is the response's
+    bound      [batch] bool     responses on which a documented numerical bound took effect
+    """
+
+    per_token: Tensor
+    bound: Tensor
+
+
+class Regularizer(StrictModel, ABC):
+    """Typed, validated parameters and the mathematics that they mean."""
+
+    name: str = "custom"
+    beta: Positive = 1.0
+    """Weight of the regularizer, in units of reward per nat."""
+
+    @abstractmethod
+    def value(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        """[batch] R(π(y|x)), in units of reward, β included: the objective is r + value."""
+
+    @abstractmethod
+    def marginal(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Marginal:
+        """R + πR' per token: what PPO adds to the reward."""
+
+    def log_optimum(self, responses: ResponseSet) -> Tensor:
+        """[K] float64 log-probabilities of the optimum on a finite set; see optimum.py."""
+        raise NoOptimumError(f"{self.name}: {type(self).__name__} does not state its optimum")
+
+    @property
+    def preference_temperature(self) -> float:
+        """T of the softmax(r/T) that matching the reward's preferences means."""
+        return self.beta
+
+
+def response_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """[batch] sums over the response's tokens; what stands elsewhere, even NaN, does not count."""
+    return torch.where(mask, values, 0.0).sum(-1)
+
+
+def on_last_token(values: Tensor, mask: Tensor) -> Tensor:
+    """[batch, length]: `values` [batch] on each response's last token, zero elsewhere."""
+    last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+    return torch.where(last, values[:, None], 0.0)
+
+
+def unbound(mask: Tensor) -> Tensor:
+    """[batch] bool: no numerical bound took effect."""
+    return torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
+
+
+def log1p_exp(x: Tensor) -> Tensor:
+    """log(1 + e^x) to full precision; torch's softplus drops e^{−x} beyond x = 20."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+class NoOptimumError(UserError):
+    """The optimum does not exist, is not known, or was not found to the stated precision."""
+
+
+@dataclass(frozen=True)
+class ResponseSet:
+    """All responses to one prompt that count, K of them, right-padded to T tokens.
+
+    tokens    [K, T] int64    token ids; anything where mask is false
+    ref_logp  [K, T] float64  log π_ref(token | prefix), nats; anything where mask is false
+    mask      [K, T] bool     the response's tokens, its end-of-sequence token included
+    rewards   [K]    float64  r(x, y)
+
+    Example, "a" and "b" as one token each: tokens [[7], [9]], ref_logp [[-0.1], [-2.4]],
+    mask [[True], [True]], rewards [0.0, 1.0].
+    """
+
+    tokens: Tensor
+    ref_logp: Tensor
+    mask: Tensor
+    rewards: Tensor
+
+    def __post_init__(self) -> None:
+        count = len(self.rewards)
+        shape = self.tokens.shape
+        if count == 0 or len(shape) != 2 or shape[0] != count:
+            raise ValueError(
+                f"tokens {tuple(shape)} and rewards [{count}]: expected [K, T] and [K]"
+            )
+        if self.ref_logp.shape != shape or self.mask.shape != shape:
+            raise ValueError("tokens, ref_logp and mask must have one shape, [K, T]")
+        if not torch.isfinite(self.rewards).all():
+            raise NoOptimumError("rewards: all must be finite for an optimum to exist")
+        object.__setattr__(self, "mask", self.mask.bool())
+        object.__setattr__(self, "rewards", self.rewards.detach().double())
+        object.__setattr__(self, "ref_logp", self.ref_logp.detach().double())
+
+    @property
+    def sequence_ref_logp(self) -> Tensor:
+        """[K] log π_ref(y|x), nats."""
+        return torch.where(self.mask, self.ref_logp, 0.0).sum(-1)

@@ -1,0 +1,177 @@
+"""Regularizers −β Σ_t (log π_t − log w_t): each says what the weight w is.
+
+Their optimum is w(y|x)·e^{r/β}, so each is one answer to "what biases the policy?".
+"""
+
+import math
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from step3_rlhf.regularizers.base import (
+    LARGEST_EXPONENT,
+    Marginal,
+    Regularizer,
+    ResponseSet,
+    on_last_token,
+    response_sum,
+    unbound,
+)
+from training.config import Fraction, NonNegative, Positive
+
+
+class LogLinear(Regularizer):
+    """R = −β Σ_t (log π_t − log w_t); a subclass says what w is, and w does not depend on π.
+
+    objective  E[r − β Σ_t (log π_t − log w_t)]
+    marginal   −β (log π_t − log w_t) on token t
+    optimum    π* ∝ w(y|x)·e^{r/β}, w(y|x) = Π_t w_t
+    """
+
+    @abstractmethod
+    def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        """[batch, length] log w_t in nats, zero where the mask is false."""
+
+    @property
+    def coefficient(self) -> float:
+        """The factor of log π in the objective."""
+        return self.beta
+
+    def value(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        return self.marginal(logp, ref_logp, mask).per_token.sum(-1)
+
+    def marginal(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Marginal:
+        penalty = torch.where(mask, logp, 0.0) - self.log_weights(ref_logp, mask)
+        return Marginal(-self.coefficient * penalty, unbound(mask))
+
+    def log_optimum(self, responses: ResponseSet) -> Tensor:
+        log_w = self.log_weights(responses.ref_logp, responses.mask).sum(-1)
+        return torch.log_softmax(log_w + responses.rewards / self.coefficient, 0)
+
+
+class KL(LogLinear):
+    """w = π_ref, eq. (2.3); optimum π_ref·e^{r/β}, eq. (5.1): it inherits the reference's bias."""
+
+    name: Literal["kl"] = "kl"
+
+    def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, ref_logp, 0.0)
+
+
+class PreferenceMatching(LogLinear):
+    """w = 1, eq. (3.9), Theorem 1: R = −β log π + C_2/π; optimum softmax(r/β), eq. (3.2).
+
+    C_2/π has zero gradient in expectation, so `c2` enters the value and nothing else. A sample's
+    1/π is reported up to e^80. With C_1 = log(1/k), k the number of responses, this is the KL
+    penalty to the uniform distribution (Example 3).
+    """
+
+    name: Literal["pm"] = "pm"
+    c2: float = 0.0
+    """C_2 of eq. (3.8), in units of reward."""
+
+    def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        return torch.zeros_like(ref_logp)
+
+    def value(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        value = super().value(logp, ref_logp, mask)
+        if self.c2 == 0.0:
+            return value
+        return value + self.c2 * torch.exp(-response_sum(logp, mask).clamp(min=-LARGEST_EXPONENT))
+
+
+class MaximumEntropy(LogLinear):
+    """w = 1 with a free coefficient τ and the reward as it is (section 3.2, Example 1).
+
+    objective E[r − τ log π]; optimum softmax(r/τ): preference matching at τ = 1 only (Table 1).
+    """
+
+    name: Literal["maximum_entropy"] = "maximum_entropy"
+    tau: Positive = 1.0
+    """Weight of the entropy, in units of reward per nat."""
+
+    @model_validator(mode="after")
+    def _only_tau(self) -> "MaximumEntropy":
+        if self.beta != 1.0:
+            raise ValueError("beta: maximum_entropy does not rescale the reward; set tau instead")
+        return self
+
+    @property
+    def coefficient(self) -> float:
+        return self.tau
+
+    def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        return torch.zeros_like(ref_logp)
+
+
+class ConditionalPM(LogLinear):
+    """Preference matching on M(x), the responses that the reference finds regular (Def. 4.1).
+
+    level "token" (what the published code does): w_t = π_ref,t where π_ref,t < α, else 1. It
+    matches preferences, softmax(r/β), among responses of which every token has π_ref,t ≥ α.
+    level "sequence" (Def. 4.1, Theorem 4): M(x) = {y: π_ref(y|x) ≥ α}; w = 1 on M(x) and, outside
+    it, π_ref(y|x), or the fixed ε of eq. (4.1). log w stands on the last token, where the whole
+    response is known. It matches preferences within M(x).
+    α → 0 is pm; α > 1 is kl (unless ε is given).
+    """
+
+    name: Literal["conditional_pm"] = "conditional_pm"
+    level: Literal["token", "sequence"] = "token"
+    alpha: NonNegative | None = None
+    """Threshold on a probability: of a token, or of the whole response."""
+    log_alpha: float | None = None
+    """Sequence level: the same threshold as a logarithm (nats); long responses underflow."""
+    alpha_per_token: NonNegative | None = None
+    """Sequence level: threshold on the geometric mean π_ref(y|x)^{1/length}."""
+    epsilon: Positive | None = None
+    """Sequence level: weight of any response outside M(x), eq. (4.1); π_ref(y|x) where unset."""
+    log_epsilon: float | None = None
+    """The same as a logarithm (nats)."""
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> "ConditionalPM":
+        thresholds = (self.alpha, self.log_alpha, self.alpha_per_token)
+        if sum(threshold is not None for threshold in thresholds) != 1:
+            raise ValueError("give exactly one of alpha, log_alpha and alpha_per_token")
+        if self.epsilon is not None and self.log_epsilon is not None:
+            raise ValueError("give one of epsilon and log_epsilon, not both")
+        if self.level == "token":
+            for field in ("log_alpha", "alpha_per_token", "epsilon", "log_epsilon"):
+                if getattr(self, field) is not None:
+                    raise ValueError(f'{field}: only with "level": "sequence"')
+        return self
+
+    def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        ref_logp = torch.where(mask, ref_logp, 0.0)
+        if self.level == "token":
+            return torch.where(mask & (ref_logp < self._log_threshold), ref_logp, 0.0)
+        log_w = ref_logp.sum(-1)
+        length = mask.sum(-1).clamp(min=1) if self.alpha_per_token is not None else 1
+        inside = log_w / length >= self._log_threshold
+        if self.log_epsilon is not None:
+            log_w = torch.full_like(log_w, self.log_epsilon)
+        elif self.epsilon is not None:
+            log_w = torch.full_like(log_w, math.log(self.epsilon))
+        return on_last_token(torch.where(inside, 0.0, log_w), mask)
+
+    @property
+    def _log_threshold(self) -> float:
+        if self.log_alpha is not None:
+            return self.log_alpha
+        alpha = self.alpha if self.alpha is not None else self.alpha_per_token
+        return math.log(alpha) if alpha else -math.inf
+
+
+class KLInterpolation(LogLinear):
+    """w = π_ref^κ; optimum π_ref^κ·e^{r/β}: κ = 0 is pm, κ = 1 is kl."""
+
+    name: Literal["kl_interpolation"] = "kl_interpolation"
+    kappa: Fraction
+
+    def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        if self.kappa == 0.0:  # where π_ref = 0 as well
+            return torch.zeros_like(ref_logp)
+        return self.kappa * torch.where(mask, ref_logp, 0.0)

@@ -1,0 +1,28 @@
+"""No regularizer: what the others are compared with."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from step3_rlhf.regularizers.base import Marginal, Regularizer, ResponseSet, unbound
+
+
+class NoRegularizer(Regularizer):
+    """objective E[r]; marginal 0; optimum: all mass on the responses of highest reward (Prop. 3.1).
+
+    Where several share it, `log_optimum` is uniform over them.
+    """
+
+    name: Literal["none"] = "none"
+
+    def value(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        return torch.zeros_like(logp[:, 0])
+
+    def marginal(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Marginal:
+        return Marginal(torch.zeros_like(logp), unbound(mask))
+
+    def log_optimum(self, responses: ResponseSet) -> Tensor:
+        best = responses.rewards == responses.rewards.max()
+        return torch.where(best, 0.0, -math.inf).double().log_softmax(0)

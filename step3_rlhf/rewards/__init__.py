@@ -1,0 +1,1 @@
+"""Where rewards come from, and how reward models read the texts."""

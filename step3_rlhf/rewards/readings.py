@@ -1,0 +1,202 @@
+"""How a reward model reads the texts: in the policy's tokens, in its own, or as pairs."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from step3_rlhf.rollout import Rollout, encode_prompt_texts
+from training.data import (
+    encode_dialogues,
+    encode_responses,
+    pad_sequences,
+    prompt_messages,
+    response_frame,
+    truncate_prompt,
+)
+from training.models.pretrained import ends_with_eos, has_linear_score, on_meta
+from training.models.tokenizers import reads_pairs
+from training.runtime.tracking import say
+
+Inputs = dict[str, Tensor]
+
+
+Reading = Callable[[Rollout], Inputs]
+"""What a model is given of some responses: `input_ids` and `attention_mask`, [B, T] each."""
+
+
+NO_LIMIT = 10**6
+"""Tokenizers that know no limit name one beyond this."""
+
+
+def reading(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    policy_tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    trust_remote_code: bool = False,
+) -> Reading:
+    """How a reward model reads what the policy wrote, which is said where it is not as it stands.
+
+    Args:
+        name: the model's, for the message.
+        tokenizer: the model's; `config` too.
+    """
+    per_token = has_linear_score(config, trust_remote_code)
+    if reads_as(tokenizer, policy_tokenizer, config):
+        # Hugging Face's own heads look for the last token at the right.
+        return as_it_stands if per_token else partial(right_padded, tokenizer=tokenizer)
+    limit = known_positions(config, tokenizer, trust_remote_code)
+    if reads_pairs(tokenizer) and not per_token:
+        say(f"{name} reads prompt and response as two texts joined by its tokenizer")
+        return TextPairs(tokenizer, limit)
+    by_template = bool(tokenizer.chat_template) and not ends_with_eos(config)
+    form = "chat template" if tokenizer.chat_template else "plain dialogue format"
+    say(f"{name} reads prompts and responses anew, by its own tokenizer, in its {form}")
+    return OwnTokens(tokenizer, limit, by_template)
+
+
+def reads_as(
+    tokenizer: PreTrainedTokenizerBase, policy: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> bool:
+    """Whether the policy's ids, EOS at the end, are what the model would read the texts as.
+
+    Args:
+        config: the model's. One of stage 2's says that it learned responses that end with EOS;
+            others learned what the chat template writes.
+    """
+    same = (
+        tokenizer.get_vocab() == policy.get_vocab()
+        and tokenizer.eos_token_id == policy.eos_token_id
+        and tokenizer.chat_template == policy.chat_template
+    )
+    if not same or not tokenizer.chat_template or ends_with_eos(config):
+        return same
+    _, after = response_frame([{"role": "user", "content": "Hi"}], tokenizer)
+    return after == tokenizer.eos_token
+
+
+def as_it_stands(rollout: Rollout) -> Inputs:
+    return {"input_ids": rollout.input_ids, "attention_mask": rollout.attention_mask}
+
+
+def right_padded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+    rows = zip(rollout.input_ids, rollout.attention_mask.bool(), strict=True)
+    return _padded([ids[mask].tolist() for ids, mask in rows], tokenizer, rollout)
+
+
+def _padded(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> Inputs:
+    batch = pad_sequences(texts, [[] for _ in texts], tokenizer.pad_token_id)
+    batch = batch.to(rollout.input_ids.device)
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+class OwnTokens:
+    """The texts in the model's own format and tokens, prompt and response one sequence.
+
+    Prompts are read whole; what exceeds the model's positions is lost at the beginning. A response
+    that was cut has no end in other tokens either.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, positions: int | None, by_template: bool
+    ) -> None:
+        """
+        Args:
+            positions: that the model knows; None is any number.
+            by_template: all that the chat template writes, also after a response; otherwise the
+                prompt in stage 2's format and EOS after the response.
+        """
+        self.tokenizer = tokenizer
+        self.positions = positions
+        self.by_template = by_template
+
+    def __call__(self, rollout: Rollout) -> Inputs:
+        texts = self._encoded(rollout, rollout.ended.tolist())
+        if self.positions is not None:
+            bos = self.tokenizer.bos_token_id
+            texts = [truncate_prompt(ids, self.positions, bos) for ids in texts]
+        return _padded(texts, self.tokenizer, rollout)
+
+    def _encoded(self, rollout: Rollout, ended: list[bool]) -> list[list[int]]:
+        if self.by_template:
+            messages = [prompt_messages(prompt) for prompt in rollout.prompts]
+            return encode_dialogues(messages, rollout.responses, ended, self.tokenizer)
+        prompts = encode_prompt_texts(rollout.prompts, self.tokenizer)
+        responses = encode_responses(list(rollout.responses), self.tokenizer)
+        return [
+            prompt + (response if whole else response[:-1])
+            for prompt, response, whole in zip(prompts, responses, ended, strict=True)
+        ]
+
+
+class TextPairs:
+    """As BERT and its kin read: [CLS] prompt [SEP] response [SEP], with types of their own.
+
+    Where there is too little room the prompt loses its beginning, then the response its end. Text
+    that looks like a special token stays text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> None:
+        tokenizer.padding_side = "right"
+        self.tokenizer = tokenizer
+        self.positions = positions
+
+    def __call__(self, rollout: Rollout) -> Inputs:
+        pairs = list(zip(rollout.prompts, rollout.responses, strict=True))
+        if self.positions is not None and self.tokenizer.is_fast:  # others cannot say what is where
+            pairs = [self._fitting(*pair, self.positions) for pair in pairs]
+        encoded = self.tokenizer(
+            [prompt for prompt, _ in pairs],
+            [response for _, response in pairs],
+            padding=True,
+            truncation=self.positions is not None,
+            max_length=self.positions,
+            split_special_tokens=True,
+            return_tensors="pt",
+        )
+        return dict(encoded.to(rollout.input_ids.device))
+
+    def _fitting(self, prompt: str, response: str, positions: int) -> tuple[str, str]:
+        room = positions - self.tokenizer.num_special_tokens_to_add(pair=True)
+        asked, answered = self._places(prompt), self._places(response)
+        kept = min(len(answered), room - 1)
+        left = max(1, room - kept)
+        if len(asked) > left:
+            prompt = prompt[asked[-left][0] :]
+        if len(answered) > kept:
+            response = response[: answered[kept - 1][1]]
+        return prompt, response
+
+    def _places(self, text: str) -> list[tuple[int, int]]:
+        """Where in `text` each of its tokens stands."""
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        places: list[tuple[int, int]] = encoded["offset_mapping"]
+        return places
+
+
+def known_positions(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> int | None:
+    """Tokens that a classification model can read; None is any number."""
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    model = on_meta(AutoModelForSequenceClassification, config, trust_remote_code)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the one after padding's.
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            limits.append(int(module.num_embeddings - module.padding_idx - 1))
+    return min((limit for limit in limits if limit and 0 < limit < NO_LIMIT), default=None)

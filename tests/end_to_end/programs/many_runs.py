@@ -1,0 +1,69 @@
+"""Started by the DeepSpeed launcher: several runs of the stages, one after the other.
+
+    deepspeed --num_gpus N many_runs.py RUNS.json
+
+RUNS.json is a list of {"stage", "settings", "mean_of_means"}. The real `main` of each stage runs
+in this process group; with "mean_of_means" it averages wrongly, for a test that must see it.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+
+from step1_sft import main as sft
+from step1_sft.config import SFTConfig
+from step2_reward import main as reward
+from step2_reward.config import RewardConfig
+from step3_rlhf import main as ppo
+from step3_rlhf.config import PPOConfig
+from training.config import check_config
+from training.runtime import engine, ranks
+
+STAGES: dict[str, tuple[Any, Any]] = {
+    "sft": (SFTConfig, sft),
+    "reward": (RewardConfig, reward),
+    "ppo": (PPOConfig, ppo),
+}
+
+
+def mean_of_means(
+    trained: Sequence[engine.TrainedModule],
+    micro_batches: Sequence[Any],
+    loss_sums: Callable[[Any], Sequence[Tensor]],
+    items: Callable[[Any], int],
+) -> list[float]:
+    """What most code does: each micro-batch of each rank counts the same, whatever it holds."""
+
+    def loss_means(batch: Any) -> list[Tensor]:
+        return [loss / max(items(batch), 1) for loss in loss_sums(batch)]
+
+    return engine.optimizer_step(trained, micro_batches, loss_means, lambda batch: 1)
+
+
+@contextlib.contextmanager
+def averaging(wrongly: bool) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if wrongly:
+            for module in ("training.fitting", "step3_rlhf.trainer"):
+                stack.enter_context(patch(f"{module}.optimizer_step", mean_of_means))
+        yield
+
+
+def run_all(runs: list[dict[str, Any]]) -> None:
+    ranks.connect()
+    for run in runs:
+        config_class, module = STAGES[run["stage"]]
+        config = check_config(config_class, run["settings"], "run:")
+        with averaging(run.get("mean_of_means", False)):
+            module.main(config)
+    ranks.disconnect()
+
+
+if __name__ == "__main__":
+    run_all(json.loads(Path(sys.argv[-1]).read_text()))

@@ -1,0 +1,356 @@
+"""Sampled figures by hand, exact figures on finite sets by the models' own logits."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+
+from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.evaluation import shared_work as module
+from step3_rlhf.evaluation.__main__ import main, run_settings
+from step3_rlhf.evaluation.exact import EXACT_FIGURES, measure_set
+from step3_rlhf.evaluation.held_out import HeldOut
+from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
+from step3_rlhf.evaluation.sampled import Responses, held_out_perplexity, respond, sampled_metrics
+from step3_rlhf.evaluation.scoring import Models
+from step3_rlhf.evaluation.shared_work import over_ranks
+from step3_rlhf.regularizers.registry import parse_regularizer
+from step3_rlhf.response_sets import FiniteSet, read_response_sets
+from step3_rlhf.rewards.sources import FunctionReward
+from step3_rlhf.rollout import encode_prompt_texts
+from training.config import check_config
+from training.data import encode_responses
+from training.errors import UserError
+from training.models.loading import load_policy
+from training.models.policy import Policy
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# Sampled
+
+
+def test_sampled_metrics_by_hand() -> None:
+    first = Responses(
+        ["a", "b"], tensor(-1.0, -2.0), tensor(-2.0, -2.0), tensor(1.0, 0.0), tensor(2, 1),
+        tensor(1, 0),
+    )  # fmt: skip
+    second = Responses(
+        ["c", "d"], tensor(-3.0, -2.0), tensor(-3.0, -4.0), tensor(1.0, 2.0), tensor(3, 1),
+        tensor(1, 1),
+    )  # fmt: skip
+    report, instances = sampled_metrics(["x", "y"], [first, second], temperature=2.0)
+
+    def kl(p: float, q: float) -> float:
+        return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    divergences = [kl(sigmoid(2.0), 0.5), kl(0.5, sigmoid(-1.0))]
+    assert report["prompts"] == 2
+    assert report["preference_temperature"] == 2.0
+    means = {name: value["mean"] for name, value in report.items() if isinstance(value, dict)}
+    assert means == pytest.approx(
+        {
+            "pm_divergence": sum(divergences) / 2,
+            "reward": 1.0,
+            "length": 1.75,
+            "ended_fraction": 0.75,
+            "perplexity": (math.exp(0.5) + math.exp(1.0) + 2 * math.exp(2.0)) / 4,
+            "reference_perplexity": (2 * math.e + math.exp(2.0) + math.exp(4.0)) / 4,
+            "entropy": 2.0,
+            "entropy_per_token": (0.5 + 1.0 + 2.0 + 2.0) / 4,
+            "kl": (1.0 + 0.0 + 0.0 + 2.0) / 4,
+            "kl_per_token": (0.5 + 0.0 + 0.0 + 2.0) / 4,
+        }
+    )
+    # Intervals are over prompts: two means per figure, 1.96 · |a − b| / √2 / √2.
+    assert report["entropy"]["ci95"] == pytest.approx(0.0)
+    assert report["length"]["ci95"] == pytest.approx(1.96 * 1.5 / 2)
+    assert [entry["pm_divergence"] for entry in instances] == pytest.approx(divergences)
+    assert instances[1]["prompt"] == "y"
+    assert instances[1]["responses"][1] == {
+        "text": "d", "logp": -2.0, "ref_logp": -4.0, "reward": 2.0, "length": 1, "ended": True,
+    }  # fmt: skip
+
+
+def test_several_pairs_are_averaged_within_a_prompt() -> None:
+    """A prompt's divergence is the mean over its pairs; an interval still counts prompts."""
+
+    def drawn(*logp: float) -> Responses:
+        zeros = torch.zeros(2, dtype=torch.float64)
+        return Responses(["", ""], tensor(*logp), zeros, zeros, zeros + 1, zeros)
+
+    draws = [drawn(-1.0, -1.0), drawn(-2.0, -1.0), drawn(-4.0, -1.0), drawn(-1.0, -3.0)]
+    single = [sampled_metrics(["x", "y"], draws[k : k + 2], 1.0)[0] for k in (0, 2)]
+    report, instances = sampled_metrics(["x", "y"], draws, 1.0)
+    assert [[y["logp"] for y in entry["responses"]] for entry in instances] == [
+        [-1.0, -2.0, -4.0, -1.0], [-1.0, -1.0, -1.0, -3.0],
+    ]  # fmt: skip
+    expected = sum(part["pm_divergence"]["mean"] for part in single) / 2
+    assert report["pm_divergence"]["mean"] == pytest.approx(expected)
+    assert (report["pairs_per_prompt"], report["pm_divergence"]["count"]) == (2, 2)
+    assert report["entropy"]["mean"] == pytest.approx((8.0 + 6.0) / 8)
+
+
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_work_is_divided_over_the_ranks_and_joined_in_order(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank makes as many calls; what is measured to keep step does not count."""
+    calls: list[list[list[int]]] = []
+    contributed: list[list[list[int]]] = []
+    for rank in range(3):
+        calls.append([])
+        contributed.append([])
+        monkeypatch.setattr(module.ranks, "world_size", lambda: 3)
+        monkeypatch.setattr(module.ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(
+            module.ranks, "gather_objects", lambda own, k=rank: contributed[k].append(own) or []
+        )
+        over_ranks(count, 2, lambda rows, k=rank: calls[k].append(rows) or rows, "rows")
+    # As many calls on every rank, with as many rows: forwards inside are collectives under ZeRO-3.
+    assert len({tuple(len(rows) for rows in made) for made in calls}) == 1
+    joined = [row for round_ in zip(*contributed, strict=True) for part in round_ for row in part]
+    assert joined == list(range(count))
+
+
+# With models
+
+
+PROMPTS = ("Please suggest a drink.", "What is a good pet?")
+
+
+@pytest.fixture
+def config(stage_settings, tmp_path: Path) -> EvaluationConfig:
+    settings = stage_settings("ppo") | {"reward": {"function": "operator:add"}, "bf16": False}
+    return EvaluationConfig.of(check_config(PPOConfig, settings, "config:"))
+
+
+@pytest.fixture
+def models(tiny_world: Path, world_tokenizer) -> Models:
+    """Policy and reference with different weights; rewards are the lengths of the texts."""
+
+    def policy(seed: int) -> Policy:
+        loaded = load_policy(str(tiny_world / "base"), world_tokenizer).eval()
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(loaded.model.lm_head.weight, std=0.3)
+        return loaded.requires_grad_(False)
+
+    reward = FunctionReward(lambda prompts, texts: [len(text) / 10 for text in texts], "m:f")
+    return Models(policy(1), policy(2), reward, world_tokenizer)
+
+
+def own_logp(policy: Policy, tokenizer: Any, prompt: str, response: str) -> float:
+    """log π(y|x), EOS included, from the Hugging Face model's logits without padding."""
+    (start,) = encode_prompt_texts([prompt], tokenizer)
+    (rest,) = encode_responses([response], tokenizer)
+    logits = policy.model(input_ids=torch.tensor([start + rest])).logits[0].double()
+    steps = logits[len(start) - 1 : -1].log_softmax(-1)
+    return steps.gather(1, torch.tensor(rest)[:, None]).sum().item()
+
+
+@pytest.fixture
+def held_out(world_tokenizer) -> HeldOut:
+    ids = encode_prompt_texts(PROMPTS, world_tokenizer)
+    return HeldOut(ids, list(PROMPTS), [], [])
+
+
+def test_responses_are_what_the_models_say_of_them(models: Models, held_out, config) -> None:
+    found = respond(models, held_out, config, draw=0)
+    assert found.rewards.tolist() == pytest.approx([len(text) / 10 for text in found.texts])
+    again = respond(models, held_out, config, draw=0)
+    other = respond(models, held_out, config, draw=1)
+    assert again.texts == found.texts
+    assert torch.equal(again.logp, found.logp)
+    assert other.texts != found.texts
+    single = config.model_copy(update={"rollout_batch_size": 1, "per_device_eval_batch_size": 1})
+    one_by_one = respond(models, held_out, single, draw=0)
+    assert one_by_one.texts == found.texts
+    torch.testing.assert_close(one_by_one.logp, found.logp, rtol=0, atol=1e-4)
+    assert (found.logp != found.ref_logp).all()
+
+
+SET = FiniteSet(PROMPTS[0], ("tea", "coffee", "a glass of water"), (0.5, 0.3, 0.2), "drinks")
+
+
+def test_exact_figures_by_the_models_own_logits(models: Models) -> None:
+    kl = parse_regularizer({"name": "kl", "beta": 0.5})
+    found = measure_set(models, SET, kl, temperature=0.5)
+    logp, ref_logp = (
+        tensor(*(own_logp(m, models.tokenizer, SET.prompt, r) for r in SET.responses))
+        for m in (models.policy, models.reference)
+    )
+    rewards = tensor(0.3, 0.6, 1.6)
+    policy = logp.softmax(0)
+    assert found["policy"] == pytest.approx(policy.tolist(), abs=1e-6)
+    assert found["reference"] == pytest.approx(ref_logp.softmax(0).tolist(), abs=1e-6)
+    assert found["outside_mass"] == pytest.approx(1 - logp.exp().sum().item(), abs=1e-9)
+    assert (found["topic"], found["rewards"]) == ("drinks", pytest.approx(rewards.tolist()))
+    targets = {
+        "reward": (rewards / 0.5).softmax(0),
+        "population": tensor(0.5, 0.3, 0.2),
+        "optimum": (ref_logp + rewards / 0.5).softmax(0),  # (5.1)
+    }
+    for name, target in targets.items():
+        assert found[name] == pytest.approx(target.tolist(), abs=1e-6)
+        expected = (policy - target).abs().sum().item() / 2
+        assert found[f"tv_to_{name}"] == pytest.approx(expected, abs=1e-6)
+        expected = (policy * (policy / target).log()).sum().item()
+        assert found[f"kl_to_{name}"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_pms_optimum_is_the_rewards_softmax_and_kls_at_constant_reward_the_reference(
+    models: Models,
+) -> None:
+    pm = measure_set(models, SET, parse_regularizer({"name": "pm"}), 1.0)
+    assert pm["tv_to_optimum"] == pytest.approx(pm["tv_to_reward"], abs=1e-9)
+    constant = FunctionReward(lambda prompts, texts: [2.0] * len(texts), "m:f")
+    same = Models(models.policy, models.policy, constant, models.tokenizer)
+    kl = measure_set(same, SET, parse_regularizer({"name": "kl"}), 1.0)
+    assert kl["tv_to_optimum"] == pytest.approx(0.0, abs=1e-9)
+    assert kl["reward"] == pytest.approx([1 / 3] * 3)
+    nothing = measure_set(models, SET, None, 1.0)
+    assert "tv_to_optimum" not in nothing
+    unknown = FiniteSet(SET.prompt, SET.responses, None, None)
+    assert "tv_to_population" not in measure_set(models, unknown, None, 1.0)
+
+
+def test_perplexity_of_held_out_text_is_per_token(models: Models, held_out, config) -> None:
+    texts = [(PROMPTS[0], "tea"), (PROMPTS[1], "a cat, or perhaps two of them")]
+    ids = [
+        (encode_prompt_texts([p], models.tokenizer)[0], encode_responses([r], models.tokenizer)[0])
+        for p, r in texts
+    ]
+    found = held_out_perplexity(models, HeldOut([], [], ids, []), config)
+    tokens = sum(len(response) for _, response in ids)
+    for name, model in (
+        ("perplexity", models.policy), ("reference_perplexity", models.reference),
+    ):  # fmt: skip
+        total = sum(own_logp(model, models.tokenizer, p, r) for p, r in texts)
+        assert found[name] == pytest.approx(math.exp(-total / tokens), rel=1e-4)
+    assert found["texts"] == 2
+
+
+def test_the_whole_report(models: Models, held_out: HeldOut, config, tmp_path: Path) -> None:
+    data = HeldOut(held_out.prompt_ids, held_out.prompts, [], [SET])
+    pm = parse_regularizer({"name": "pm", "beta": 2.0})
+    report, instances = evaluate(models, data, pm, config)
+    assert report["preference_temperature"] == 2.0
+    assert set(EXACT_FIGURES) <= report["exact"].keys()
+    (entry,) = report["exact"]["per_prompt"]
+    assert report["exact"]["tv_to_reward"]["mean"] == pytest.approx(entry["tv_to_reward"])
+    write_evaluation(report, instances, tmp_path)
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["pm_divergence"]["mean"] == report["pm_divergence"]["mean"]
+    lines = (tmp_path / "instances.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == list(PROMPTS)
+    assert "tv_to_optimum" in summary(report)
+
+
+# RUN_DIR
+
+
+def test_a_run_directory_knows_its_settings(stage_settings, tmp_path: Path) -> None:
+    settings = stage_settings("ppo") | {
+        "regularizer": {"name": "kl", "beta": 0.5},
+        "evaluation": {"sampling": {"response_length": 3, "temperature": 0.5}},
+    }
+    config = check_config(PPOConfig, settings, "config:")
+    run = tmp_path / "run"
+    (run / "actor").mkdir(parents=True)
+    (run / "actor" / "config.json").write_text("{}")
+    (run / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    found = check_config(EvaluationConfig, run_settings(str(run)), "config:")
+    assert found.model_name_or_path == str(run / "actor")
+    assert found.reference_model_name_or_path == settings["model_name_or_path"]
+    assert found.output_dir == str(run)
+    assert found.regularizer == config.regularizer
+    assert found.sampling.response_length == 3  # as the run's own evaluation drew
+    assert found.sampling == EvaluationConfig.of(config).sampling
+
+
+def test_other_directories_need_overrides(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    known = run_settings(str(tmp_path))
+    assert known == {
+        "output_dir": str(tmp_path),
+        "model_name_or_path": str(tmp_path / "model"),
+    }
+    assert run_settings(str(tmp_path / "new")) == {"output_dir": str(tmp_path / "new")}
+
+
+# Finite sets
+
+
+def test_response_sets_are_read(tiny_world: Path) -> None:
+    assert read_response_sets(None) == []
+    sets = read_response_sets(str(tiny_world / "response_sets.jsonl"))
+    assert all(sum(s.population) == pytest.approx(1.0) for s in sets)
+    assert all(len(s.population) == len(s.responses) for s in sets)
+
+
+def test_every_faulty_set_is_named(tmp_path: Path) -> None:
+    lines = [
+        '{"prompt": "x", "responses": ["a", "b"]}',
+        "",
+        '{"prompt": "x", "responses": ["a", "a"]}',
+        '{"prompt": 3, "responses": ["a", "b"]}',
+        '{"prompt": "x", "responses": ["a", "b"], "population": [0.5, 0.6]}',
+        '{"prompt": "x", "responses": ["a", "b"], "population": [1.0]}',
+        '{"prompt": "x", "responses": "ab"}',
+        "{",
+    ]
+    file = tmp_path / "sets.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=re.escape("6 faulty lines")) as caught:
+        read_response_sets(str(file))
+    numbers = [fault.removeprefix(f"{file}:").split(":")[0] for fault in caught.value.faults]
+    assert numbers == ["3", "4", "5", "6", "7", "8"]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_any_triple_can_be_evaluated(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models that no stage has trained, into a new directory; the reward has its own tokenizer."""
+    reward = tmp_path / "foreign_reward"
+    vocabulary = {chr(code): code - 32 for code in range(32, 127)} | {"<pad>": 95, "</s>": 96}
+    own = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    own.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=own, pad_token="<pad>", eos_token="</s>"
+    ).save_pretrained(reward)
+    torch.manual_seed(3)
+    GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=95)
+    ).save_pretrained(reward)
+    monkeypatch.setattr("training.runtime.ranks.connect", lambda: None)
+    monkeypatch.setattr("training.runtime.ranks.disconnect", lambda: None)
+    monkeypatch.setattr("training.runtime.signals.requests.install", lambda: None)
+    output = tmp_path / "new" / "evaluation"
+    main(
+        [
+            str(output),
+            f"model_name_or_path={tiny_world / 'base'}",
+            f"reward.model_name_or_path={reward}",
+            f'data.sources=["{tiny_world / "comparisons.jsonl"}"]',
+            "evaluation.max_prompts=3",
+            "response_length=4",
+        ]
+    )
+    report = json.loads((output / "evaluation.json").read_text())
+    assert report["prompts"] == 3
+    assert report["kl"]["mean"] == 0.0  # the reference is the policy
+    assert report["reward"]["mean"] != 0.0
+    assert len((output / "instances.jsonl").read_text().splitlines()) == 3
+    assert not (output / "evaluation.unfinished").exists()

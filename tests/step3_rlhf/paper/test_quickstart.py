@@ -1,0 +1,475 @@
+"""The report: its schema, its page, its verdicts; and the arguments of quickstart.sh."""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from step1_sft.config import SFTConfig
+from step2_reward.config import RewardConfig
+from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.evaluation.settings import run_settings
+from step3_rlhf.paper.quickstart import __main__ as report
+from step3_rlhf.paper.quickstart import page as report_page
+from step3_rlhf.paper.quickstart.findings import (
+    METRICS,
+    RUNS,
+    all_seconds,
+    number,
+    read_findings,
+    report_of,
+    verdict,
+)
+from step3_rlhf.paper.quickstart.pictures import abbreviated, in_columns, topic_shares
+from training.config import apply_overrides, check_config, load_config
+from training.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+SAMPLED = "pm_divergence reward length ended_fraction perplexity reference_perplexity entropy kl"
+EXACT = "tv_to_reward tv_to_population tv_to_optimum outside_mass"
+REGULARIZERS: dict[str, dict[str, Any] | None] = {
+    "sft": None,
+    "kl": {"name": "kl", "beta": 1.0},
+    "pm": {"name": "pm", "beta": 1.0},
+    "conditional_pm": {"name": "conditional_pm", "alpha": 0.02, "beta": 1.0, "level": "token"},
+    "js_divergence": {"name": "f_divergence", "divergence": "js_divergence", "beta": 1.0},
+}
+POLICIES = {
+    "sft": [0.1, 0.9],
+    "kl": [0.2, 0.8],
+    "pm": [0.4, 0.6],
+    "conditional_pm": [0.65, 0.35],
+    "js_divergence": [0.3, 0.7],
+}
+COMPARISONS = [{"bayes_probability": 0.7}, {"bayes_probability": 0.3}]
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = content if isinstance(content, list) else [content]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+
+
+def evaluation(name: str, **means: float) -> dict[str, Any]:
+    """What evaluation.py writes, with a number of its own for every figure."""
+    start = 0.001 * (1 + list(POLICIES).index(name))
+
+    def figure(key: str, place: int) -> dict[str, float]:
+        return {"mean": means.get(key, start + 0.01 * place), "ci95": 0.005, "count": 4}
+
+    per_prompt = [
+        {
+            "prompt": f"{topic}, phrasing {phrasing}?",
+            "topic": topic,
+            "responses": ["Tea & <milk>", "A strong cup of coffee"],
+            "policy": POLICIES[name] if phrasing else POLICIES[name][::-1],
+            "population": [0.3, 0.7],
+            "reward": [0.35, 0.65],
+        }
+        for topic in ("drink", "pet")
+        for phrasing in range(2)
+    ]
+    exact: dict[str, Any] = {key: figure(key, i) for i, key in enumerate(EXACT.split())}
+    if name == "sft":
+        exact["tv_to_optimum"] = None
+    sampled = {key: figure(key, 10 + i) for i, key in enumerate(SAMPLED.split())}
+    return {**sampled, "prompts": 4, "exact": {**exact, "prompts": 4, "per_prompt": per_prompt}}
+
+
+def write_run(directory: Path, name: str, **means: float) -> None:
+    measured = evaluation(name, **means)
+    write(directory / name / "evaluation.json", measured)
+    config = {"seed": 7} | ({"regularizer": REGULARIZERS[name]} if REGULARIZERS[name] else {})
+    write(directory / name / "config.json", config)
+    text = "<script>\u2028\x07 jam </script>" if name == "pm" else f"an answer of {name}"
+    response = {"text": text, "ended": name != "pm", "length": 24}
+    prompts = [entry["prompt"] for entry in measured["exact"]["per_prompt"]]
+    instances = [{"prompt": prompt, "responses": [response] * 2} for prompt in prompts]
+    write(directory / name / "instances.jsonl", instances)
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path) -> Path:
+    """A finished quickstart, as small as can be."""
+    directory = tmp_path / "quickstart"
+    for name in RUNS:
+        write_run(directory, name)
+    (directory / "sft" / "model").mkdir()
+    write(directory / "world" / "comparisons_eval.jsonl", COMPARISONS)
+    bins = [{"low": 0.5, "high": 0.55, "pairs": 9, "confidence": 0.52, "accuracy": 0.5}]
+    calibration = {"pairs": 9, "accuracy": 0.64, "log_loss": 0.63, "ece": 0.02, "reliability": bins}
+    write(directory / "reward" / "evaluation.json", calibration)
+    phases = {"seconds": {"world": 5.5, "sft": 60.0, "total": 65.5}, "commands": {"sft": "bash a"}}
+    (directory / "phases.json").write_text(json.dumps(phases))
+    return directory
+
+
+class Page(HTMLParser):
+    """What a page fetches, and the cells of its tables."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.in_cell = False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [v or "" for k, v in attributes if k in ("src", "href", "srcset", "data")]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self.in_cell:
+            self.tables[-1][-1][-1] += data
+
+
+def test_files_are_written_in_the_agreed_form(
+    quickstart: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(quickstart, "js_divergence")
+    report.main([str(quickstart)])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines()[:7])) <= 100
+    assert all(name in shown for name in (*RUNS, "js_divergence", "report.html"))
+    assert (quickstart / "shares.png").read_bytes().startswith(b"\x89PNG")
+
+    found = json.loads((quickstart / "report.json").read_text())
+    assert set(found["reward_model"]) == {"accuracy", "log_loss", "bayes_log_loss", "ece"}
+    assert found["reward_model"]["bayes_log_loss"] == pytest.approx(0.780323874)
+    assert set(found["runs"]) == set(RUNS)
+    assert set(found["further_runs"]) == {"js_divergence"}
+    for name, means in {**found["runs"], **found["further_runs"]}.items():
+        given = evaluation(name)
+        assert set(means) == {metric.name for metric in METRICS}
+        for key, value in means.items():
+            if (name, key) == ("sft", "tv_to_optimum"):
+                assert value is None
+            else:
+                assert value == (given["exact"].get(key) or given[key])["mean"]
+                assert found["ci95"][name][key] == 0.005
+    assert found["seconds"]["sft"] == 60.0
+    assert found["seconds"]["total"] == pytest.approx(65.5 + found["seconds"]["report"], abs=0.11)
+    assert set(found["versions"]) >= {"python", "torch", "deepspeed", "transformers"}
+
+    page = Page(quickstart / "report.html")
+    assert len(page.fetched) == 5
+    assert all(uri.startswith("data:image/") for uri in page.fetched)
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    text = (quickstart / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"@import|url\(|https?://", re.sub(r'src="data:[^"]*"', "", text))
+
+    metrics = next(table for table in page.tables if table[0][0] == "Run")
+    assert len(metrics) == 1 + len(RUNS) + 1
+    for name, row in zip((*RUNS, "js_divergence"), metrics[1:], strict=True):
+        means = {**found["runs"], **found["further_runs"]}[name]
+        for metric, cell in zip(METRICS, row[1:], strict=True):
+            value = means[metric.name]
+            assert cell == ("–" if value is None else f"{number(value)}± 0.005")
+
+
+def test_samples_stand_side_by_side_and_are_escaped(quickstart: Path) -> None:
+    table = report_page.samples(read_findings(quickstart).runs)
+    assert table.count("an answer of kl") == 4  # two topics, two responses
+    assert "&lt;script&gt; \ufffd jam &lt;/script&gt;" in table
+    assert table.count("cut at 24 tokens") == 4
+    assert "<script" not in table
+
+
+@pytest.mark.parametrize(
+    ("means", "language", "preferences"),
+    [
+        ({"outside_mass": 0.05, "reference_perplexity": 10.0, "tv_to_reward": 0.1}, True, True),
+        ({"outside_mass": 0.0501, "reference_perplexity": 10.0, "tv_to_reward": 0.1}, False, True),
+        ({"outside_mass": 0.05, "reference_perplexity": 10.1, "tv_to_reward": 0.1}, False, True),
+        ({"outside_mass": 0.05, "reference_perplexity": 10.0, "tv_to_reward": 0.101}, True, False),
+        ({"outside_mass": 0.9, "reference_perplexity": float("inf")}, None, True),
+    ],
+)
+def test_ticks_follow_the_numbers(
+    quickstart: Path, means: dict[str, float], language: bool | None, preferences: bool
+) -> None:
+    write_run(quickstart, "sft", reference_perplexity=2.0)
+    write_run(quickstart, "pm", **means)
+    runs = read_findings(quickstart).runs
+    found = verdict(runs["pm"], runs["sft"])
+    assert (found.language, found.preferences) == (language, preferences)
+    row = next(r for r in report_page.table1(runs).split("<tr>") if "</i>PM<" in r)
+    shown = re.findall(r"✓ yes|✗ no|<td>–</td>", row)
+    words = {True: "✓ yes", False: "✗ no", None: "<td>–</td>"}
+    assert shown[0] == words[language]
+    assert shown[-1] == words[preferences]
+    stated = report_of(read_findings(quickstart), 0.0)["table1"]["rows"]["pm"]
+    assert (stated["natural_language"], stated["preferences_matched"]) == (language, preferences)
+
+
+def test_rows_of_table_1_are_in_the_papers_order(quickstart: Path) -> None:
+    write_run(quickstart, "js_divergence")
+    table = report_page.table1(read_findings(quickstart).runs)
+    rows = re.findall(r"</i>([^<]+)<small>", table)
+    assert rows == ["KL", "Jensen–Shannon", "PM", "Conditional PM"]
+
+
+def test_everything_missing_is_named_with_its_command(
+    quickstart: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (quickstart / "kl" / "evaluation.json").unlink()
+    (quickstart / "sft" / "evaluation.json").unlink()
+    with pytest.raises(SystemExit) as ended:
+        report.main([str(quickstart)])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert f"{quickstart / 'kl'}: evaluation.json missing" in message
+    for phase in ("kl", "sft_evaluation"):
+        assert f"bash scripts/quickstart.sh --output {quickstart} --only {phase}" in message
+    with pytest.raises(UserError, match="world"):
+        read_findings(quickstart / "nowhere")
+
+
+def test_a_missing_matplotlib_names_the_extra(
+    quickstart: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"\[plots\]"):
+        report.write_report(quickstart)
+
+
+def test_broken_lines_are_named(quickstart: Path) -> None:
+    with (quickstart / "pm" / "instances.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(UserError, match=r"instances\.jsonl:5: "):
+        read_findings(quickstart)
+
+
+def test_shares_are_means_over_a_topics_prompts(quickstart: Path) -> None:
+    sets = {name: run.sets for name, run in read_findings(quickstart).runs.items()}
+    drink = next(topic for topic in topic_shares(sets) if topic.topic == "drink")
+    assert drink.answers == ["A strong cup of coffee", "Tea & <milk>"]  # the favourite first
+    assert drink.shares["population"] == pytest.approx([0.7, 0.3])
+    assert drink.shares["reward"] == pytest.approx([0.65, 0.35])
+    assert drink.shares["sft"] == pytest.approx([0.5, 0.5])
+
+
+def test_columns_hold_every_topic_once(quickstart: Path) -> None:
+    sets = {name: run.sets for name, run in read_findings(quickstart).runs.items()}
+    columns = in_columns(topic_shares(sets), 4)
+    assert sorted(topic.topic for column in columns for topic in column) == ["drink", "pet"]
+
+
+def test_long_answers_are_abbreviated() -> None:
+    assert abbreviated("Tea") == "Tea"
+    assert abbreviated("The violin, even though it takes many years to learn") == (
+        "The violin, even\nthough it takes many …"
+    )
+
+
+def test_numbers_fit_their_column() -> None:
+    values = [None, 0.0, -0.0004, 9.8765, 54.321, 143.2, 2343.4, 999999.4, 3.2e9]
+    shown = ["–", "0.000", "-0.000", "9.877", "54.32", "143.2", "2,343", "999,999", "3.2e+09"]
+    assert [number(value) for value in values] == shown
+
+
+def test_seconds_count_the_report_once() -> None:
+    recorded = {"world": 5.0, "report": 9.0, "total": 14.0}
+    assert all_seconds(recorded, 2.0) == {"world": 5.0, "report": 2.0, "total": 7.0}
+
+
+# quickstart.sh, with stand-ins for what trains: they note their arguments and make empty outputs.
+
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+    *print\\(sys.prefix\\)*) echo "$NOTES" ;;
+    "-m pip"*) ;;
+    "-m training.world"* | "-m step3_rlhf.paper.quickstart"* | *--module*)
+        printf '%s\\0' "$@" >"$NOTES/call_$(date +%s%N)"
+        [[ "$*" != *"$FAIL_ON"* ]] ;;
+    *) exec "$PYTHON" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def run_quickstart(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess, list]]:
+    """Runs the script; returns its result and the argument lists of its phases."""
+    tools, notes = tmp_path / "tools", tmp_path / "notes"
+    tools.mkdir()
+    notes.mkdir()
+    for name in ("python", "deepspeed", "g++"):
+        (tools / name).write_text(STAND_IN)
+        (tools / name).chmod(stat.S_IRWXU)
+
+    def run(*arguments: str, fail_on: str = "(nothing)", root: Path = ROOT) -> Any:
+        environment = os.environ | {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "VIRTUAL_ENV": str(tools),
+            "PYTHON": sys.executable,
+            "NOTES": str(notes),
+            "FAIL_ON": fail_on,
+        }
+        done = subprocess.run(
+            ["bash", "scripts/quickstart.sh", *arguments],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        calls = [path.read_text().split("\0")[:-1] for path in sorted(notes.glob("call_*"))]
+        return done, calls
+
+    return run
+
+
+def make_inputs(directory: Path) -> None:
+    """What the phases of a finished quickstart find on disk."""
+    for name in ("world/base", "sft", "sft/model", "reward", "reward/model"):
+        write(directory / name / "config.json", {})
+    record = {"prompt": "p", "chosen": "a", "rejected": "b", "response": "a"}
+    for name in ("texts", "comparisons"):
+        for part in ("", "_eval"):
+            write(directory / "world" / f"{name}{part}.jsonl", record)
+    write(directory / "world" / "response_sets.jsonl", {"prompt": "p", "responses": ["a", "b"]})
+
+
+def test_quickstart_passes_what_the_stages_understand(
+    run_quickstart: Callable[..., Any], tmp_path: Path
+) -> None:
+    directory = tmp_path / "elsewhere"
+    done, calls = run_quickstart("--full", "--seed", "5", "--output", f"{directory}/")
+    assert done.returncode == 0, done.stderr
+    assert calls.pop(0) == [
+        "-m",
+        "training.world",
+        "--output_dir",
+        f"{directory}/world",
+        "--seed",
+        "5",
+    ]
+    assert calls.pop() == ["-m", "step3_rlhf.paper.quickstart", str(directory)]
+    phases = json.loads((directory / "phases.json").read_text())
+    expected = "world sft reward kl pm conditional_pm maximum_entropy js_divergence forward_kl"
+    expected += " chi_squared sft_evaluation report"
+    assert list(phases["commands"]) == expected.split()
+    assert list(phases["seconds"]) == [*expected.split(), "total"]
+    assert all(f"=== {name}: " in done.stdout for name in expected.split())
+
+    make_inputs(directory)
+    stages = {
+        "step1_sft.main": SFTConfig,
+        "step2_reward.main": RewardConfig,
+        "step3_rlhf.main": PPOConfig,
+    }
+    regularizers = []
+    for call in calls:
+        module, config, *overrides = call[call.index("--module") + 1 :]
+        if module == "step3_rlhf.evaluation":
+            settings = run_settings(config)
+            faults = apply_overrides(settings, overrides)
+            checked: Any = check_config(EvaluationConfig, settings, "faults:", faults)
+            shipped = json.loads((ROOT / "step3_rlhf/configs/quickstart.json").read_text())
+            assert checked.model_name_or_path == f"{directory}/sft/model"
+            assert checked.output_dir == f"{directory}/sft"
+            assert checked.response_length == shipped["response_length"]
+            assert checked.regularizer is None
+        else:
+            anew = [*overrides, "overwrite_output_dir=true"]
+            checked = load_config(stages[module], str(ROOT / config), anew)
+        assert checked.seed == 5
+        assert "runs/quickstart" not in checked.model_dump_json()
+        if module == "step3_rlhf.main":
+            assert checked.output_dir == f"{directory}/{expected.split()[3 + len(regularizers)]}"
+            regularizers.append(checked.regularizer)
+    assert [r.name for r in regularizers[:4]] == ["kl", "pm", "conditional_pm", "maximum_entropy"]
+    assert regularizers[3].tau == 0.5
+    divergences = [r.divergence for r in regularizers[4:]]
+    assert divergences == ["js_divergence", "forward_kl", "chi_squared"]
+
+
+def test_quickstart_leaves_the_shipped_configs_as_they_are(
+    run_quickstart: Callable[..., Any], tmp_path: Path
+) -> None:
+    """In the default folder only the seed, output_dir and the regularizer are overridden."""
+    for name in ("scripts", "step3_rlhf/configs"):
+        shutil.copytree(ROOT / name, tmp_path / "copy" / name)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "copy")
+    done, calls = run_quickstart(root=tmp_path / "copy")
+    assert done.returncode == 0, done.stderr
+    given = {
+        tuple(o.partition("=")[0] for o in call[call.index("--module") + 3 :])
+        for call in calls[1:-2]
+    }
+    assert given == {("seed", "output_dir"), ("seed", "output_dir", "regularizer")}
+    assert "output_dir=runs/quickstart/kl" in calls[3]
+
+
+def test_quickstart_names_the_phase_that_failed(
+    run_quickstart: Callable[..., Any], tmp_path: Path
+) -> None:
+    done, calls = run_quickstart("--output", str(tmp_path / "q"), fail_on="step2_reward.main")
+    assert done.returncode != 0
+    assert "phase reward failed" in done.stderr
+    assert len(calls) == 3
+    assert list(json.loads((tmp_path / "q" / "phases.json").read_text())["commands"]) == [
+        "world",
+        "sft",
+    ]
+
+
+def test_quickstart_keeps_what_it_did_not_make(
+    run_quickstart: Callable[..., Any], tmp_path: Path
+) -> None:
+    directory = tmp_path / "q"
+    write(directory / "notes.txt", {})
+    write(directory / "kl" / "config.json", {})
+    done, calls = run_quickstart("--output", str(directory))
+    assert done.returncode == 2
+    assert "--overwrite" in done.stderr
+    assert not calls
+    done, _ = run_quickstart("--output", str(directory), "--overwrite")
+    assert done.returncode == 0
+    assert (directory / "notes.txt").exists()
+    assert not (directory / "kl").exists()
+
+
+def test_quickstart_repeats_one_phase(run_quickstart: Callable[..., Any], tmp_path: Path) -> None:
+    write(tmp_path / "q" / "kl" / "config.json", {})
+    write(tmp_path / "q" / "pm" / "config.json", {})
+    done, calls = run_quickstart("--output", str(tmp_path / "q"), "--only", "kl")
+    assert done.returncode == 0
+    assert len(calls) == 1
+    assert f"output_dir={tmp_path / 'q' / 'kl'}" in calls[0]
+    assert not (tmp_path / "q" / "kl").exists()
+    assert (tmp_path / "q" / "pm").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--sed", "1"], ["--seed"], ["--seed", "x"], ["--only", "klx"], ["--output", ""]]
+)
+def test_quickstart_refuses_other_arguments(
+    run_quickstart: Callable[..., Any], arguments: list[str]
+) -> None:
+    done, calls = run_quickstart(*arguments)
+    assert done.returncode == 2
+    assert "--help" in done.stderr
+    assert not calls

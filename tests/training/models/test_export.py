@@ -1,0 +1,81 @@
+"""What is exported loads with from_pretrained, in safetensors, whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from training.models.export import export
+from training.models.partitioned import is_partitioned
+from training.models.policy import Policy
+from training.runtime import engine
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+def test_an_export_loads_and_is_the_same_model(
+    any_model: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    export(any_model, world_tokenizer, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    own = any_model.state_dict()
+    assert loaded.state_dict().keys() == own.keys()
+    assert all(torch.equal(value, own[name]) for name, value in loaded.state_dict().items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = "\n\nHuman: Please suggest a drink\n\nAssistant: tea"
+    assert tokenizer(text).input_ids == world_tokenizer(text).input_ids
+    assert tokenizer.pad_token_id == world_tokenizer.pad_token_id
+    weights = [path.name for path in (tmp_path / "model").iterdir() if path.stat().st_size > 1e4]
+    assert "model.safetensors" in weights
+    assert not [name for name in weights if name.endswith((".bin", ".pt", ".pth"))]
+
+
+def test_an_export_replaces_an_older_one(
+    tiny_llama: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    directory = tmp_path / "model"
+    export(tiny_llama, world_tokenizer, directory)
+    (directory / "stale.txt").write_text("old")
+    (tmp_path / "model.unfinished").mkdir()  # left behind by a run that was killed
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.zero_()
+    export(tiny_llama, world_tokenizer, directory)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not (directory / "stale.txt").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert not loaded.lm_head.weight.any()
+
+
+def test_a_failed_export_leaves_the_older_one(
+    tiny_llama: PreTrainedModel,
+    world_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    export(tiny_llama, world_tokenizer, tmp_path / "model")
+
+    def full_disk(*arguments: object, **named: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(world_tokenizer), "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        export(tiny_llama, world_tokenizer, tmp_path / "model")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_a_partitioned_model_is_exported_whole(
+    tiny_llama: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    own = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    section = {"zero_optimization": {"stage": 3}}
+    engine.frozen(Policy(tiny_llama), section, torch.float32)
+    assert is_partitioned(tiny_llama)
+    export(tiny_llama, world_tokenizer, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in loaded.items())

@@ -1,0 +1,1 @@
+"""Policy and scalar models on top of Hugging Face's: loading, log-probabilities, packing, LoRA."""

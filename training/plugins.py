@@ -1,0 +1,36 @@
+"""Users' own code by name: the only place that imports what a config says."""
+
+import importlib
+from typing import Any
+
+from training.errors import did_you_mean
+
+
+def import_object(path: str, form: str = "package.module:name") -> Any:
+    """The object that `package.module:name` (or `package.module:Outer.inner`) names.
+
+    Args:
+        form: how the message asks for the path to be written.
+
+    Raises:
+        ValueError: the path has another form, or there is no such module or name.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f'{path!r}; write it as "{form}"')
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the module's own code runs here
+        raise ValueError(f"{module_name} cannot be imported: {error!r}") from error
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        known = [name for name, value in vars(module).items() if callable(value)]
+        raise ValueError(f"{module_name} has no {attribute}{did_you_mean(attribute, known)}")
+    return found
+
+
+def module_file(path: str) -> str | None:
+    """The file of the module that `package.module:name` names; None if it has no file."""
+    return getattr(importlib.import_module(path.partition(":")[0]), "__file__", None)

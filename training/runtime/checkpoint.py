@@ -1,0 +1,231 @@
+"""Checkpoints: a run that was stopped goes on from one as if it had not been."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from training.errors import RunError, UserError
+from training.runtime.disk import REMOVED, UNFINISHED, draft_of, publish, remove
+from training.runtime.engine import TrainedModule
+from training.runtime.random_states import random_states, set_random_states
+from training.runtime.ranks import barrier, rank, world_size
+from training.stage_config import StageConfig
+
+# Settings that do not change what a run computes.
+FREE_TO_CHANGE = (
+    "description resume_from_checkpoint overwrite_output_dir output_dir save_steps "
+    "save_total_limit logging_steps"
+).split()
+
+
+STATE = "state.json"
+
+
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load's own switch
+
+
+# The classes in DeepSpeed's checkpoints; they hold numbers.
+DEEPSPEEDS_OWN = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+class Checkpoints:
+    """`output_dir/checkpoints/step-N`: everything that a run is after N steps.
+
+    Engines in DeepSpeed's own format, the stage's own state as JSON, and each rank's random states.
+    The order of the data and the seed of every draw are functions of the step, so there is no
+    sampler to save. A directory gets its name when it is complete; until then it is not found.
+    """
+
+    def __init__(self, config: StageConfig, engines: Mapping[str, TrainedModule]) -> None:
+        self.config = config
+        self.engines = engines
+        self.directory = Path(config.output_dir) / "checkpoints"
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Every `save_steps` and after the last of all `steps`; never where `save_steps` is 0."""
+        every = self.config.save_steps
+        return every > 0 and (step % every == 0 or step == steps)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write the checkpoint of `step` steps, then drop the oldest beyond `save_total_limit`.
+
+        Raises:
+            RunError: it could not be written; the earlier ones are as they were.
+        """
+        name = f"step-{step:08d}"
+        try:
+            self._write(name, step, state)
+        except (OSError, RuntimeError) as error:  # torch says a full disk as a RuntimeError
+            shutil.rmtree(self.directory / (name + UNFINISHED), ignore_errors=True)
+            earlier = complete_checkpoints(self.directory)
+            last = (
+                f"The last complete one is {earlier[-1]}" if earlier else "There is no earlier one"
+            )
+            raise RunError(
+                f"The checkpoint of step {step} could not be written to {self.directory}: {error}\n"
+                f"{last}",
+                everywhere=False,
+            ) from error
+
+    def _write(self, name: str, step: int, state: dict[str, Any]) -> None:
+        draft = self.directory / (name + UNFINISHED)
+        if rank() == 0:
+            for suffix in (UNFINISHED, REMOVED):
+                for leftover in self.directory.glob(f"step-*{suffix}"):
+                    shutil.rmtree(leftover)
+            draft_of(self.directory / name)
+        barrier()
+        has_lora = self.config.lora is not None  # what is frozen comes with the model
+        for label, trained in self.engines.items():
+            trained.engine.save_checkpoint(
+                str(draft / label), tag="engine", exclude_frozen_parameters=has_lora
+            )
+        torch.save(random_states(), draft / f"random-{rank()}.pt")
+        barrier()
+        if rank() == 0:
+            record = {
+                "step": step,
+                "processes": world_size(),
+                "config": self.config.model_dump(mode="json"),
+                "state": state,
+            }
+            (draft / STATE).write_text(json.dumps(record, indent=2) + "\n")
+            publish(draft, self.directory / name)
+            kept = self.config.save_total_limit or 0
+            for old in complete_checkpoints(self.directory)[:-kept] if kept else []:
+                remove(old)
+        barrier()
+
+    def restore(self) -> tuple[int, dict[str, Any]]:
+        """Load what `resume_from_checkpoint` names into the engines.
+
+        Checkpoints of later steps, which the run will take anew, are removed.
+
+        Returns:
+            The number of steps done and the stage's state; 0 and nothing where the run starts anew.
+
+        Raises:
+            RunError: a file of the checkpoint is missing or damaged.
+        """
+        source = resumed_checkpoint(self.config)
+        if source is None:
+            return 0, {}
+        record = read_state(source)
+        try:
+            self._load(source)
+        except Exception as error:  # DeepSpeed, torch and pickle each have their own
+            raise RunError(
+                f"{source} is damaged: {error!r}\nName an earlier checkpoint of the run", False
+            ) from error
+        barrier()
+        if rank() == 0:
+            for later in complete_checkpoints(self.directory):
+                if later.name > source.name:
+                    remove(later)
+        barrier()
+        return record["step"], record["state"]
+
+    def _load(self, source: Path) -> None:
+        with _no_code_in_files():
+            for label, trained in self.engines.items():
+                trained.engine.load_checkpoint(
+                    str(source / label), tag="engine", load_module_strict=self.config.lora is None
+                )
+        set_random_states(torch.load(source / f"random-{rank()}.pt", weights_only=True))
+
+
+def resumed_checkpoint(config: StageConfig) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` names, if any."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        found = complete_checkpoints(Path(config.output_dir) / "checkpoints")
+        return found[-1] if found else None
+    return Path(wanted)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: `step`, `processes`, `config` and the stage's `state`.
+
+    Raises:
+        UserError: it is no checkpoint of this project.
+    """
+    try:
+        record = json.loads((checkpoint / STATE).read_text())
+        kinds = {"step": int, "processes": int, "config": dict, "state": dict}
+        if all(isinstance(record[name], kind) for name, kind in kinds.items()):
+            return dict(record)
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise UserError(f"{checkpoint / STATE} is not what a checkpoint holds; name another one")
+
+
+def check_resumable(config: StageConfig) -> None:
+    """Refuse another run's checkpoint, before anything is loaded or written.
+
+    Raises:
+        UserError: with every setting that differs, or another number of processes.
+    """
+    source = resumed_checkpoint(config)
+    if source is None:
+        return
+    record = read_state(source)
+    now = _flat(config.model_dump(mode="json"))
+    then = _flat(record["config"])
+    faults = [
+        f"{name}: {then.get(name)!r} in the checkpoint, {now.get(name)!r} now"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name) and name.split(".")[0] not in FREE_TO_CHANGE
+    ]
+    if record["processes"] != world_size():
+        faults.append(
+            f"it was made by {record['processes']} processes, and there are {world_size()} now; "
+            "start as many"
+        )
+    if faults:
+        raise UserError(faults, f"{source} cannot be resumed:")
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if re.fullmatch(r"step-\d{8}", path.name) and (path / STATE).is_file()
+    )
+
+
+@contextlib.contextmanager
+def _no_code_in_files() -> Iterator[None]:
+    """DeepSpeed loads with pickle, which can run code; meanwhile torch takes plain data only."""
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(DEEPSPEEDS_OWN):
+            yield
+    finally:
+        del os.environ[FORCE_WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict) or not data:
+        return {prefix: data}
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return flat

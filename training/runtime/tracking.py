@@ -1,0 +1,82 @@
+"""Progress bar, metrics.jsonl, and DeepSpeed's monitor (TensorBoard, W&B, CSV)."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
+from tqdm import tqdm
+
+from training.runtime.disk import write_whole
+from training.runtime.ranks import rank
+
+
+class Tracker:
+    """Shows and records a run's figures. Only rank 0 shows and writes; all ranks may call."""
+
+    def __init__(
+        self,
+        output_dir: str,
+        total_steps: int,
+        description: str,
+        deepspeed_section: dict[str, Any],
+        done: int = 0,
+    ) -> None:
+        """Go on after `done` steps: lines of later ones, which a killed run left, are taken out."""
+        self._leads = rank() == 0
+        self._start = time.perf_counter()
+        if not self._leads:
+            return
+        file = Path(output_dir) / "metrics.jsonl"
+        write_whole(file, "".join(_lines_until(file, done)))
+        self._file = file.open("a", encoding="utf-8")
+        self._monitor = MonitorMaster(get_monitor_config(deepspeed_section))
+        self._bar = tqdm(
+            total=total_steps,
+            initial=done,
+            desc=description,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
+
+    def log(self, step: int, metrics: dict[str, float], shown: tuple[str, ...] = ()) -> None:
+        """One line of metrics.jsonl; `shown` names the figures that stand beside the bar."""
+        if not self._leads:
+            return
+        seconds = round(time.perf_counter() - self._start, 3)
+        # JSON has no NaN; a figure that is not finite is written as null and stays visible.
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._file.write(json.dumps({"step": step, "seconds": seconds, **finite}) + "\n")
+        self._file.flush()
+        if self._monitor.enabled:
+            self._monitor.write_events([(name, value, step) for name, value in metrics.items()])
+        self._bar.set_postfix(
+            {name.rsplit("/", 1)[-1]: f"{metrics[name]:.4g}" for name in shown if name in metrics},
+            refresh=False,
+        )
+
+    def advance(self) -> None:
+        if self._leads:
+            self._bar.update()
+
+    def close(self) -> None:
+        if self._leads:
+            self._bar.close()
+            self._file.close()
+
+
+def _lines_until(file: Path, step: int) -> list[str]:
+    """Whole lines of steps up to `step`; a kill may have left half a line."""
+    if step == 0 or not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+
+def say(message: str) -> None:
+    """Print on rank 0, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(message)

@@ -1,0 +1,1 @@
+"""The bundled world: a synthetic population whose preferences are known exactly."""

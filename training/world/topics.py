@@ -1,0 +1,45 @@
+"""What the bundled world talks about, read from topics.json.
+
+Shares are percentages. The writers, whose texts stage 1 learns from, differ strongly from the
+population: that difference is the bias that a KL-regularized policy inherits. Answers of one topic
+that voice the same opinion in other words (tea, tea with milk) carry the same `opinion`; the drink
+topic is 51 to 49 between coffee and tea.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One of a topic's answers and how likely each group is to give it, in percent."""
+
+    text: str
+    population: float
+    writers: float
+    opinion: str
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A question's subject: `noun` completes "Which ...", `article` + noun "Please suggest ..."."""
+
+    name: str
+    article: str
+    noun: str
+    answers: tuple[Answer, ...]
+
+
+def _topic(entry: dict[str, Any]) -> Topic:
+    answers = tuple(Answer(**{"opinion": a["text"], **a}) for a in entry["answers"])
+    return Topic(entry["name"], entry["article"], entry["noun"], answers)
+
+
+_CONTENT = json.loads(Path(__file__).with_name("topics.json").read_text(encoding="utf-8"))
+
+TOPICS: tuple[Topic, ...] = tuple(_topic(entry) for entry in _CONTENT["topics"])
+PHRASINGS: tuple[str, ...] = tuple(_CONTENT["phrasings"])
+"""`{a}` is the noun with its article, `{noun}` the bare noun."""
+OPENERS: tuple[str, ...] = tuple(_CONTENT["openers"])
