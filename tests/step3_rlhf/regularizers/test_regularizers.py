@@ -34,7 +34,7 @@ LOG_LINEAR: list[dict[str, Any]] = [
     {"name": "kl_interpolation", "kappa": 0.4},
 ]
 
-LOG_LINEAR = "step3_rlhf.regularizers.log_linear"
+CLASSES = "step3_rlhf.regularizers.log_linear"
 
 
 def f_divergence(name: str, **parameters: Any) -> dict[str, Any]:
@@ -581,18 +581,18 @@ def dump_and_parse(regularizer: Regularizer) -> Regularizer:
         ({"class": "nowhere.at_all:Thing"}, "regularizer", "nowhere.at_all cannot be imported"),
         ({"class": "no_colon"}, "regularizer", "package.module:Class"),
         (
-            {"class": LOG_LINEAR + ":ConditionPM"},
+            {"class": CLASSES + ":ConditionPM"},
             "regularizer",
             "did you mean 'ConditionalPM'?",
         ),
         ({"class": "math:pi"}, "regularizer", "not a subclass"),
         (
-            {"class": LOG_LINEAR + ":LogLinear"},
+            {"class": CLASSES + ":LogLinear"},
             "regularizer",
             "not define log_weights",
         ),
         (
-            {"class": LOG_LINEAR + ":KL", "x": 1},
+            {"class": CLASSES + ":KL", "x": 1},
             "regularizer.x",
             "unknown key",
         ),
