@@ -13,16 +13,16 @@ from datasets import Dataset
 from step1_sft.config import SFTConfig
 from training import fitting
 from training.cli import prepare_output, run_stage
-from training.data import SequenceBatch, collate_texts, read_records, tokenize
-from training.dry_run import Plan, plan_steps
+from training.data import SequenceBatch, collate_texts
+from training.dry_run import DryRun, supervised_steps
 from training.memory import activations, logits
+from training.models.checks import check_positions
 from training.models.export import export
 from training.models.loading import load_policy
-from training.models.pretrained import check_positions
-from training.models.tokenizers import load_tokenizer
-from training.runtime import engine, ranks
-from training.runtime.checkpoint import check_resumable
-from training.runtime.signals import requests
+from training.models.options import LoadOptions, precision
+from training.runtime import ranks
+from training.runtime.engine import TrainedModule
+from training.runtime.signals import stop_requests
 from training.runtime.tracking import say
 
 
@@ -31,7 +31,7 @@ class ResponseModelling:
 
     def __init__(
         self,
-        trained: engine.TrainedModule,
+        trained: TrainedModule,
         train: Dataset,
         held_out: Dataset,
         config: SFTConfig,
@@ -66,31 +66,14 @@ class ResponseModelling:
 
 
 def main(config: SFTConfig) -> None:
-    check_resumable(config)
-    records = read_records(config.data, "sft")
-    fitting.require_evaluation(records)
-    say(str(records.report))
-    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_positions(config.model_name_or_path, config.data.lengths(), config.trust_remote_code)
-    with ranks.rank_zero_first():
-        data = tokenize(records, tokenizer, config.data, "sft")
-    say(str(data.report))
-
-    policy = load_policy(
-        config.model_name_or_path,
-        tokenizer,
-        engine.precision(config),
-        dropout=True,
-        gradient_checkpointing=config.gradient_checkpointing,
-        packing=config.packing,
-        lora=config.lora,
-        trust_remote_code=config.trust_remote_code,
-    )
+    pretrained, data = fitting.prepare(config, "sft")
+    tokenizer = pretrained.tokenizer
+    policy = load_policy(pretrained, tokenizer, LoadOptions.trained(config, dropout=True))
     steps = fitting.total_steps(config, len(data.train))
-    trained = engine.TrainedModule(policy, config, config, steps)
+    trained = TrainedModule(policy, config, config, steps)
     task = ResponseModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
     output = prepare_output(config)
-    with requests.deferred():
+    with stop_requests.deferred():
         final = fitting.fit(
             config, trained, task, len(data.train), fitting.EarlyStopping(), description="SFT"
         )
@@ -102,23 +85,24 @@ def main(config: SFTConfig) -> None:
     )
 
 
-def plan(config: SFTConfig, planned: Plan) -> None:
+def dry_run(config: SFTConfig, run: DryRun) -> None:
     """What a run would do and need."""
     data = config.data
-    check_positions(config.model_name_or_path, data.lengths(), config.trust_remote_code)
-    shape = planned.shape(config.model_name_or_path, scalar=False, lora=True)
-    planned.add_trained("policy", shape)
-    plan_steps(config, planned, "sft", sequences=1)
+    policy = run.pretrained(config.model_name_or_path)
+    check_positions(policy, data.lengths())
+    shape = run.policy_shape(policy, lora=True)
+    run.add_trained("policy", shape)
+    supervised_steps(config, run, "sft", 1, policy.tokenizer)
     rows = config.per_device_train_batch_size
     tokens = rows * data.longest
     kept = activations(
-        shape, tokens, engine.precision(config), config.gradient_checkpointing, dropout=True
+        shape, tokens, precision(config), config.gradient_checkpointing, dropout=True
     )
-    planned.phases["training"] = {
+    run.phases["training"] = {
         "activations": kept,
         "logits": logits(shape, rows * data.max_response_length),
     }
 
 
 if __name__ == "__main__":
-    run_stage(SFTConfig, main, plan=plan)
+    run_stage(SFTConfig, main, dry_run=dry_run)

@@ -81,7 +81,7 @@ def expected_calibration_error(bins: list[Bin]) -> float:
     return sum(b.pairs / pairs * abs(b.accuracy - b.confidence) for b in bins)
 
 
-def calibration_report(margins: Tensor, prompts: Tensor, bins: int) -> dict[str, Any]:
+def calibration_figures(margins: Tensor, prompts: Tensor, bins: int) -> dict[str, Any]:
     """Accuracy and log-loss with their intervals, ECE and the reliability diagram's bins.
 
     Args:

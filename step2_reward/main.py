@@ -14,27 +14,28 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from step2_reward.calibration import calibration_report, draw_reliability
+from step2_reward.calibration import calibration_figures, draw_reliability
 from step2_reward.config import RewardConfig
 from step2_reward.losses import plackett_luce_loss
 from training import fitting
 from training.cli import prepare_output, run_stage
-from training.data import GroupedBatch, collate_groups, read_records, tokenize
-from training.dry_run import Plan, plan_steps
+from training.data import GroupedBatch, collate_groups
+from training.dry_run import DryRun, supervised_steps
 from training.memory import activations
+from training.models.checks import check_positions
 from training.models.export import export
 from training.models.loading import load_scalar_model
-from training.models.pretrained import RESPONSE_END, check_positions
+from training.models.options import LoadOptions, precision
+from training.models.pretrained import RESPONSE_END
 from training.models.scalar import last_token
-from training.models.tokenizers import load_tokenizer
-from training.runtime import engine, ranks
-from training.runtime.checkpoint import check_resumable
+from training.runtime import ranks
 from training.runtime.disk import recover
-from training.runtime.signals import requests
+from training.runtime.engine import TrainedModule
+from training.runtime.signals import stop_requests
 from training.runtime.tracking import say
 
 FIGURES = ("accuracy", "accuracy_ci95", "log_loss", "log_loss_ci95", "ece")
-"""Of the calibration report, those that metrics.jsonl has too."""
+"""Of the calibration figures, those that metrics.jsonl has too."""
 
 
 class PreferenceModelling:
@@ -42,7 +43,7 @@ class PreferenceModelling:
 
     def __init__(
         self,
-        trained: engine.TrainedModule,
+        trained: TrainedModule,
         train: Dataset,
         held_out: Dataset,
         config: RewardConfig,
@@ -53,7 +54,8 @@ class PreferenceModelling:
         self.held_out = held_out
         self.config = config
         self.pad_token_id = pad_token_id
-        self.report: dict[str, Any] = {}
+        self.calibration: dict[str, Any] = {}
+        """That of the last evaluation."""
         numbers: dict[tuple[int, ...], int] = {}
         self._prompt_numbers = [
             numbers.setdefault(tuple(ids), len(numbers)) for ids in held_out["prompt_ids"][:]
@@ -85,10 +87,12 @@ class PreferenceModelling:
             ]
         loss = fitting.mean_over_ranks(total, rankings)
         everywhere, prompts = zip(*ranks.gather_objects(margins), strict=True)
-        self.report = calibration_report(
+        self.calibration = calibration_figures(
             torch.tensor(everywhere), torch.tensor(prompts), self.config.calibration_bins
         )
-        figures = {name: self.report[name] for name in FIGURES if self.report[name] is not None}
+        figures = {
+            name: self.calibration[name] for name in FIGURES if self.calibration[name] is not None
+        }
         return {"eval/loss": loss} | {f"eval/{name}": value for name, value in figures.items()}
 
     def _rewards(self, batch: GroupedBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,28 +123,11 @@ def pair_margins(rewards: torch.Tensor, present: torch.Tensor) -> list[tuple[flo
 
 
 def main(config: RewardConfig) -> None:
-    check_resumable(config)
-    records = read_records(config.data, "reward")
-    fitting.require_evaluation(records)
-    say(str(records.report))
-    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_positions(config.model_name_or_path, config.data.lengths(), config.trust_remote_code)
-    with ranks.rank_zero_first():
-        data = tokenize(records, tokenizer, config.data, "reward")
-    say(str(data.report))
-
-    model = load_scalar_model(
-        config.model_name_or_path,
-        tokenizer,
-        engine.precision(config),
-        gradient_checkpointing=config.gradient_checkpointing,
-        packing=config.packing,
-        lora=config.lora,
-        trust_remote_code=config.trust_remote_code,
-        new_head=True,
-    )
+    pretrained, data = fitting.prepare(config, "reward")
+    tokenizer = pretrained.tokenizer
+    model = load_scalar_model(pretrained, tokenizer, LoadOptions.trained(config), new_head=True)
     steps = fitting.total_steps(config, len(data.train))
-    trained = engine.TrainedModule(model, config, config, steps)
+    trained = TrainedModule(model, config, config, steps)
     task = PreferenceModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
     output = prepare_output(config)
     if ranks.rank() == 0:
@@ -153,9 +140,9 @@ def main(config: RewardConfig) -> None:
     def save_best(metrics: dict[str, float]) -> None:
         export(model.model, tokenizer, output / "model")
         if ranks.rank() == 0:
-            write_report(task.report, output)
+            write_evaluation(task.calibration, output)
 
-    with requests.deferred():
+    with stop_requests.deferred():
         fitting.fit(config, trained, task, len(data.train), stopping, save_best, "reward model")
     say(
         f"The reward model is done: {summary(stopping.best)}\n"
@@ -179,23 +166,25 @@ def summary(metrics: dict[str, float]) -> str:
     )
 
 
-def write_report(report: dict[str, Any], output: Path) -> None:
-    (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+def write_evaluation(calibration: dict[str, Any], output: Path) -> None:
+    """`evaluation.json` and, where matplotlib is installed, `reliability.png`."""
+    (output / "evaluation.json").write_text(json.dumps(calibration, indent=2) + "\n")
     if importlib.util.find_spec("matplotlib"):
-        draw_reliability(report, output / "reliability.png")
+        draw_reliability(calibration, output / "reliability.png")
 
 
-def plan(config: RewardConfig, planned: Plan) -> None:
+def dry_run(config: RewardConfig, run: DryRun) -> None:
     """What a run would do and need; comparisons have two responses."""
     data = config.data
-    check_positions(config.model_name_or_path, data.lengths(), config.trust_remote_code)
-    shape = planned.shape(config.model_name_or_path, scalar=True, lora=True)
-    planned.add_trained("reward model", shape)
-    plan_steps(config, planned, "reward", sequences=2)
+    model = run.pretrained(config.model_name_or_path)
+    check_positions(model, data.lengths())
+    shape = run.scalar_shape(model, lora=True)
+    run.add_trained("reward model", shape)
+    supervised_steps(config, run, "reward", 2, model.tokenizer)
     tokens = 2 * config.per_device_train_batch_size * data.longest
-    kept = activations(shape, tokens, engine.precision(config), config.gradient_checkpointing)
-    planned.phases["training"] = {"activations": kept}
+    kept = activations(shape, tokens, precision(config), config.gradient_checkpointing)
+    run.phases["training"] = {"activations": kept}
 
 
 if __name__ == "__main__":
-    run_stage(RewardConfig, main, plan=plan)
+    run_stage(RewardConfig, main, dry_run=dry_run)

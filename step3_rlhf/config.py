@@ -10,7 +10,7 @@ from step3_rlhf.regularizers.registry import RegularizerField
 from training.config import Count, Fraction, NonNegative, Positive, StrictModel
 from training.data.settings import DataSettings
 from training.deepspeed_section import deepspeed_faults
-from training.stage_config import OptimizerSettings, StageConfig, model_path_faults
+from training.stage_config import OptimizerSettings, RunConfig, StageConfig, model_path_faults
 
 
 class RewardModelSettings(StrictModel):
@@ -100,21 +100,48 @@ def frozen_faults(section: dict[str, Any]) -> list[str]:
     return found
 
 
-class PPOConfig(StageConfig, SamplingSettings):
-    """Aligns the policy with the reward model under a regularizer."""
+class AlignmentConfig(RunConfig, SamplingSettings):
+    """What training and evaluating an aligned policy have in common."""
 
     reference_model_name_or_path: str | None = None
-    """π_ref; null is the policy that training starts from."""
+    """π_ref; null is the policy named by model_name_or_path."""
+    reward: RewardSettings = Field(examples=[{"function": "module:callable"}])
+    """Where the rewards r(x, y) come from."""
+    data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
+    """Prompts to draw responses to, and held-out texts."""
+    frozen_deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed section of the models that are not trained (reference, reward): {} keeps a whole
+    copy on each process, ZeRO stage 3 divides them over the processes."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """What is measured on held-out prompts."""
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        return SamplingSettings(
+            **{name: getattr(self, name) for name in SamplingSettings.model_fields}
+        )
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        found += frozen_faults(self.frozen_deepspeed)
+        if self.reference_model_name_or_path:
+            found += model_path_faults(
+                "reference_model_name_or_path", self.reference_model_name_or_path
+            )
+        return found
+
+
+class PPOConfig(StageConfig, AlignmentConfig):
+    """Aligns the policy with the reward model under a regularizer."""
+
     critic_model_name_or_path: str | None = None
     """What the critic starts from; null is the reward model, or the policy where there is none."""
-    reward: RewardSettings = Field(examples=[{"function": "module:callable"}])
     regularizer: RegularizerField = Field(examples=[{"name": "pm"}])
-    data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
+    """The regularizer by its name and parameters, or by {"class": "module:Class"}."""
     actor: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])
+    """The actor's optimizer."""
     critic: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])
-    frozen_deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed section of reference and reward models: empty keeps a whole copy on each process,
-    ZeRO stage 3 divides them over the processes."""
+    """The critic's optimizer."""
 
     num_train_epochs: Positive = 1.0
     """Passes over the prompts."""
@@ -142,11 +169,6 @@ class PPOConfig(StageConfig, SamplingSettings):
     """Subtracted from the reward of a response that was cut before its EOS. Null is off."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Iterations between evaluations; 0 evaluates at the end only."""
-    evaluation: EvaluationSettings = EvaluationSettings()
-
-    @property
-    def sampling(self) -> SamplingSettings:
-        return SamplingSettings(**{name: getattr(self, name) for name in _SAMPLING_FIELDS})
 
     def local_rollout_size(self) -> int:
         """Responses that one process draws in one iteration."""
@@ -168,10 +190,8 @@ class PPOConfig(StageConfig, SamplingSettings):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        found += frozen_faults(self.frozen_deepspeed)
-        for name in ("reference_model_name_or_path", "critic_model_name_or_path"):
-            if getattr(self, name):
-                found += model_path_faults(name, getattr(self, name))
+        if self.critic_model_name_or_path:
+            found += model_path_faults("critic_model_name_or_path", self.critic_model_name_or_path)
         if self.lora is not None and self.lora.lora_dropout > 0:
             found.append(
                 "lora.lora_dropout: PPO scores what it trains, and dropout would score another "
@@ -202,26 +222,11 @@ class PPOConfig(StageConfig, SamplingSettings):
         return found
 
 
-class EvaluationConfig(SamplingSettings):
-    """What `scripts/evaluate.sh` needs to know; a stage-3 run's config.json has all of it."""
+class EvaluationConfig(AlignmentConfig):
+    """What `scripts/evaluate.sh` needs to know; the config.json of a stage-3 run has all of it."""
 
-    model_name_or_path: str = Field(examples=["owner/model"])
-    """The policy that is measured."""
-    reference_model_name_or_path: str | None = None
-    """π_ref; null is the policy itself."""
-    reward: RewardSettings = Field(examples=[{"function": "module:callable"}])
     regularizer: RegularizerField | None = None
-    """Whose optimum the policy is compared with on finite sets; null compares with none."""
-    data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
-    evaluation: EvaluationSettings = EvaluationSettings()
-    output_dir: str = Field(examples=["runs/example"])
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    trust_remote_code: bool = False
-    bf16: bool = False
-    fp16: bool = False
-    packing: bool = False
-    per_device_eval_batch_size: Count = 8
-    frozen_deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """The regularizer whose optimum the policy is compared with on finite sets; null: with none."""
 
     @classmethod
     def of(cls, config: PPOConfig) -> "EvaluationConfig":
@@ -230,18 +235,3 @@ class EvaluationConfig(SamplingSettings):
         if config.evaluation.sampling is not None:
             shared |= dict(config.evaluation.sampling)
         return cls(**shared)
-
-    @property
-    def sampling(self) -> SamplingSettings:
-        return SamplingSettings(**{name: getattr(self, name) for name in _SAMPLING_FIELDS})
-
-    def faults(self) -> list[str]:
-        found = super().faults()
-        found += frozen_faults(self.frozen_deepspeed)
-        for name in ("model_name_or_path", "reference_model_name_or_path"):
-            if getattr(self, name):
-                found += model_path_faults(name, getattr(self, name))
-        return found
-
-
-_SAMPLING_FIELDS = tuple(SamplingSettings.model_fields)

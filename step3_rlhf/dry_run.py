@@ -5,46 +5,45 @@ from pathlib import Path
 from step3_rlhf.checks import check_models
 from step3_rlhf.config import EvaluationConfig, PPOConfig, SamplingSettings
 from step3_rlhf.prompts import iterations
-from step3_rlhf.roles import critic_source, reference_source
-from training.dry_run import Plan
+from step3_rlhf.roles import training_roles_of
+from training.dry_run import DryRun
 from training.errors import UserError
 from training.memory import Shape, activations, drawing, forward, key_value_cache, logits
-from training.models.tokenizers import load_tokenizer
-from training.runtime.engine import precision
+from training.models.options import precision
+from training.models.pretrained import Pretrained
 
 
-def plan(config: PPOConfig, planned: Plan) -> None:
+def dry_run(config: PPOConfig, run: DryRun) -> None:
     """Four models, and the phases of a run, which take their memory one after the other."""
-    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_models(config, tokenizer, planned.stand_in)
-    actor = planned.shape(config.model_name_or_path, scalar=False, lora=True)
-    critic_path, why = critic_source(config, tokenizer)
-    critic = planned.shape(critic_path, scalar=True, lora=True)
-    planned.add_trained("actor", actor)
-    planned.add_trained("critic", critic)
-    reference, reference_path = actor, reference_source(config)
-    if reference_path is not None:
-        reference = planned.shape(reference_path, scalar=False)
-        planned.add_frozen("reference", reference, config.frozen_deepspeed)
+    roles = training_roles_of(config)
+    check_models(config, roles, run.stand_in)
+    actor = run.policy_shape(roles.policy, lora=True)
+    critic = run.scalar_shape(roles.critic, lora=True)
+    run.add_trained("actor", actor)
+    run.add_trained("critic", critic)
+    reference = actor
+    if not roles.reference_is_adapted:
+        reference = run.policy_shape(roles.reference)
+        run.add_frozen("reference", reference, config.frozen_deepspeed)
     scoring = [reference]
-    rewards = [member.model_name_or_path for member in config.reward.weighted_models]
-    for path in rewards:
-        scoring.append(planned.shape(path, scalar=True, frozen=True))
-        name = "reward" if len(rewards) == 1 else f"reward {Path(path).name}"[:20]
-        planned.add_frozen(name, scoring[-1], config.frozen_deepspeed)
+    for _, reward in roles.rewards:
+        scoring.append(run.reward_shape(reward))
+        place = Path(reward.name_or_path).name
+        name = "reward" if len(roles.rewards) == 1 else f"reward {place}"[:20]
+        run.add_frozen(name, scoring[-1], config.frozen_deepspeed)
 
-    _plan_iterations(config, planned)
-    planned.notes += [f"Warning: {warning}" for warning in config.warnings()]
-    planned.notes += [why] if why else []
+    _count_iterations(config, run, roles.policy)
+    run.notes += [f"Warning: {warning}" for warning in config.warnings()]
+    run.notes += [roles.critic_note] if roles.critic_note else []
     divided = {
         "actor": _partitioned(config.deepspeed),
         "reference": _partitioned(
-            config.deepspeed if reference_path is None else config.frozen_deepspeed
+            config.deepspeed if roles.reference_is_adapted else config.frozen_deepspeed
         ),
     }
     settings, evaluation = config.sampling, EvaluationConfig.of(config).sampling
     local = config.local_rollout_size()
-    phases = planned.phases
+    phases = run.phases
     if config.reward_centering == "reference_mean":
         phases["centering rewards"] = _drawing(
             config, reference, settings, config.reward_centering_samples, divided["reference"]
@@ -100,18 +99,18 @@ def _partitioned(section: dict[str, object]) -> bool:
     return isinstance(zero, dict) and zero.get("stage") == 3
 
 
-def _plan_iterations(config: PPOConfig, planned: Plan) -> None:
-    prompts = planned.examples("ppo")
-    drawn = config.local_rollout_size() * planned.processes
+def _count_iterations(config: PPOConfig, run: DryRun, policy: Pretrained) -> None:
+    prompts = run.examples("ppo", policy.tokenizer)
+    drawn = config.local_rollout_size() * run.processes
     count = None
     if prompts is not None or config.total_episodes is not None:
         try:
-            count = iterations(config, prompts or 0, planned.processes)
+            count = iterations(config, prompts or 0, run.processes)
         except ValueError as error:
             raise UserError(str(error)) from error
     steps = config.num_ppo_epochs * config.num_mini_batches
     length = config.data.max_prompt_length + config.response_length
-    planned.facts |= {
+    run.facts |= {
         "responses drawn": f"{drawn:,} in each iteration",
         "tokens per iteration": f"{drawn * length:,} at most, prompts included",
         "iterations": f"{count:,}" if count else f"prompts / {drawn:,} x num_train_epochs",

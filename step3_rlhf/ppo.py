@@ -6,7 +6,7 @@ values v_t are those of the state *before* token t is drawn.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,17 @@ from torch import Tensor
 from training.models.logprobs import masked_sum
 
 AdvantageNormalization = Literal["none", "center", "full"]
+
+
+class ClippedLoss(NamedTuple):
+    """A loss over the valid tokens of a micro-batch.
+
+    total    []  the sum of the loss over the tokens
+    clipped  []  the number of tokens on which clipping took effect
+    """
+
+    total: Tensor
+    clipped: Tensor
 
 
 def place_rewards(marginal: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
@@ -78,29 +89,33 @@ def normalize_advantages(
 
 def policy_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
-) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate (Schulman et al., 2017, eq. 7), negated, summed over tokens.
+) -> ClippedLoss:
+    """The clipped surrogate of Schulman et al. (2017, eq. 7), negated.
 
-    Returns:
-        the sum of the loss over valid tokens, and the number of tokens where clipping took effect.
+    Args:
+        logp, old_logp, advantages: [B, R].
     """
     ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    loss = masked_sum(torch.maximum(unclipped, clipped), mask)
-    return loss, masked_sum((clipped > unclipped).to(logp.dtype), mask)
+    return _larger(unclipped, clipped, mask)
 
 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float
-) -> tuple[Tensor, Tensor]:
-    """½ (v − return)², the larger of unclipped and clipped around the old value, over tokens.
+) -> ClippedLoss:
+    """½ (v − return)², for v as it is or clipped around the old value, whichever is larger.
 
-    Returns:
-        the sum of the loss over valid tokens, and the number of tokens where clipping took effect.
+    Args:
+        values, old_values, returns: [B, R].
     """
     near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     unclipped = 0.5 * (values - returns) ** 2
     clipped = 0.5 * (near - returns) ** 2
-    loss = masked_sum(torch.maximum(unclipped, clipped), mask)
-    return loss, masked_sum((clipped > unclipped).to(values.dtype), mask)
+    return _larger(unclipped, clipped, mask)
+
+
+def _larger(unclipped: Tensor, clipped: Tensor, mask: Tensor) -> ClippedLoss:
+    """The larger of two losses on each token [B, R], summed."""
+    total = masked_sum(torch.maximum(unclipped, clipped), mask)
+    return ClippedLoss(total, masked_sum((clipped > unclipped).to(total.dtype), mask))

@@ -1,38 +1,84 @@
-"""Which model plays which role in stage 3, where the config leaves it open."""
+"""Which model plays which role. Each is read from disk once, and handed to everything that asks."""
 
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass
 
-from step3_rlhf.config import PPOConfig
-from training.models.pretrained import has_linear_score, load_model_config
-from training.models.tokenizers import load_tokenizer, reads_pairs
+from step3_rlhf.config import AlignmentConfig, PPOConfig
+from training.models.pretrained import Pretrained, reads_pairs
+
+REFERENCE, CRITIC = "reference_model_name_or_path", "critic_model_name_or_path"
 
 
-def critic_source(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Where the critic starts, and why where that is not what was to be expected.
+@dataclass(frozen=True)
+class Roles:
+    """The models of an evaluation.
 
-    At the first reward model that reads the policy's tokens and has a value after each of them;
-    else at the policy.
+    policy     what is measured (or trained)
+    reference  π_ref; the same object as `policy` where the config names no other
+    rewards    the reward models with their weights; none where the reward is a function
+    named      reference and critic where the config names them, by the setting that does
+    """
+
+    policy: Pretrained
+    reference: Pretrained
+    rewards: tuple[tuple[float, Pretrained], ...]
+    named: dict[str, Pretrained]
+
+
+@dataclass(frozen=True)
+class TrainingRoles(Roles):
+    """The models of a PPO run.
+
+    critic                what the critic starts from
+    critic_note           why that is not the reward model, where one would expect it to be
+    reference_is_adapted  π_ref is the actor with its adapter switched off: no second copy is loaded
+    """
+
+    critic: Pretrained
+    critic_note: str
+    reference_is_adapted: bool
+
+
+def roles_of(config: AlignmentConfig) -> Roles:
+    """The models that an evaluation compares."""
+    trusted = config.trust_remote_code
+    policy = Pretrained(config.model_name_or_path, trusted)
+    other = config.reference_model_name_or_path
+    reference = policy if other in (None, policy.name_or_path) else Pretrained(other, trusted)
+    rewards = tuple(
+        (member.weight, Pretrained(member.model_name_or_path, trusted, scores_only=True))
+        for member in config.reward.weighted_models
+    )
+    return Roles(policy, reference, rewards, {REFERENCE: reference} if other else {})
+
+
+def training_roles_of(config: PPOConfig) -> TrainingRoles:
+    """The models of a run: those of its evaluation, and the critic."""
+    roles = roles_of(config)
+    critic, note = _critic(config, roles)
+    named = roles.named | ({CRITIC: critic} if config.critic_model_name_or_path else {})
+    adapted = config.lora is not None and config.reference_model_name_or_path is None
+    return TrainingRoles(roles.policy, roles.reference, roles.rewards, named, critic, note, adapted)
+
+
+def _critic(config: PPOConfig, roles: Roles) -> tuple[Pretrained, str]:
+    """Where the critic starts, and why where that is a surprise.
+
+    It starts from the first reward model, if that reads the policy's tokens and has a value after
+    each of them; otherwise from the policy.
     """
     if config.critic_model_name_or_path:
-        return config.critic_model_name_or_path, ""
-    why = ""
-    for member in config.reward.weighted_models[:1]:
-        path, trusted = member.model_name_or_path, config.trust_remote_code
-        own = load_tokenizer(path, trusted, of_pairs=True)
-        if own.get_vocab() != tokenizer.get_vocab():
-            why = "The reward model has another vocabulary: the critic starts from the policy"
-        elif reads_pairs(own) or not has_linear_score(load_model_config(path, trusted), trusted):
-            why = (
-                "The reward model has no value after each token: the critic starts from the policy"
-            )
-        else:
-            return path, ""
-    return config.model_name_or_path, why
-
-
-def reference_source(config: PPOConfig) -> str | None:
-    """The reference model; None where it is the actor without its adapter."""
-    path = config.reference_model_name_or_path
-    if config.lora is not None and path is None:
-        return None
-    return path or config.model_name_or_path
+        return Pretrained(config.critic_model_name_or_path, config.trust_remote_code), ""
+    if not roles.rewards:
+        return roles.policy, ""
+    _, reward = roles.rewards[0]
+    if reward.tokenizer.get_vocab() != roles.policy.tokenizer.get_vocab():
+        return (
+            roles.policy,
+            "The reward model has another vocabulary: the critic starts from the policy",
+        )
+    if reads_pairs(reward.tokenizer) or not reward.has_linear_score:
+        return (
+            roles.policy,
+            "The reward model has no value after each token: the critic starts from the policy",
+        )
+    return reward, ""

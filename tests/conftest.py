@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from training.models.pretrained import Pretrained
 from training.world.files import WorldSizes, write_world
 
 PAD, BOS, EOS = 3, 1, 2
@@ -40,9 +41,8 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def world_tokenizer(tiny_world: Path) -> PreTrainedTokenizerBase:
-    from training.models.tokenizers import load_tokenizer
 
-    return load_tokenizer(str(tiny_world / "base"))
+    return Pretrained(str(tiny_world / "base")).tokenizer
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_opt", "tiny_gpt2"])

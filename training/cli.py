@@ -16,7 +16,7 @@ from training.errors import RunError, UserError
 from training.stage_config import StageConfig
 
 if TYPE_CHECKING:
-    from training.dry_run import Plan
+    from training.dry_run import DryRun
 
 SECONDS_FOR_RANK_0 = 20.0
 """How long the other ranks wait for rank 0's message before they end."""
@@ -33,7 +33,7 @@ def run_stage(
     config_class: type[Stage],
     stage: Callable[[Stage], None],
     arguments: list[str] | None = None,
-    plan: "Callable[[Stage, Plan], None] | None" = None,
+    dry_run: "Callable[[Stage, DryRun], None] | None" = None,
 ) -> None:
     """Parse, check, run; every end but success has its message and its exit code.
 
@@ -41,13 +41,13 @@ def run_stage(
 
     Args:
         stage: runs it.
-        plan: adds to a dry run's plan what the stage would do and need.
+        dry_run: adds to a dry run what the stage would do and need.
     """
     parser = stage_parser(config_class)
     options = parser.parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
-        if options.dry_run and plan is not None:
-            from training.dry_run import dry_run, replace_missing_models
+        if options.dry_run and dry_run is not None:
+            from training.dry_run import print_dry_run, replace_missing_models
 
             data = read_mapping(options.config)
             faults = apply_overrides(data, options.overrides)
@@ -56,7 +56,7 @@ def run_stage(
             heading = f"{options.config} cannot be used:"
             config = check_config(config_class, data, heading, faults)
             announce_foreign_code(config.trust_remote_code)
-            dry_run(config, plan, options.processes, options.gpu_memory, options.stand_in)
+            print_dry_run(config, dry_run, options.processes, options.gpu_memory, options.stand_in)
         else:
             config = load_config(config_class, options.config, options.overrides)
             start(lambda: stage(config), config)
@@ -76,11 +76,11 @@ def start(stage: Callable[[], None], config: Startable) -> None:
     import transformers
 
     from training.runtime import engine, ranks
-    from training.runtime.signals import requests
+    from training.runtime.signals import stop_requests
 
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the stage's own
     engine.require_fp16(config.fp16)
-    requests.install()
+    stop_requests.install()
     ranks.connect()
     transformers.set_seed(config.seed)
     stage()

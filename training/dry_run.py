@@ -1,5 +1,6 @@
 """`--dry-run`: a config checked as far as it can be without weights, and what it would need."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,12 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from training.data import Stage, read_records, tokenize
 from training.errors import UnreachableError
@@ -20,18 +26,11 @@ from training.memory import (
     offloaded_weights,
     trained_states,
 )
+from training.models.checks import check_head, check_policy, check_scalar
 from training.models.lora import add_adapter
+from training.models.options import precision
 from training.models.packing import refuse_unpackable
-from training.models.pretrained import (
-    check_head,
-    check_policy_config,
-    check_scalar_config,
-    has_linear_score,
-    load_model_config,
-    on_meta,
-)
-from training.models.tokenizers import load_tokenizer
-from training.runtime.engine import precision
+from training.models.pretrained import Pretrained
 from training.stage_config import StageConfig, SupervisedConfig, model_path_faults
 
 GIB = 1024**3
@@ -42,7 +41,7 @@ RESERVE = 0.1
 
 
 @dataclass
-class Plan:
+class DryRun:
     """What a run would do and need; bytes are of one GPU."""
 
     config: StageConfig
@@ -57,44 +56,63 @@ class Plan:
     phases: dict[str, dict[str, int]] = field(default_factory=dict)
     """Memory that comes and goes, by phase and by what takes it."""
 
-    def shape(
-        self, name_or_path: str, scalar: bool, lora: bool = False, frozen: bool = False
-    ) -> Shape:
-        """The shape of a model that the config names, grown by a pad token where it lacks one.
+    def pretrained(self, name_or_path: str) -> Pretrained:
+        """A model that the config names."""
+        return Pretrained(name_or_path, self.config.trust_remote_code)
+
+    def policy_shape(self, model: Pretrained, lora: bool = False) -> Shape:
+        """The shape of a language model, with room for a pad token where it lacks one.
 
         Args:
-            scalar: a reward model or critic; a frozen one may have a head of any kind.
+            lora: with the config's adapter, if it has one.
 
         Raises:
-            UserError: it cannot be found, or is of the wrong kind.
+            UserError: the model cannot be found, or is of the wrong kind.
         """
-        trusted = self.config.trust_remote_code
-        config = load_model_config(name_or_path, trusted)
-        if self.config.packing and not (
-            scalar and frozen and not has_linear_score(config, trusted)
-        ):
-            refuse_unpackable(config, name_or_path)
-        if scalar:
-            check_scalar_config(config, name_or_path, new_head=True)
+        if self.config.packing:
+            refuse_unpackable(model.config, str(model))
+        check_policy(model)
+        built = self._built(model, AutoModelForCausalLM)
+        return self._trained_shape(built, lora)
+
+    def scalar_shape(self, model: Pretrained, lora: bool = False) -> Shape:
+        """The shape of a reward model or critic that is trained; otherwise as `policy_shape`."""
+        if self.config.packing:
+            refuse_unpackable(model.config, str(model))
+        check_scalar(model, new_head=True)
+        built = self._built(model, AutoModelForSequenceClassification)
+        check_head(built, str(model))
+        return self._trained_shape(built, lora)
+
+    def reward_shape(self, model: Pretrained) -> Shape:
+        """The shape of a frozen reward model, which may have a head of any kind.
+
+        Raises:
+            UserError: the model cannot be found, or is of the wrong kind.
+        """
+        if self.config.packing and model.has_linear_score:
+            refuse_unpackable(model.config, str(model))
+        check_scalar(model, new_head=True)
+        built = self._built(model, AutoModelForSequenceClassification)
+        try:
+            return Shape.of(built)
+        except AttributeError:  # its layers and heads have other names
+            self.notes.append(f"{model}: only its weights are counted, no activations")
+            return Shape.of_weights(built)
+
+    def _built(self, model: Pretrained, build: type) -> PreTrainedModel:
+        """The model on the meta device, with one label and room for its tokenizer's pad token."""
+        config = copy.deepcopy(model.config)
+        if build is AutoModelForSequenceClassification:
             config.num_labels = 1
-        else:
-            check_policy_config(config, name_or_path)
-        tokens = len(load_tokenizer(name_or_path, trusted, of_pairs=scalar and frozen))
         text = config.get_text_config()
-        text.vocab_size = max(text.vocab_size, tokens)
-        build = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-        model = on_meta(build, config, trusted)
-        if scalar and not frozen:
-            check_head(model, name_or_path)
+        text.vocab_size = max(text.vocab_size, len(model.tokenizer))
+        return model.on_meta(build, config)
+
+    def _trained_shape(self, model: PreTrainedModel, lora: bool) -> Shape:
         if lora and self.config.lora is not None:
             add_adapter(model, self.config.lora)
-        try:
-            return Shape.of(model)
-        except AttributeError:  # other names for its layers and heads
-            if not frozen:
-                raise
-            self.notes.append(f"{name_or_path}: only its weights are counted, no activations")
-            return Shape.of_weights(model)
+        return Shape.of(model)
 
     def add_trained(self, name: str, shape: Shape) -> None:
         sharding = sharding_of(self.config.deepspeed, self.processes)
@@ -108,7 +126,7 @@ class Plan:
         self.models[name] = shape, ModelStates(weights, 0, 0, host=host)
         self.frozen.add(name)
 
-    def examples(self, stage: Stage) -> int | None:
+    def examples(self, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """How many there are to train on, or None where the Hub that has some cannot be reached.
 
         All records are read and turned into tokens, as the run would, which then need not do it.
@@ -122,10 +140,9 @@ class Plan:
             self.facts["data"] = f"not checked: {error.faults[0]}"
             return None
         require_evaluation(records)
-        tokenizer = load_tokenizer(self.config.model_name_or_path, self.config.trust_remote_code)
         data = tokenize(records, tokenizer, self.config.data, stage)
         self.facts["data"] = f"{len(data.train)} examples to train on, {len(data.eval)} held out"
-        self.notes += [*records.report.lines(), *data.report.lines()]
+        self.notes += [*records.tally.lines(), *data.tally.lines()]
         return len(data.train)
 
     @property
@@ -134,7 +151,7 @@ class Plan:
         staying = sum(states.total for _, states in self.models.values())
         return staying + max((sum(parts.values()) for parts in self.phases.values()), default=0)
 
-    def report(self, gpu_memory: float) -> str:
+    def described(self, gpu_memory: float) -> str:
         """Everything, for the terminal; `gpu_memory` in GiB."""
         lines = ["Dry run: the config is sound; no weights were loaded.", ""]
         if self.config.description:
@@ -187,15 +204,21 @@ class Plan:
         return ", ".join(name for name, helps in options if helps)
 
 
-def plan_steps(config: SupervisedConfig, planned: Plan, stage: Stage, sequences: int) -> None:
+def supervised_steps(
+    config: SupervisedConfig,
+    run: DryRun,
+    stage: Stage,
+    sequences: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     """The steps of a supervised stage, whose examples have so many sequences each."""
-    batch = global_batch_size(config, planned.processes)
+    batch = global_batch_size(config, run.processes)
     length = config.data.longest
-    examples = planned.examples(stage)
+    examples = run.examples(stage, tokenizer)
     steps = config.max_steps
     if examples is not None:
-        steps = total_steps(config, examples, planned.processes)
-    planned.facts |= {
+        steps = total_steps(config, examples, run.processes)
+    run.facts |= {
         "examples per step": f"{batch:,}",
         "tokens per step": f"{batch * sequences * length:,} at most",
         "optimizer steps": f"{steps:,}" if steps else f"records / {batch:,} x num_train_epochs",
@@ -239,14 +262,18 @@ def replace_missing_models(data: dict[str, Any], stand_in: str) -> None:
             data[name] = stand_in
 
 
-def dry_run(
+def print_dry_run(
     config: StageConfig,
-    plan: Callable[[Any, Plan], None],
+    fill: Callable[[Any, DryRun], None],
     processes: int,
     memory: float | None,
     stand_in: str | None = None,
 ) -> None:
-    """Print what `config` would do and need on `processes` GPUs of `memory` GiB."""
-    prepared = Plan(config, processes, stand_in)
-    plan(config, prepared)
-    print(prepared.report(memory or gpu_memory()))
+    """Print what `config` would do and need on `processes` GPUs of `memory` GiB.
+
+    Args:
+        fill: the stage's own part.
+    """
+    run = DryRun(config, processes, stand_in)
+    fill(config, run)
+    print(run.described(memory or gpu_memory()))

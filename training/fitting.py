@@ -8,13 +8,23 @@ from typing import Any, Protocol, TypeVar
 import torch
 from datasets import Dataset
 
-from training.data import GlobalBatches, StageRecords, shard
+from training.data import (
+    GlobalBatches,
+    Stage,
+    StageRecords,
+    TokenizedData,
+    read_records,
+    shard,
+    tokenize,
+)
 from training.errors import RunError, UserError
-from training.runtime.checkpoint import Checkpoints
+from training.models.checks import check_positions
+from training.models.pretrained import Pretrained
+from training.runtime.checkpoint import Checkpoints, check_resumable
 from training.runtime.engine import TrainedModule, optimizer_step
 from training.runtime.faults import dumped
-from training.runtime.ranks import rank, sum_over_ranks, world_size
-from training.runtime.signals import Stopped, requests
+from training.runtime.ranks import rank, rank_zero_first, sum_over_ranks, world_size
+from training.runtime.signals import Stopped, stop_requests
 from training.runtime.tracking import Tracker, say
 from training.stage_config import SupervisedConfig
 
@@ -75,9 +85,27 @@ def require_evaluation(records: StageRecords) -> None:
     """Refuse data of which nothing is held out: the stage could not say how good its model is."""
     if not records.eval:
         raise UserError(
-            [*records.report.lines(), "set data.eval_fraction above 0 or give data.eval_sources"],
+            [*records.tally.lines(), "set data.eval_fraction above 0 or give data.eval_sources"],
             "There is nothing to evaluate on:",
         )
+
+
+def prepare(config: SupervisedConfig, stage: Stage) -> tuple[Pretrained, TokenizedData]:
+    """The model that a supervised stage starts from and its data, checked, no weights loaded.
+
+    Raises:
+        UserError: data, tokenizer, lengths or checkpoint are at fault.
+    """
+    check_resumable(config)
+    records = read_records(config.data, stage)
+    require_evaluation(records)
+    say(str(records.tally))
+    pretrained = Pretrained(config.model_name_or_path, config.trust_remote_code)
+    check_positions(pretrained, config.data.lengths())
+    with rank_zero_first():
+        data = tokenize(records, pretrained.tokenizer, config.data, stage)
+    say(str(data.tally))
+    return pretrained, data
 
 
 def total_steps(config: SupervisedConfig, examples: int, processes: int | None = None) -> int:
@@ -153,7 +181,7 @@ def fit(
         if evaluated or _is_due(done, config.logging_steps):
             tracker.log(done, metrics, shown=("train/loss", "eval/loss"))
         tracker.advance()
-        stop = requests.agreed()
+        stop = stop_requests.agreed()
         if stop or checkpoints.is_due(done, steps):
             checkpoints.save(done, {"stopping": stopping.state, "evaluation": evaluation})
         if stop:

@@ -39,47 +39,63 @@ class LoraSettings(StrictModel):
     but the head."""
 
 
-class StageConfig(StrictModel):
-    """What every stage's JSON has."""
+class RunConfig(StrictModel):
+    """What every run needs to know, one that trains or one that only measures."""
 
-    description: str = ""
-    """What the config is for; printed when it is used."""
     model_name_or_path: str = Field(examples=["owner/model"])
-    """Hub name, Hugging Face directory or GGUF file of the weights that the stage starts from."""
+    """Hub name, Hugging Face directory or GGUF file of the weights that the run starts from."""
     output_dir: str = Field(examples=["runs/example"])
-    overwrite_output_dir: bool = False
-    """Whether a non-empty output_dir may be deleted and written anew."""
+    """Directory that the run writes its results into."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of the order of the data and of every random draw."""
     trust_remote_code: bool = False
     """Whether code that comes with a model may run on this machine."""
     bf16: bool = False
+    """Compute in bfloat16; without it and fp16, in float32."""
     fp16: bool = False
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Compute in float16 with a dynamic loss scale, on GPUs that have no bfloat16."""
     packing: bool = False
     """Compute several short sequences of a micro-batch in one row: less work on padding, the same
     losses."""
-    lora: LoraSettings | None = None
-    """Train an adapter in place of all weights; exports have it merged. Null trains all."""
-    per_device_train_batch_size: Count = 8
-    """Sequences (pairs, rollouts) in one forward pass of one process."""
     per_device_eval_batch_size: Count = 8
-    gradient_accumulation_steps: Count = 1
-    logging_steps: Count = 1
-    save_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps (PPO: iterations) between checkpoints; 0 saves none."""
-    save_total_limit: Count | None = None
-    """Checkpoints that are kept, the newest ones; null keeps all."""
-    resume_from_checkpoint: str | None = None
-    """A checkpoint's path, or "latest" for output_dir's newest one (where there is none, the run
-    starts at its beginning); null starts anew."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed's own keys; what the stage's fields say may not be repeated here."""
+    """Sequences in one forward pass of one process that takes no gradients."""
 
     def faults(self) -> list[str]:
         found = super().faults()
         if self.bf16 and self.fp16:
             found.append("fp16: contradicts bf16=true; choose one")
+        return found + model_path_faults("model_name_or_path", self.model_name_or_path)
+
+
+class StageConfig(RunConfig):
+    """What the JSON of every stage has in common."""
+
+    description: str = ""
+    """What the config is for; printed when it is used."""
+    overwrite_output_dir: bool = False
+    """Whether a non-empty output_dir may be deleted and written again."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraSettings | None = None
+    """Train a LoRA adapter in place of all weights; exports have it merged. Null trains all."""
+    per_device_train_batch_size: Count = 8
+    """Sequences (pairs, rollouts) in one forward pass of one process."""
+    gradient_accumulation_steps: Count = 1
+    """Micro-batches of each process in one optimizer step."""
+    logging_steps: Count = 1
+    """Optimizer steps (PPO: iterations) between lines of metrics.jsonl."""
+    save_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps (PPO: iterations) between checkpoints; 0 saves none."""
+    save_total_limit: Count | None = None
+    """Number of checkpoints that are kept, the newest ones; null keeps all."""
+    resume_from_checkpoint: str | None = None
+    """Path of a checkpoint, or "latest" for the newest one in output_dir (if there is none, the run
+    starts at its beginning); null starts a new run."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed's own keys. What the stage's fields set may not be repeated here."""
+
+    def faults(self) -> list[str]:
+        found = super().faults()
         found += [f"deepspeed.{fault}" for fault in deepspeed_faults(self.deepspeed)]
         output = Path(self.output_dir)
         if output.is_file():
@@ -98,7 +114,7 @@ class StageConfig(StrictModel):
                     f"output_dir: {output} holds no config.json, so it is not an earlier run; "
                     "remove it yourself or choose another one"
                 )
-        return found + model_path_faults("model_name_or_path", self.model_name_or_path)
+        return found
 
     def _resume_faults(self, source: Path) -> list[str]:
         found = []

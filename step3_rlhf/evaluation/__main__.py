@@ -12,8 +12,6 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
 from step3_rlhf.checks import check_models
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import load_held_out
@@ -21,51 +19,47 @@ from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
 from step3_rlhf.evaluation.resume import Blocks, identity
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.evaluation.settings import missing_models, run_settings
+from step3_rlhf.loading import load_frozen_policy
 from step3_rlhf.rewards.sources import load_reward
+from step3_rlhf.roles import Roles, roles_of
 from training.cli import add_common_options, errors_end_cleanly, start
 from training.config import apply_overrides, check_config
 from training.data import read_records, tokenize
 from training.fitting import require_evaluation
-from training.models.loading import load_policy
-from training.models.tokenizers import load_tokenizer
-from training.runtime import engine, ranks
+from training.runtime import ranks
 from training.runtime.tracking import say
 
 
 def run(config: EvaluationConfig) -> None:
+    """Measure, and write `evaluation.json` and `instances.jsonl`."""
     for warning in config.sampling.warnings():
         say(f"Warning: {warning}")
     records = read_records(config.data, "ppo")
     require_evaluation(records)
-    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_models(config, tokenizer)
+    roles = roles_of(config)
+    check_models(config, roles)
+    tokenizer = roles.policy.tokenizer
     with ranks.rank_zero_first():
         data = tokenize(replace(records, train=[]), tokenizer, config.data, "ppo")
-    say("\n".join([*records.report.lines(), *data.report.lines()]))
+    say("\n".join([*records.tally.lines(), *data.tally.lines()]))
     held_out = load_held_out(config, data.eval, tokenizer)
-    dtype = engine.precision(config)
-
-    def load(path: str) -> nn.Module:
-        policy = load_policy(
-            path,
-            tokenizer,
-            dtype,
-            trust_remote_code=config.trust_remote_code,
-            packing=config.packing,
-        )
-        return engine.frozen(policy, config.frozen_deepspeed, dtype)
-
-    policy = load(config.model_name_or_path)
-    reference_path = config.reference_model_name_or_path or config.model_name_or_path
-    same = reference_path == config.model_name_or_path
-    reference = policy if same else load(reference_path)
-    models = Models(policy, reference, load_reward(config.reward, tokenizer, config), tokenizer)
     output = Path(config.output_dir)
     blocks = Blocks(output, identity(config, held_out))
-    report, instances = evaluate(models, held_out, config.regularizer, config, blocks)
-    write_evaluation(report, instances, output)
+    figures, instances = evaluate(
+        load_models(config, roles), held_out, config.regularizer, config, blocks
+    )
+    write_evaluation(figures, instances, output)
     blocks.remove()
-    say(f"{summary(report)}\n  written to: {Path(config.output_dir) / 'evaluation.json'}")
+    say(f"{summary(figures)}\n  written to: {output / 'evaluation.json'}")
+
+
+def load_models(config: EvaluationConfig, roles: Roles) -> Models:
+    """Policy, reference and reward, all frozen; a reference that is the policy is loaded once."""
+    policy = load_frozen_policy(roles.policy, roles.policy.tokenizer, config)
+    reference = policy
+    if roles.reference is not roles.policy:
+        reference = load_frozen_policy(roles.reference, roles.policy.tokenizer, config)
+    return Models(policy, reference, load_reward(config, roles), roles.policy.tokenizer)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -68,7 +68,7 @@ def held_out_texts(
     except UserError as error:
         say(f"No held-out text for perplexity: {error}")
         return []
-    for line in data.report.lines():
+    for line in data.tally.lines():
         say(f"held-out texts, {line}")
     texts = data.eval[:]
     return list(zip(texts["prompt_ids"], texts["response_ids"], strict=True))

@@ -6,7 +6,6 @@ from functools import partial
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
-    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -19,8 +18,7 @@ from training.data import (
     response_frame,
     truncate_prompt,
 )
-from training.models.pretrained import ends_with_eos, has_linear_score, on_meta
-from training.models.tokenizers import reads_pairs
+from training.models.pretrained import Pretrained, reads_pairs
 from training.runtime.tracking import say
 
 Inputs = dict[str, Tensor]
@@ -34,51 +32,40 @@ NO_LIMIT = 10**6
 """Tokenizers that know no limit name one beyond this."""
 
 
-def reading(
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    policy_tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    trust_remote_code: bool = False,
-) -> Reading:
-    """How a reward model reads what the policy wrote, which is said where it is not as it stands.
-
-    Args:
-        name: the model's, for the message.
-        tokenizer: the model's; `config` too.
-    """
-    per_token = has_linear_score(config, trust_remote_code)
-    if reads_as(tokenizer, policy_tokenizer, config):
+def reading(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> Reading:
+    """How a reward model reads what the policy wrote; any other way than token by token is said."""
+    tokenizer = reward.tokenizer
+    if reads_policy_tokens(reward, policy_tokenizer):
         # Hugging Face's own heads look for the last token at the right.
-        return as_it_stands if per_token else partial(right_padded, tokenizer=tokenizer)
-    limit = known_positions(config, tokenizer, trust_remote_code)
-    if reads_pairs(tokenizer) and not per_token:
-        say(f"{name} reads prompt and response as two texts joined by its tokenizer")
+        if reward.has_linear_score:
+            return as_it_stands
+        return partial(right_padded, tokenizer=tokenizer)
+    limit = known_positions(reward)
+    if reads_pairs(tokenizer) and not reward.has_linear_score:
+        say(f"{reward} reads prompt and response as two texts joined by its tokenizer")
         return TextPairs(tokenizer, limit)
-    by_template = bool(tokenizer.chat_template) and not ends_with_eos(config)
+    by_template = bool(tokenizer.chat_template) and not reward.learned_eos
     form = "chat template" if tokenizer.chat_template else "plain dialogue format"
-    say(f"{name} reads prompts and responses anew, by its own tokenizer, in its {form}")
+    say(f"{reward} reads prompts and responses anew, by its own tokenizer, in its {form}")
     return OwnTokens(tokenizer, limit, by_template)
 
 
-def reads_as(
-    tokenizer: PreTrainedTokenizerBase, policy: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> bool:
-    """Whether the policy's ids, EOS at the end, are what the model would read the texts as.
+def reads_policy_tokens(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the reward model would read the texts as the policy's token ids with EOS at the end.
 
-    Args:
-        config: the model's. One of stage 2's says that it learned responses that end with EOS;
-            others learned what the chat template writes.
+    A model of stage 2 says in its config that it learned responses that end with EOS; others
+    learned what their chat template writes after a response.
     """
+    tokenizer = reward.tokenizer
     same = (
-        tokenizer.get_vocab() == policy.get_vocab()
-        and tokenizer.eos_token_id == policy.eos_token_id
-        and tokenizer.chat_template == policy.chat_template
+        tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        and tokenizer.eos_token_id == policy_tokenizer.eos_token_id
+        and tokenizer.chat_template == policy_tokenizer.chat_template
     )
-    if not same or not tokenizer.chat_template or ends_with_eos(config):
+    if not same or not tokenizer.chat_template or reward.learned_eos:
         return same
     _, after = response_frame([{"role": "user", "content": "Hi"}], tokenizer)
-    return after == tokenizer.eos_token
+    return bool(after == tokenizer.eos_token)
 
 
 def as_it_stands(rollout: Rollout) -> Inputs:
@@ -186,17 +173,15 @@ class TextPairs:
         return places
 
 
-def known_positions(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
-) -> int | None:
+def known_positions(reward: Pretrained) -> int | None:
     """Tokens that a classification model can read; None is any number."""
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    model = on_meta(AutoModelForSequenceClassification, config, trust_remote_code)
-    for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from the one after padding's.
-        if (
-            name.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ):
-            limits.append(int(module.num_embeddings - module.padding_idx - 1))
+    limits = [
+        reward.tokenizer.model_max_length,
+        getattr(reward.config, "max_position_embeddings", None),
+    ]
+    for name, module in reward.on_meta(AutoModelForSequenceClassification).named_modules():
+        # RoBERTa and its relatives count positions from the one after padding's.
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            limits.append(int(module.num_embeddings - padding - 1))
     return min((limit for limit in limits if limit and 0 < limit < NO_LIMIT), default=None)

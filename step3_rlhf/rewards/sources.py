@@ -1,4 +1,4 @@
-"""Where rewards come from: models (reward_models.py), sums of them, or a Python function."""
+"""Where rewards come from: reward models, weighted sums of them, or a Python function."""
 
 import math
 from collections.abc import Callable
@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from step3_rlhf.config import EvaluationConfig, PPOConfig, RewardSettings
+from step3_rlhf.config import AlignmentConfig, RewardSettings
 from step3_rlhf.rewards.model import ModelReward
 from step3_rlhf.rewards.readings import reading
+from step3_rlhf.roles import Roles
 from step3_rlhf.rollout import Rollout
 from training.errors import UserError
+from training.models.checks import check_scalar
 from training.models.loading import load_reward_model
-from training.models.pretrained import check_scalar_config, load_model_config
-from training.models.tokenizers import load_tokenizer
+from training.models.options import LoadOptions
+from training.models.pretrained import Pretrained
 from training.plugins import import_object
 from training.runtime import engine, ranks
 
@@ -91,46 +93,39 @@ def import_function(path: str) -> RewardFunction:
     return function
 
 
-def check_reward(
-    settings: RewardSettings, trust_remote_code: bool, untrained: str | None = None
-) -> None:
+def check_reward(settings: RewardSettings, roles: Roles, untrained: str | None = None) -> None:
     """Find what is wrong with the source without loading any weights.
 
     Args:
-        untrained: a model that need not be a reward model: it stands for one.
+        untrained: a model that need not be a reward model, since it stands for one.
 
     Raises:
-        UserError: a function that cannot be imported, a model that is no reward model.
+        UserError: a function that cannot be imported, or a model that is no reward model.
     """
     if settings.function:
         import_function(settings.function)
-    for member in settings.weighted_models:
-        config = load_model_config(member.model_name_or_path, trust_remote_code)
-        stands_in = member.model_name_or_path == untrained
-        check_scalar_config(config, member.model_name_or_path, new_head=stands_in)
+    for _, reward in roles.rewards:
+        check_scalar(reward, new_head=reward.name_or_path == untrained)
 
 
-def load_reward(
-    settings: RewardSettings,
-    policy_tokenizer: PreTrainedTokenizerBase,
-    config: PPOConfig | EvaluationConfig,
-) -> RewardSource:
-    """The configured source; models are frozen."""
-    if settings.function:
-        return FunctionReward(import_function(settings.function), settings.function)
+def load_reward(config: AlignmentConfig, roles: Roles) -> RewardSource:
+    """The configured source; its models are frozen."""
+    if config.reward.function:
+        return FunctionReward(import_function(config.reward.function), config.reward.function)
     sources: list[tuple[float, RewardSource]] = [
-        (member.weight, load_model_reward(member.model_name_or_path, policy_tokenizer, config))
-        for member in settings.weighted_models
+        (weight, load_model_reward(reward, roles.policy.tokenizer, config))
+        for weight, reward in roles.rewards
     ]
     return sources[0][1] if len(sources) == 1 and sources[0][0] == 1.0 else WeightedSum(sources)
 
 
 def load_model_reward(
-    path: str, policy_tokenizer: PreTrainedTokenizerBase, config: PPOConfig | EvaluationConfig
+    reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase, config: AlignmentConfig
 ) -> ModelReward:
-    trusted, dtype = config.trust_remote_code, engine.precision(config)
-    tokenizer = load_tokenizer(path, trusted, of_pairs=True)
-    read = reading(path, tokenizer, policy_tokenizer, load_model_config(path, trusted), trusted)
-    model = load_reward_model(path, tokenizer, dtype, trusted, config.packing)
-    frozen = engine.frozen(model, config.frozen_deepspeed, dtype)
-    return ModelReward(frozen, read, config.per_device_eval_batch_size)
+    """One frozen reward model, and how it reads what the policy wrote."""
+    read = reading(reward, policy_tokenizer)
+    options = LoadOptions.frozen(config)
+    model = engine.frozen(
+        load_reward_model(reward, options), config.frozen_deepspeed, options.dtype
+    )
+    return ModelReward(model, read, config.per_device_eval_batch_size)

@@ -27,6 +27,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from training.models.pretrained import Pretrained
 from training.world.base_model import sentencepiece_model
 
 pytestmark = pytest.mark.launcher
@@ -199,9 +200,8 @@ def test_bos_stands_once_before_a_prompt_and_eos_after_a_response(
     finished: Path, family: str
 ) -> None:
     from training.data import encode_prompts, encode_responses
-    from training.models.tokenizers import load_tokenizer
 
-    tokenizer = load_tokenizer(str(finished / family))
+    tokenizer = Pretrained(str(finished / family)).tokenizer
     (prompt,) = encode_prompts(["What is good?"], tokenizer)
     (response,) = encode_responses(["green tea"], tokenizer)
     assert prompt[0] == tokenizer.bos_token_id

@@ -16,8 +16,9 @@ from training.cli import run_stage
 from training.config import check_config
 from training.errors import UserError
 from training.models.loading import load_policy
+from training.models.options import precision
 from training.models.policy import Policy
-from training.models.tokenizers import load_tokenizer
+from training.models.pretrained import Pretrained
 from training.runtime import engine, ranks, signals
 from training.runtime.checkpoint import Checkpoints
 
@@ -48,7 +49,7 @@ def test_pickled_weights_are_refused(
     world_tokenizer.save_pretrained(tmp_path)
     torch.save({"w": Trap(tmp_path / "sprung")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors"):
-        load_policy(str(tmp_path), load_tokenizer(str(tmp_path)))
+        load_policy(Pretrained(str(tmp_path)), Pretrained(str(tmp_path)).tokenizer)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -67,9 +68,7 @@ def test_checkpoints_are_loaded_as_plain_data(
         "deepspeed": {"zero_optimization": {"stage": zero}},
     }
     config = check_config(SFTConfig, settings, "config:")
-    trained = engine.TrainedModule(
-        Policy(tiny_llama.to(engine.precision(config))), config, config, 10
-    )
+    trained = engine.TrainedModule(Policy(tiny_llama.to(precision(config))), config, config, 10)
     Checkpoints(config, {"model": trained}).save(1, {})
     output = Path(config.output_dir)
     (output / "config.json").write_text("{}")
@@ -131,7 +130,7 @@ def test_foreign_code_is_announced(
 ) -> None:
     for name in ("connect", "disconnect"):
         monkeypatch.setattr(ranks, name, lambda: None)
-    monkeypatch.setattr(signals.requests, "install", lambda: None)
+    monkeypatch.setattr(signals.stop_requests, "install", lambda: None)
     monkeypatch.delenv("RANK", raising=False)
     file = tmp_path / "sft.json"
     file.write_text(json.dumps(stage_settings("sft")))

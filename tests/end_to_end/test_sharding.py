@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from training.data import collate_texts, read_records, tokenize
 from training.data.settings import DataSettings
 from training.models.loading import load_policy, load_scalar_model
-from training.models.tokenizers import load_tokenizer
+from training.models.pretrained import Pretrained
 
 pytestmark = pytest.mark.launcher
 
@@ -278,7 +278,7 @@ def test_exports_have_the_loss_that_the_training_process_measured(
 ) -> None:
     """Loaded here and scored text by text; 1e-5 nats per token."""
     path = str(matrix.output(kind, WHOLE) / "model")
-    tokenizer = load_tokenizer(path)
+    tokenizer = Pretrained(path).tokenizer
     data = DataSettings(
         sources=[str(tiny_world / "texts.jsonl")],
         eval_sources=[str(tiny_world / "texts_eval.jsonl")],
@@ -289,7 +289,7 @@ def test_exports_have_the_loss_that_the_training_process_measured(
     texts = tokenize(read_records(data, "sft"), tokenizer, data, "sft").eval
     batch = collate_texts(texts, list(range(len(texts))), tokenizer.pad_token_id)
     for division in divisions(kind):
-        policy = load_policy(str(matrix.output(kind, division) / "model"), tokenizer)
+        policy = load_policy(Pretrained(str(matrix.output(kind, division) / "model")), tokenizer)
         logp, _ = policy(batch.input_ids, batch.attention_mask, batch.response_mask)
         loss = -logp.sum().item() / int(batch.response_mask.sum())
         measured = matrix.figures(kind, division)["3 eval/loss"]
@@ -307,7 +307,11 @@ def test_what_a_fresh_process_loads_is_what_was_trained(matrix: Matrix) -> None:
     for kind, found in logps.items():
         for division in divisions(kind):
             path = matrix.output(kind, division) / "model"
-            found.append(load_policy(str(path), load_tokenizer(str(path)))(ids, mask, scored)[0])
+            found.append(
+                load_policy(Pretrained(str(path)), Pretrained(str(path)).tokenizer)(
+                    ids, mask, scored
+                )[0]
+            )
             logits = AutoModelForCausalLM.from_pretrained(path)(input_ids=ids).logits[0, :-1]
             own = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
             torch.testing.assert_close(own, found[-1][0, 1:], rtol=0, atol=1e-5)
@@ -315,7 +319,7 @@ def test_what_a_fresh_process_loads_is_what_was_trained(matrix: Matrix) -> None:
     rewards = []
     for division in DIVISIONS:
         path = matrix.output("btl", division) / "model"
-        scalar = load_scalar_model(str(path), load_tokenizer(str(path)))
+        scalar = load_scalar_model(Pretrained(str(path)), Pretrained(str(path)).tokenizer)
         rewards.append(scalar.rewards(ids, mask))
         own = AutoModelForSequenceClassification.from_pretrained(path)(input_ids=ids).logits[:, 0]
         torch.testing.assert_close(own, rewards[-1], rtol=0, atol=1e-5)

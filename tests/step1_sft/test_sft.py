@@ -14,6 +14,7 @@ from step1_sft.main import ResponseModelling
 from training.config import check_config
 from training.data import FILLER, read_records, response_labels, tokenize
 from training.models.loading import load_policy
+from training.models.pretrained import Pretrained
 from training.runtime.engine import TrainedModule, optimizer_step
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 def task(stage_settings, world_tokenizer) -> ResponseModelling:
     config = check_config(SFTConfig, stage_settings("sft"), "config:")
     data = tokenize(read_records(config.data, "sft"), world_tokenizer, config.data, "sft")
-    policy = load_policy(config.model_name_or_path, world_tokenizer)
+    policy = load_policy(Pretrained(config.model_name_or_path), world_tokenizer)
     trained = TrainedModule(policy, config, config, 1)
     return ResponseModelling(trained, data.train, data.eval, config, world_tokenizer.pad_token_id)
 

@@ -8,7 +8,7 @@ import torch
 
 from step2_reward.calibration import (
     accuracy,
-    calibration_report,
+    calibration_figures,
     correct,
     draw_reliability,
     expected_calibration_error,
@@ -47,9 +47,11 @@ def test_ties_count_half() -> None:
 
 def test_a_calibrated_model_has_no_error_and_an_overconfident_one_has() -> None:
     calibrated = torch.tensor([NINE_TO_ONE] * 9 + [-NINE_TO_ONE])
-    assert calibration_report(calibrated, torch.arange(10), 10)["ece"] == pytest.approx(0, abs=1e-6)
+    assert calibration_figures(calibrated, torch.arange(10), 10)["ece"] == pytest.approx(
+        0, abs=1e-6
+    )
     overconfident = torch.tensor([20.0] * 9 + [-20.0])
-    found = calibration_report(overconfident, torch.arange(10), 10)
+    found = calibration_figures(overconfident, torch.arange(10), 10)
     assert found["ece"] == pytest.approx(0.1, abs=1e-6)
 
 
@@ -64,7 +66,7 @@ def test_log_loss_of_a_wrong_certainty_is_finite() -> None:
 
 def test_intervals_by_hand() -> None:
     """Right, right, wrong, right: x̄ = 3/4, s² = 1/4, so 1.96 · ½/√4 = 0.49."""
-    report = calibration_report(MARGINS, torch.tensor([3, 1, 0, 2]), 10)
+    report = calibration_figures(MARGINS, torch.tensor([3, 1, 0, 2]), 10)
     assert (report["pairs"], report["prompts"]) == (4, 4)
     assert report["accuracy_ci95"] == pytest.approx(0.49, rel=1e-12)
     # −log of 0.9, 0.9, 0.1, 0.6: 0.105361, 0.105361, 2.302585, 0.510826; s = 1.0486021
@@ -74,7 +76,7 @@ def test_intervals_by_hand() -> None:
 
 def test_pairs_of_one_prompt_are_not_independent() -> None:
     """Two prompts, right 2 of 2 and 1 of 2: residuals ¼ + ¼ and −¾ + ¼; √(2 · (¼ + ¼)) / 4."""
-    report = calibration_report(MARGINS, torch.tensor([7, 7, 9, 9]), 10)
+    report = calibration_figures(MARGINS, torch.tensor([7, 7, 9, 9]), 10)
     assert report["prompts"] == 2
     assert report["accuracy_ci95"] == pytest.approx(1.96 * 0.25, rel=1e-12)
     # 0.105361 twice, and 2.302585 with 0.510826, about the mean 0.756033: sums ∓ 1.3013448
@@ -109,7 +111,7 @@ def test_intervals_cover_95_percent() -> None:
 
 def test_report_and_diagram(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    report = calibration_report(MARGINS, torch.arange(4), 10)
+    report = calibration_figures(MARGINS, torch.arange(4), 10)
     assert report["pairs"] == sum(b["pairs"] for b in report["reliability"]) == 4
     draw_reliability(report, tmp_path / "reliability.png")
     assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")

@@ -16,7 +16,7 @@ from step2_reward.main import PreferenceModelling, by_group, pair_margins, summa
 from training.config import check_config
 from training.data import FILLER, collate_groups
 from training.models.loading import load_scalar_model
-from training.models.pretrained import ends_with_eos
+from training.models.pretrained import Pretrained
 from training.runtime.engine import TrainedModule
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -49,7 +49,7 @@ def task(stage_settings, world_tokenizer) -> PreferenceModelling:
     config = check_config(
         RewardConfig, stage_settings("reward") | {"per_device_eval_batch_size": 1}, "config:"
     )
-    model = load_scalar_model(config.model_name_or_path, world_tokenizer, new_head=True)
+    model = load_scalar_model(Pretrained(config.model_name_or_path), world_tokenizer, new_head=True)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.model.score.weight)
     trained = TrainedModule(model, config, config, 1)
@@ -83,7 +83,7 @@ def test_evaluation_is_a_mean_over_rankings_with_pairwise_calibration(
     ranking = torch.stack([x, y, z]).logsumexp(0) - x + torch.stack([y, z]).logsumexp(0) - y
     found = task.evaluate()
     assert found["eval/loss"] == pytest.approx((pair + ranking.item()) / 2, rel=1e-5)
-    assert task.report["pairs"] == 4
+    assert task.calibration["pairs"] == 4
     margins = torch.stack([a - b, x - y, x - z, y - z])
     assert found["eval/accuracy"] == pytest.approx((margins > 0).double().mean().item())
     losses = torch.nn.functional.softplus(-margins).double()
@@ -92,17 +92,17 @@ def test_evaluation_is_a_mean_over_rankings_with_pairwise_calibration(
     sums = [(part - losses.mean()).sum().item() for part in (losses[:1], losses[1:])]
     expected = 1.96 * math.sqrt(2 * (sums[0] ** 2 + sums[1] ** 2)) / 4
     assert found["eval/log_loss_ci95"] == pytest.approx(expected, rel=1e-4)
-    assert task.report["prompts"] == 2
+    assert task.calibration["prompts"] == 2
 
 
 def test_comparisons_of_the_same_prompt_are_one_prompts(task: PreferenceModelling) -> None:
     rows = Dataset.from_dict({name: [GROUPS[row][name] for row in (1, 0, 1)] for name in GROUPS[0]})
     again = PreferenceModelling(task.model, GROUPS, rows, task.config, PAD)
     found = again.evaluate()
-    assert (again.report["pairs"], again.report["prompts"]) == (7, 2)
+    assert (again.calibration["pairs"], again.calibration["prompts"]) == (7, 2)
     alone = PreferenceModelling(task.model, GROUPS, rows.select([0, 2]), task.config, PAD)
     metrics = alone.evaluate()
-    assert (alone.report["prompts"], alone.report["log_loss_ci95"]) == (1, None)
+    assert (alone.calibration["prompts"], alone.calibration["log_loss_ci95"]) == (1, None)
     assert found.keys() - metrics.keys() == {"eval/accuracy_ci95", "eval/log_loss_ci95"}
 
 
@@ -148,7 +148,7 @@ def test_the_best_weights_are_the_ones_saved(
     assert torch.equal(saved.score.weight, heads[1])
     assert not torch.equal(saved.score.weight, heads[2])
     assert saved.config.num_labels == 1
-    assert ends_with_eos(saved.config)  # which stage 3 needs to know
+    assert Pretrained("saved", config=saved.config).learned_eos  # which stage 3 needs to know
     report = json.loads((output / "evaluation.json").read_text())
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert report["log_loss"] == lines[1]["eval/log_loss"] != lines[2]["eval/log_loss"]

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 from step3_rlhf.checks import check_lengths, check_models, longest
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
+from step3_rlhf.roles import roles_of, training_roles_of
 from training.config import check_config
 from training.errors import UserError
+from training.models.pretrained import Pretrained
 
 Settings = Callable[[str], dict[str, Any]]
 
@@ -29,15 +32,20 @@ def short_model(tiny_world: Path, world_tokenizer: PreTrainedTokenizerBase, tmp_
     return str(directory)
 
 
-def check(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, kind: Any = None) -> None:
-    config = check_config(kind or PPOConfig, settings, "config:")
-    check_lengths(config, read_response_sets(config.evaluation.response_sets), tokenizer)
+def check(settings: dict[str, Any], kind: Any = PPOConfig) -> None:
+    config = check_config(kind, settings, "config:")
+    roles = training_roles_of(config) if kind is PPOConfig else roles_of(config)
+    check_lengths(config, roles, read_response_sets(config.evaluation.response_sets))
+
+
+def check_run(config: PPOConfig, **more: Any) -> None:
+    check_models(config, training_roles_of(config), **more)
 
 
 def test_what_fits_passes(
     stage_settings: Settings, short_model: str, world_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    check(stage_settings("ppo") | {"model_name_or_path": short_model}, world_tokenizer)  # 48 + 16
+    check(stage_settings("ppo") | {"model_name_or_path": short_model})  # 48 + 16
 
 
 @pytest.mark.parametrize(
@@ -70,7 +78,7 @@ def test_every_length_of_every_model(
         "reward": {"reward": {"model_name_or_path": short_model}},
     }[model]
     with pytest.raises(UserError, match="knows 64 positions") as caught:
-        check(settings, world_tokenizer)
+        check(settings)
     assert named in str(caught.value)
 
 
@@ -81,7 +89,7 @@ def test_response_sets_and_the_evaluations_own_command(
     known = EvaluationConfig.model_fields
     settings = {name: value for name, value in settings.items() if name in known}
     settings["model_name_or_path"] = short_model
-    check(settings, world_tokenizer, EvaluationConfig)
+    check(settings, EvaluationConfig)
     sets = Path(settings["evaluation"]["response_sets"])
     line = json.loads(sets.read_text().splitlines()[0])
     line["prompt"] += " please" * 70
@@ -89,7 +97,7 @@ def test_response_sets_and_the_evaluations_own_command(
     file.write_text(json.dumps(line) + "\n")
     settings["evaluation"] = {"response_sets": str(file)}
     with pytest.raises(UserError, match=r"evaluation\.response_sets is \d+ tokens"):
-        check(settings, world_tokenizer, EvaluationConfig)
+        check(settings, EvaluationConfig)
 
 
 def test_the_longest_response_counts(world_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -113,12 +121,13 @@ def test_models_that_read_the_policys_tokens_must_know_them(
     shutil.copy(tiny_world / "base" / "config.json", other)
     settings = stage_settings("ppo") | {"reward": {"function": "operator:add"}, setting: other}
     config = check_config(PPOConfig, settings, "config:")
-    check_models(config, world_tokenizer)
+    check_run(config)
     longer = copy.deepcopy(world_tokenizer)
     longer.add_special_tokens(
         {"additional_special_tokens": ["<another>"]}
     )  # it can be made to hold
-    check_models(config, longer)
+    policy = Pretrained(config.model_name_or_path, tokenizer=longer)
+    check_models(config, replace(training_roles_of(config), policy=policy))
     assert f"{setting}: {other} knows 1 tokens by other names: <another>" in capsys.readouterr().out
     file = Path(other) / "tokenizer.json"
     data = json.loads(file.read_text())
@@ -127,7 +136,7 @@ def test_models_that_read_the_policys_tokens_must_know_them(
     ids[first], ids[second] = ids[second], ids[first]
     file.write_text(json.dumps(data))
     with pytest.raises(UserError, match=rf"{setting}: .*another vocabulary"):
-        check_models(config, world_tokenizer)
+        check_run(config)
 
 
 def test_a_critic_has_a_value_after_each_token(
@@ -143,7 +152,7 @@ def test_a_critic_has_a_value_after_each_token(
     with pytest.raises(
         UserError, match=r"critic_model_name_or_path: .*bert has no value after each"
     ):
-        check_models(config, world_tokenizer)
+        check_run(config)
 
 
 def test_a_reward_model_with_a_format_of_its_own_cuts_texts_itself(
@@ -154,11 +163,11 @@ def test_a_reward_model_with_a_format_of_its_own_cuts_texts_itself(
     settings = stage_settings("ppo") | {"reward": {"model_name_or_path": short_model}}
     settings["response_length"] = 17
     with pytest.raises(UserError, match="knows 64 positions"):
-        check(settings, world_tokenizer)
+        check(settings)
     own = copy.deepcopy(world_tokenizer)
     own.chat_template = "{{ messages[0].content }}"
     own.save_pretrained(short_model)
-    check(settings, world_tokenizer)
+    check(settings)
 
 
 def test_a_language_model_is_no_reward_model_unless_it_stands_for_one(
@@ -166,5 +175,5 @@ def test_a_language_model_is_no_reward_model_unless_it_stands_for_one(
 ) -> None:
     config = check_config(PPOConfig, stage_settings("ppo"), "config:")
     with pytest.raises(UserError, match="is not a sequence-classification model"):
-        check_models(config, world_tokenizer)
-    check_models(config, world_tokenizer, stand_in=config.model_name_or_path)
+        check_run(config)
+    check_run(config, stand_in=config.model_name_or_path)

@@ -12,17 +12,20 @@ from transformers import BertConfig
 
 from step3_rlhf import ppo
 from step3_rlhf.config import PPOConfig
+from step3_rlhf.experience import Judged
+from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.main import flattened
 from step3_rlhf.prompts import Prompts
 from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.rewards.sources import FunctionReward
-from step3_rlhf.roles import critic_source
+from step3_rlhf.roles import training_roles_of
 from step3_rlhf.rollout import sample
-from step3_rlhf.trainer import Experience, PPOTrainer, Statistics
+from step3_rlhf.trainer import PPOTrainer
 from training.config import check_config
 from training.data import read_records, tokenize
 from training.models.loading import load_policy, load_scalar_model
 from training.models.policy import Policy
+from training.models.pretrained import Pretrained
 from training.models.scalar import ScalarModel
 from training.runtime import engine
 from training.runtime.engine import TrainedModule
@@ -68,8 +71,8 @@ def build(configured, world_tokenizer) -> Build:
         records = read_records(config.data, "ppo")
         data = tokenize(records, world_tokenizer, config.data, "ppo").train
         path = config.model_name_or_path
-        actor, reference = (load_policy(path, world_tokenizer) for _ in range(2))
-        critic = load_scalar_model(path, world_tokenizer, new_head=True)
+        actor, reference = (load_policy(Pretrained(path), world_tokenizer) for _ in range(2))
+        critic = load_scalar_model(Pretrained(path), world_tokenizer, new_head=True)
         torch.manual_seed(0)
         for head in (actor.model.lm_head, reference.model.lm_head, critic.model.score):
             torch.nn.init.normal_(head.weight, std=0.2)
@@ -170,7 +173,7 @@ def test_mini_batches_and_epochs_are_optimizer_steps(build: Build) -> None:
 
 
 @pytest.fixture
-def experience(build: Build) -> tuple[PPOTrainer, Experience, torch.Tensor]:
+def experience(build: Build) -> tuple[PPOTrainer, Judged, torch.Tensor]:
     """A trainer, one micro-batch of a rollout, and the raw rewards."""
     trainer = build()
     batch = trainer.prompts.of_iteration(0)
@@ -180,7 +183,7 @@ def experience(build: Build) -> tuple[PPOTrainer, Experience, torch.Tensor]:
     return trainer, part, rewards
 
 
-def own_logp(policy: Policy, part: Experience) -> torch.Tensor:
+def own_logp(policy: Policy, part: Judged) -> torch.Tensor:
     """[B, R] log π of response tokens from the Hugging Face model's whole logits, with gradient."""
     rollout = part.rollout
     positions = (rollout.attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -194,7 +197,7 @@ def own_logp(policy: Policy, part: Experience) -> torch.Tensor:
     return steps.gather(-1, tokens[..., None]).squeeze(-1)
 
 
-def own_values(critic: ScalarModel, part: Experience) -> torch.Tensor:
+def own_values(critic: ScalarModel, part: Judged) -> torch.Tensor:
     rollout = part.rollout
     positions = (rollout.attention_mask.cumsum(-1) - 1).clamp(min=0)
     hidden = critic.model.model(
@@ -232,9 +235,9 @@ def test_the_first_step_is_reinforce_with_a_baseline(experience) -> None:
     wanted_policy = -(advantages * logp)[mask].sum() / tokens
     wanted_value = 0.5 * 0.5 * ((values - returns)[mask] ** 2).sum() / tokens  # vf_coef = ½
 
-    scored = trainer.scored(part)
-    torch.testing.assert_close(scored.old.logp[mask], logp[mask].detach(), rtol=0, atol=1e-5)
-    (placed,) = trainer.with_advantages([scored])
+    scores = trainer.scored(part)
+    torch.testing.assert_close(scores.logp[mask], logp[mask].detach(), rtol=0, atol=1e-5)
+    (placed,) = trainer.with_advantages([part], [scores])
     torch.testing.assert_close(placed.advantages, advantages, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(placed.returns, returns, rtol=1e-4, atol=1e-4)
 
@@ -298,7 +301,7 @@ def test_how_often_a_bound_takes_effect_is_logged(experience) -> None:
 
 def test_explained_variance_by_hand(experience) -> None:
     trainer, part, _ = experience
-    (placed,) = trainer.with_advantages([trainer.scored(part)])
+    (placed,) = trainer.with_advantages([part], [trainer.scored(part)])
     mask = part.rollout.response_mask
     returns, errors = placed.returns[mask], (placed.returns - placed.old.values)[mask]
     expected = 1 - errors.double().var(unbiased=False) / returns.double().var(unbiased=False)
@@ -326,9 +329,7 @@ def test_rewards_as_ppo_gets_them(build: Build, experience) -> None:
     def shaped(center: float = 0.0, **changes: Any) -> torch.Tensor:
         trainer = build(**changes)
         trainer.reward_center = center
-        found, raw = trainer.shaped(rewards, rollout)
-        assert torch.equal(raw, rewards)
-        return found
+        return trainer.shaped(rewards, rollout)
 
     assert torch.equal(shaped(), rewards)
     torch.testing.assert_close(shaped(center=0.5), rewards - 0.5)
@@ -379,7 +380,8 @@ def test_where_the_critic_starts(configured, tiny_world, tmp_path, world_tokeniz
     bert.save_pretrained(headless)
 
     def source(**changes: object) -> tuple[str, str]:
-        return critic_source(configured(**changes), world_tokenizer)
+        roles = training_roles_of(configured(**changes))
+        return roles.critic.name_or_path, roles.critic_note
 
     assert source() == (base, "")  # a function rewards: the policy
     models = [{"model_name_or_path": same}, {"model_name_or_path": other}]
@@ -404,13 +406,13 @@ def test_an_evaluations_means_are_logged() -> None:
 
 def test_statistics_add_up_over_micro_batches(experience) -> None:
     trainer, part, _ = experience
-    statistics = Statistics(trainer.regularizer)
+    metrics = IterationMetrics(trainer.regularizer)
     for first in (0, 4):
         rows = part.rollout.rows(first, first + 4)
         columns = rows.response_mask.shape[1]
         chosen = slice(first, first + 4)
-        half = Experience(rows, part.rewards[chosen], part.ref_logp[chosen, :columns])
-        trainer.losses(half, statistics)
-    assert statistics.sums["responses"] == 8
-    assert statistics.sums["tokens"] == part.rollout.response_mask.sum()
-    assert math.isfinite(statistics.sums["policy_loss"])
+        half = Judged(rows, part.rewards[chosen], part.ref_logp[chosen, :columns])
+        trainer.losses_at_once(half, metrics)
+    assert metrics.sums["responses"] == 8
+    assert metrics.sums["tokens"] == part.rollout.response_mask.sum()
+    assert math.isfinite(metrics.sums["policy_loss"])

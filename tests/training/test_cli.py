@@ -22,7 +22,7 @@ Settings = Callable[[str], dict[str, Any]]
 def without_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "connect", lambda: None)
     monkeypatch.setattr(ranks, "disconnect", lambda: None)
-    monkeypatch.setattr(signals.requests, "install", lambda: None)  # pytest keeps its own
+    monkeypatch.setattr(signals.stop_requests, "install", lambda: None)  # pytest keeps its own
     monkeypatch.delenv("RANK", raising=False)
 
 

@@ -13,7 +13,7 @@ from step1_sft.config import SFTConfig
 from training import fitting
 from training.config import check_config
 from training.data import FILLER, StageRecords
-from training.data.tally import Report
+from training.data.tally import Tally
 from training.errors import RunError, UserError
 from training.fitting import EarlyStopping, fit
 from training.runtime.engine import TrainedModule
@@ -131,10 +131,10 @@ def test_steps_of_a_run(stage_settings) -> None:
 
 
 def test_nothing_held_out_is_refused() -> None:
-    report = Report()
-    report.add("texts.jsonl", "read", 3)
+    tally = Tally()
+    tally.add("texts.jsonl", "read", 3)
     with pytest.raises(UserError, match=r"texts.jsonl: 3 read"):
-        fitting.require_evaluation(StageRecords([], [], report))
+        fitting.require_evaluation(StageRecords([], [], tally))
 
 
 def test_evaluation_batches_cover_the_data(monkeypatch: pytest.MonkeyPatch) -> None:

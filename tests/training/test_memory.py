@@ -38,7 +38,7 @@ from training.memory import (
     trained_states,
 )
 from training.models.logprobs import token_logprobs
-from training.models.pretrained import on_meta
+from training.models.pretrained import Pretrained
 
 BF16, FLOAT32 = torch.bfloat16, torch.float32
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "model_configs"
@@ -54,7 +54,7 @@ KNOWN = {
 def shape_of(name: str) -> Shape:
     data = json.loads((FIXTURES / f"{name}.json").read_text())
     config = AutoConfig.for_model(data.pop("model_type"), **data)
-    return Shape.of(on_meta(AutoModelForCausalLM, config))
+    return Shape.of(Pretrained("model", config=config).on_meta(AutoModelForCausalLM))
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -236,7 +236,7 @@ def test_a_forward_pass_without_gradients_holds_one_layer() -> None:
 
 def test_a_model_that_is_built_in_another_way_has_its_weights_counted() -> None:
     config = FNetConfig(num_hidden_layers=1, hidden_size=8, intermediate_size=8, vocab_size=9)
-    model = on_meta(AutoModelForSequenceClassification, config)
+    model = Pretrained("model", config=config).on_meta(AutoModelForSequenceClassification)
     with pytest.raises(AttributeError):
         Shape.of(model)
     shape = Shape.of_weights(model)

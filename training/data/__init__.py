@@ -16,7 +16,7 @@ from training.data.formats import Record, prompt_messages
 from training.data.records import StageRecords, read_records
 from training.data.settings import STAGES, DataSettings, Source, Stage
 from training.data.split import chosen_at_random
-from training.data.tally import Report
+from training.data.tally import Tally
 from training.data.templates import (
     decode_responses,
     encode_dialogues,
@@ -36,11 +36,11 @@ __all__ = [
     "GlobalBatches",
     "GroupedBatch",
     "Record",
-    "Report",
     "SequenceBatch",
     "Source",
     "Stage",
     "StageRecords",
+    "Tally",
     "TokenizedData",
     "chosen_at_random",
     "collate_groups",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.data.settings import Source
-from training.data.tally import Count
+from training.data.tally import CountUp
 from training.errors import UnreachableError, UserError
 
 BAD_UNICODE = "with invalid Unicode, replaced by U+FFFD"
@@ -28,7 +28,7 @@ class RawRecord:
     fault: str = ""
 
 
-def raw_records(source: Source, count: Count) -> Iterator[RawRecord]:
+def raw_records(source: Source, count: CountUp) -> Iterator[RawRecord]:
     """Every record of a source; malformed ones carry a fault instead of a value.
 
     Args:
@@ -46,7 +46,7 @@ def raw_records(source: Source, count: Count) -> Iterator[RawRecord]:
         raise UserError(f"{source.path}: unreadable: {_one_line(error)}") from None
 
 
-def _from_file(path: str, count: Count) -> Iterator[RawRecord]:
+def _from_file(path: str, count: CountUp) -> Iterator[RawRecord]:
     lower = path.lower()
     if lower.endswith(".parquet"):
         yield from _from_parquet(path)
@@ -62,7 +62,7 @@ def _from_file(path: str, count: Count) -> Iterator[RawRecord]:
         yield from _from_lines(path, file, count)
 
 
-def _from_lines(path: str, lines: Iterable[bytes], count: Count) -> Iterator[RawRecord]:
+def _from_lines(path: str, lines: Iterable[bytes], count: CountUp) -> Iterator[RawRecord]:
     for number, line in enumerate(lines, start=1):
         origin = f"{path}:{number}"
         text, replaced = _decoded(line)
@@ -76,7 +76,7 @@ def _from_lines(path: str, lines: Iterable[bytes], count: Count) -> Iterator[Raw
         yield _checked(origin, value, text, replaced, count)
 
 
-def _from_array(path: str, content: bytes, count: Count) -> Iterator[RawRecord]:
+def _from_array(path: str, content: bytes, count: CountUp) -> Iterator[RawRecord]:
     """One JSON array; its elements are decoded one by one, so that each knows its line."""
     text, replaced = _decoded(content)
     if replaced:
@@ -139,7 +139,7 @@ def _decoded(content: bytes) -> tuple[str, bool]:
         return content.decode("utf-8-sig", errors="replace"), True
 
 
-def _checked(origin: str, value: Any, text: str, replaced: bool, count: Count) -> RawRecord:
+def _checked(origin: str, value: Any, text: str, replaced: bool, count: CountUp) -> RawRecord:
     if not isinstance(value, dict):
         return RawRecord(origin, {}, f"an object was expected, not {type(value).__name__}")
     if _ESCAPED_SURROGATE.search(text):

@@ -8,7 +8,7 @@ from training.data.files import raw_records
 from training.data.formats import Record, RecordFault, Unusable, check_usable, parse_record
 from training.data.settings import DataSettings, Source, Stage
 from training.data.split import chosen_at_random, normalized, stage_of
-from training.data.tally import Count, Report
+from training.data.tally import CountUp, Tally
 from training.errors import UnreachableError, UserError
 
 MAX_FAULTS = 20
@@ -21,7 +21,7 @@ class StageRecords:
 
     train: list[Record]
     eval: list[Record]
-    report: Report
+    tally: Tally
 
 
 @dataclass
@@ -46,9 +46,9 @@ def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
         UserError: unreadable files, malformed lines and missing fields (each with file and line),
             an empty split.
     """
-    report = Report()
+    tally = Tally()
     faults = Faults()
-    counts = [report.under(heading) for heading in headings(settings)]
+    counts = [tally.under(heading) for heading in headings(settings)]
     own = [
         (source, count, _of_stage(_usable(source, stage, count, faults), settings, stage, count))
         for source, count in zip(settings.sources, counts, strict=False)
@@ -76,17 +76,17 @@ def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
         count(f"used by {stage}", len(rest))
         train += rest
     if stage == "ppo":
-        evaluation = _distinct(evaluation, report.under("evaluation"), set())
-    train = _limited(train, settings.max_train_samples, settings, "training", report)
-    evaluation = _limited(evaluation, settings.max_eval_samples, settings, "evaluation", report)
-    _require(train, "training", stage, settings.sources, report)
+        evaluation = _distinct(evaluation, tally.under("evaluation"), set())
+    train = _limited(train, settings.max_train_samples, settings, "training", tally)
+    evaluation = _limited(evaluation, settings.max_eval_samples, settings, "evaluation", tally)
+    _require(train, "training", stage, settings.sources, tally)
     if settings.eval_sources:
-        _require(evaluation, "evaluation", stage, settings.eval_sources, report)
-    return StageRecords(train, evaluation, report)
+        _require(evaluation, "evaluation", stage, settings.eval_sources, tally)
+    return StageRecords(train, evaluation, tally)
 
 
 def headings(settings: DataSettings) -> list[str]:
-    """What the report calls the sources and, after them, the evaluation sources: no two alike."""
+    """What the tally calls the sources and, after them, the evaluation sources: no two alike."""
     names = [source.label for source in settings.sources]
     names += [f"{source.label}, for evaluation" for source in settings.eval_sources]
     taken: Counter[str] = Counter()
@@ -98,7 +98,7 @@ def headings(settings: DataSettings) -> list[str]:
 
 
 def _of_stage(
-    records: list[Record], settings: DataSettings, stage: Stage, count: Count
+    records: list[Record], settings: DataSettings, stage: Stage, count: CountUp
 ) -> list[Record]:
     proportions, seed = settings.stage_proportions, settings.split_seed
     kept = [record for record in records if stage_of(_key(record), proportions, seed) == stage]
@@ -110,7 +110,7 @@ def _key(record: Record) -> str:
     return normalized(record.prompt_text)
 
 
-def _usable(source: Source, stage: Stage, count: Count, faults: Faults) -> list[Record]:
+def _usable(source: Source, stage: Stage, count: CountUp, faults: Faults) -> list[Record]:
     records = []
     try:
         for raw in raw_records(source, count):
@@ -141,7 +141,7 @@ def _held_out(records: list[Record], settings: DataSettings) -> set[str]:
     return chosen_at_random(keys, count, "eval", settings.split_seed)
 
 
-def _distinct(records: list[Record], count: Count, seen: set[str]) -> list[Record]:
+def _distinct(records: list[Record], count: CountUp, seen: set[str]) -> list[Record]:
     kept = []
     for record in records:
         key = _key(record)
@@ -165,20 +165,20 @@ def _weighted(records: list[Record], source: Source, seed: int) -> list[Record]:
 
 
 def _limited(
-    records: list[Record], limit: int | None, settings: DataSettings, name: str, report: Report
+    records: list[Record], limit: int | None, settings: DataSettings, name: str, tally: Tally
 ) -> list[Record]:
     if limit is None or limit >= len(records):
         return records
     option = "max_train_samples" if name == "training" else "max_eval_samples"
-    report.add(name, f"left out by {option}", len(records) - limit)
+    tally.add(name, f"left out by {option}", len(records) - limit)
     chosen = chosen_at_random(range(len(records)), limit, "limit", settings.split_seed)
     return [record for index, record in enumerate(records) if index in chosen]
 
 
 def _require(
-    records: list[Record], what: str, stage: Stage, sources: Sequence[Source], report: Report
+    records: list[Record], what: str, stage: Stage, sources: Sequence[Source], tally: Tally
 ) -> None:
     if not records:
         paths = ", ".join(source.path for source in sources)
-        lines = report.lines() or ["no records"]
+        lines = tally.lines() or ["no records"]
         raise UserError(lines, f"No {what} records are left for the stage {stage!r} in {paths}:")

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 
-Count = Callable[..., None]
-"""Adds to a report under one heading: called with what, and how many where it is not one."""
+CountUp = Callable[..., None]
+"""Adds to a tally under one heading; called with what is counted, and how many if not one."""
 
 
-class Report:
+class Tally:
     """Ordered counts under a heading (a source, a stage), printable one line per heading."""
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Report:
         if count:
             self._counts.setdefault(heading, Counter())[what] += count
 
-    def under(self, heading: str) -> Count:
+    def under(self, heading: str) -> CountUp:
         return partial(self.add, heading)
 
     def count(self, what: str) -> int:

@@ -21,7 +21,7 @@ from training.data import formats, templates
 from training.data.formats import Record
 from training.data.records import StageRecords
 from training.data.settings import DataSettings, Stage
-from training.data.tally import Report
+from training.data.tally import Tally
 from training.data.templates import (
     encode_prompts,
     encode_responses,
@@ -44,7 +44,7 @@ class TokenizedData:
 
     train: "Dataset"
     eval: "Dataset"
-    report: Report
+    tally: Tally
 
 
 def tokenize(
@@ -58,15 +58,15 @@ def tokenize(
     Raises:
         UserError: nothing is left to train on, or to evaluate on where there was something.
     """
-    report = Report()
+    tally = Tally()
     parts = {}
     for name, content in (("training", records.train), ("evaluation", records.eval)):
         parts[name], counts = _cached(content, tokenizer, settings, stage)
         for what, count in counts.items():
-            report.add(name, what, count)
+            tally.add(name, what, count)
         if content and not len(parts[name]):
-            raise UserError(report.lines(), f"No {name} records are left for {stage!r}:")
-    return TokenizedData(parts["training"], parts["evaluation"], report)
+            raise UserError(tally.lines(), f"No {name} records are left for {stage!r}:")
+    return TokenizedData(parts["training"], parts["evaluation"], tally)
 
 
 def _cached(
@@ -168,11 +168,11 @@ def _encoded(
 ) -> "tuple[Dataset, dict[str, int]]":
     from datasets import Dataset
 
-    report = Report()
+    tally = Tally()
 
     def encode(rows: dict[str, list[int]]) -> dict[str, list[Any]]:
         batch = [records[index] for index in rows["row"]]
-        return _encode_batch(batch, tokenizer, settings, stage, report)
+        return _encode_batch(batch, tokenizer, settings, stage, tally)
 
     features = _features(stage)
     if not records:
@@ -189,7 +189,7 @@ def _encoded(
         new_fingerprint=fingerprint,
         desc="Tokenizing",
     )
-    return dataset, dict(report.counts.get("", {}))
+    return dataset, dict(tally.counts.get("", {}))
 
 
 def _encode_batch(
@@ -197,7 +197,7 @@ def _encode_batch(
     tokenizer: "PreTrainedTokenizerBase",
     settings: DataSettings,
     stage: Stage,
-    report: Report,
+    tally: Tally,
 ) -> dict[str, list[Any]]:
     """Columns of the records that survive; the others are counted under the empty heading."""
     from jinja2 import TemplateError
@@ -208,7 +208,7 @@ def _encode_batch(
             rendered.append(render_prompt(record.prompt, tokenizer))
             kept.append(record)
         except TemplateError:
-            report.add("", "dropped: the chat template refuses the prompt")
+            tally.add("", "dropped: the chat template refuses the prompt")
     prompt_ids = encode_prompts(rendered, tokenizer)
     flat = [response for record in kept for response in record.responses]
     responses = iter(encode_responses(flat, tokenizer))
@@ -217,16 +217,16 @@ def _encode_batch(
         answers = [next(responses) for _ in record.responses]
         if len(ids) > settings.max_prompt_length:
             if settings.overlong_prompts == "drop":
-                report.add("", "dropped: a prompt longer than max_prompt_length")
+                tally.add("", "dropped: a prompt longer than max_prompt_length")
                 continue
-            report.add("", "prompts truncated from the left to max_prompt_length")
+            tally.add("", "prompts truncated from the left to max_prompt_length")
             ids = truncate_prompt(ids, settings.max_prompt_length, tokenizer.bos_token_id)
         limit, limited_by = _room(len(ids), settings)
         cut = [answer[:limit] for answer in answers]
         if stage == "reward" and len({tuple(answer) for answer in cut}) < len(cut):
-            report.add("", f"dropped: responses identical up to {limited_by}")
+            tally.add("", f"dropped: responses identical up to {limited_by}")
             continue
-        report.add(
+        tally.add(
             "",
             f"responses cut to {limited_by}, without EOS",
             sum(len(answer) > limit for answer in answers),

@@ -1,6 +1,7 @@
-"""Models and tokenizers from disk or Hub, checked, whole, ready to be trained or asked."""
+"""Models from disk or Hub: checked, with all of their weights, ready to be trained or to score."""
 
-import torch
+import copy
+
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -14,22 +15,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from training.errors import UserError
+from training.models.checks import check_head, check_policy, check_scalar
 from training.models.lora import add_adapter
+from training.models.options import PLAIN, LoadOptions
 from training.models.packing import refuse_unpackable
 from training.models.policy import Policy
-from training.models.pretrained import (
-    UNREADABLE,
-    _source,
-    check_head,
-    check_policy_config,
-    check_scalar_config,
-    has_linear_score,
-    load_model_config,
-)
+from training.models.pretrained import UNREADABLE, Pretrained
 from training.models.scalar import Classifier, Float32Head, ScalarModel
 from training.runtime.faults import remedy
 from training.runtime.tracking import say
-from training.stage_config import LoraSettings
 
 DROPOUT_FIELDS = (
     "dropout attention_dropout hidden_dropout activation_dropout embd_pdrop attn_pdrop resid_pdrop "
@@ -38,176 +32,154 @@ DROPOUT_FIELDS = (
 
 
 def load_policy(
-    name_or_path: str,
+    pretrained: Pretrained,
     tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype = torch.float32,
-    dropout: bool = False,
-    gradient_checkpointing: bool = False,
-    trust_remote_code: bool = False,
-    packing: bool = False,
-    lora: LoraSettings | None = None,
+    options: LoadOptions = PLAIN,
 ) -> Policy:
-    """A causal language model as a Policy, its embeddings grown to hold the tokenizer's pad token.
+    """A causal language model as a Policy, with room for the tokenizer's pad token.
 
-    Args:
-        dropout: keep the model's own dropout; off wherever log-probabilities must be reproducible.
-        packing: compute several short sequences in one row.
-        lora: train an adapter of this kind and nothing else.
+    Raises:
+        UserError: it is no causal language model, lacks weights, or cannot be packed.
     """
-    config = load_model_config(name_or_path, trust_remote_code)
-    check_policy_config(config, name_or_path)
-    if packing:
-        refuse_unpackable(config, name_or_path)
-    model = _load(AutoModelForCausalLM, name_or_path, config, dtype, dropout, trust_remote_code)
-    return Policy(_ready(model, tokenizer, gradient_checkpointing, lora), packing)
+    check_policy(pretrained)
+    if options.packing:
+        refuse_unpackable(pretrained.config, str(pretrained))
+    model = _load(AutoModelForCausalLM, pretrained, pretrained.config, options)
+    return Policy(_ready(model, tokenizer, options), options.packing)
 
 
 def load_scalar_model(
-    name_or_path: str,
+    pretrained: Pretrained,
     tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype = torch.float32,
-    dropout: bool = False,
-    gradient_checkpointing: bool = False,
-    trust_remote_code: bool = False,
+    options: LoadOptions = PLAIN,
     new_head: bool = False,
-    packing: bool = False,
-    lora: LoraSettings | None = None,
 ) -> ScalarModel:
-    """A one-label sequence-classification model.
+    """A sequence-classification model with one label and a linear head.
 
     Args:
-        new_head: take a causal language model as well and give it a head, at 0.
-        packing: compute several short sequences in one row.
-        lora: train an adapter of this kind, and the head.
+        new_head: accept a causal language model as well, and give it a head that is 0.
 
     Raises:
         UserError: another number of labels, or no trained head where `new_head` is false.
     """
-    config = load_model_config(name_or_path, trust_remote_code)
-    trained = check_scalar_config(config, name_or_path, new_head)
-    if packing:
-        refuse_unpackable(config, name_or_path)
-    config.num_labels = 1
+    trained = check_scalar(pretrained, new_head)
+    if options.packing:
+        refuse_unpackable(pretrained.config, str(pretrained))
     model = _load(
         AutoModelForSequenceClassification,
-        name_or_path,
-        config,
-        dtype,
-        dropout,
-        trust_remote_code,
+        pretrained,
+        _with_one_label(pretrained.config),
+        options,
         new=() if trained else ("score.weight",),
     )
-    check_head(model, name_or_path)
+    check_head(model, str(pretrained))
     if not trained:
         # A random head would start from arbitrary preferences; 0 says p(y1 ≻ y2) = 1/2.
         nn.init.zeros_(model.score.weight)
-    return ScalarModel(_ready(model, tokenizer, gradient_checkpointing, lora), packing)
+    return ScalarModel(_ready(model, tokenizer, options), options.packing)
 
 
-def load_reward_model(
-    name_or_path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-    packing: bool = False,
-) -> ScalarModel | Classifier:
-    """A trained one-label sequence-classification model of any build, only to be asked.
+def load_reward_model(pretrained: Pretrained, options: LoadOptions) -> ScalarModel | Classifier:
+    """A trained sequence-classification model with one label and any kind of head, to score with.
 
     Args:
-        packing: of models that can be trained; others compute padded rows.
+        options: packing applies to models with a linear head; others compute padded rows.
 
     Raises:
         UserError: it has no trained head, another number of labels, or cannot be packed.
     """
-    config = load_model_config(name_or_path, trust_remote_code)
-    check_scalar_config(config, name_or_path, new_head=False)
-    config.num_labels = 1
-    if has_linear_score(config, trust_remote_code):
-        return load_scalar_model(
-            name_or_path, tokenizer, dtype, trust_remote_code=trust_remote_code, packing=packing
-        )
+    check_scalar(pretrained, new_head=False)
+    if pretrained.has_linear_score:
+        return load_scalar_model(pretrained, pretrained.tokenizer, options)
     model = _load(
-        AutoModelForSequenceClassification, name_or_path, config, dtype, False, trust_remote_code
+        AutoModelForSequenceClassification,
+        pretrained,
+        _with_one_label(pretrained.config),
+        options,
     )
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module.out_features == 1:
             model.set_submodule(name, Float32Head.like(module))
-    return Classifier(_ready(model, tokenizer, gradient_checkpointing=False, lora=None))
+    return Classifier(_ready(model, pretrained.tokenizer, options))
+
+
+def _with_one_label(config: PretrainedConfig) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    return config
 
 
 def _load(
     auto_class: type,
-    name_or_path: str,
+    pretrained: Pretrained,
     config: PretrainedConfig,
-    dtype: torch.dtype,
-    dropout: bool,
-    trust_remote_code: bool,
+    options: LoadOptions,
     new: tuple[str, ...] = (),
 ) -> PreTrainedModel:
-    """The model with all of its weights from disk, but for those that `new` names."""
-    if not dropout:
+    """The model with all of its weights from disk, except those that `new` names."""
+    config = copy.deepcopy(config)
+    if not options.dropout:
         for field in DROPOUT_FIELDS:
             if isinstance(getattr(config, field, None), float):
                 setattr(config, field, 0.0)
-    gguf = "gguf_file" in _source(name_or_path)
+    gguf = "gguf_file" in pretrained.location
     verbosity = transformers_logging.get_verbosity()
-    # A causal model's missing classification head is expected, and said in `load_scalar_model`.
+    # A causal model has no classification head: that is expected, and its head is set to 0.
     transformers_logging.set_verbosity_error()
     try:
-        model, found = auto_class.from_pretrained(
-            **_source(name_or_path),
+        model, found = auto_class.from_pretrained(  # type: ignore[attr-defined]  # an Auto class
+            **pretrained.location,
             **({"quantization_config": GgufConfig(dequantize=True)} if gguf else {}),
             config=config,
-            dtype=dtype,
+            dtype=options.dtype,
             use_safetensors=True,  # nothing pickled is ever loaded
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=pretrained.trust_remote_code,
             output_loading_info=True,
         )
     except (*UNREADABLE, SafetensorError, RuntimeError) as error:
         if remedy(error):  # memory, not the model
             raise
-        raise UserError(f"no model could be loaded from {name_or_path}: {error}") from error
+        raise UserError(f"no model could be loaded from {pretrained}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     if missing := sorted(set(found["missing_keys"]) - set(new)):
         raise UserError(
-            f"{name_or_path} lacks weights, which would be random: {', '.join(missing[:5])}"
+            f"{pretrained} lacks weights, which would be random: {', '.join(missing[:5])}"
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         )
     # A scalar model that starts from a language model has no place for its head.
     unexpected = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})
     if unexpected:
         names = ", ".join(unexpected[:5]) + (" …" if len(unexpected) > 5 else "")
-        say(f"{name_or_path}: {len(unexpected)} weights have no place in the model: {names}")
+        say(f"{pretrained}: {len(unexpected)} weights have no place in the model: {names}")
     if gguf and hasattr(model, "hf_quantizer"):  # plain weights now, which can be saved
         model.hf_quantizer.remove_quantization_config(model)
-    if not dropout:  # also where a config names it in a way of its own
+    if not options.dropout:  # also where a config gives it another name
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _ready(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    gradient_checkpointing: bool,
-    lora: LoraSettings | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: LoadOptions
 ) -> PreTrainedModel:
+    """The model with room for the pad token, a float32 head and, if asked for, an adapter."""
     known = model.get_input_embeddings().num_embeddings
     if known < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        # Not random: actor, reference and all ranks' copies must be the same model.
+        # Not random: actor, reference and the copies on all ranks must be the same model.
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
                 layer.weight.data[known:] = layer.weight.data[:known].mean(0)
     model.config.pad_token_id = tokenizer.pad_token_id
-    # The padding row gets no gradient: left at a model's own pad = EOS, EOS would learn nothing.
+    # The padding row gets no gradient. Left at a model's own pad = EOS, EOS would learn nothing.
     model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
     if isinstance(getattr(model, "score", None), nn.Linear):
         model.score = Float32Head.like(model.score)
-    if lora is not None:
-        add_adapter(model, lora)
-    if gradient_checkpointing:
+    if options.lora is not None:
+        add_adapter(model, options.lora)
+    if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

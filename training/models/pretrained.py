@@ -1,6 +1,8 @@
-"""What a model's files say of it, and what is wrong with it, before its weights are loaded."""
+"""A pretrained model by name or path, before its weights are loaded."""
 
+import copy
 import struct
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -8,113 +10,134 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from training.errors import UserError
 
+PAD_TOKEN = "<pad>"
 RESPONSE_END = "response_end"
-"""In a reward model's config.json: what it learned to see after a whole response."""
-
-
+"""Key in a reward model's config.json: what the model learned to see after a whole response."""
 UNREADABLE = (OSError, ValueError, KeyError, struct.error)
-"""What transformers raises for a model that is missing, of another kind, or cut off."""
+"""What transformers raises for a model that is missing, of another kind, or truncated."""
 
 
-def _source(name_or_path: str) -> dict[str, str]:
-    """Where `from_pretrained` looks: a Hub name, a directory, or one GGUF file."""
-    path = Path(name_or_path)
-    if path.suffix != ".gguf":
-        return {"pretrained_model_name_or_path": name_or_path}
-    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+class Pretrained:
+    """A Hub name, a Hugging Face directory or a GGUF file.
 
-
-def ends_with_eos(config: PretrainedConfig) -> bool:
-    """Whether stage 2 made the reward model, of responses that end with EOS and nothing else."""
-    return getattr(config, RESPONSE_END, None) == "eos"
-
-
-def load_model_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(
-            **_source(name_or_path), trust_remote_code=trust_remote_code
-        )
-    except UNREADABLE as error:
-        raise UserError(f"no model config could be loaded from {name_or_path}: {error}") from error
-
-
-def check_positions(
-    name_or_path: str, needs: dict[str, int], trust_remote_code: bool = False
-) -> None:
-    """Refuse lengths for which the model has no positions, before its weights are loaded.
-
-    Args:
-        needs: the longest sequences in tokens, by the settings that allow them.
+    Its config and its tokenizer are read when they are first needed, and only once.
     """
-    config = load_model_config(name_or_path, trust_remote_code)
-    known = getattr(config, "max_position_embeddings", None)
-    faults = [f"{what} is {need} tokens" for what, need in needs.items() if known and need > known]
-    if faults:
-        raise UserError(faults, f"{name_or_path} knows {known} positions:")
+
+    def __init__(
+        self,
+        name_or_path: str,
+        trust_remote_code: bool = False,
+        scores_only: bool = False,
+        config: PretrainedConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """
+        Args:
+            scores_only: the model never ends a response itself, so a tokenizer that joins two texts
+                with its own tokens (`reads_pairs`) may lack an EOS token.
+            config, tokenizer: given where they have been read already.
+        """
+        self.name_or_path = name_or_path
+        self.trust_remote_code = trust_remote_code
+        self.scores_only = scores_only
+        if config is not None:
+            self.config = config
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
+
+    def __str__(self) -> str:
+        return self.name_or_path
+
+    @property
+    def location(self) -> dict[str, str]:
+        """Where `from_pretrained` looks for it, as keyword arguments."""
+        path = Path(self.name_or_path)
+        if path.suffix != ".gguf":
+            return {"pretrained_model_name_or_path": self.name_or_path}
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's config as it stands on disk.
+
+        Raises:
+            UserError: there is none, or transformers cannot read it.
+        """
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                **self.location, trust_remote_code=self.trust_remote_code
+            )
+        except UNREADABLE as error:
+            raise UserError(f"no model config could be loaded from {self}: {error}") from error
+        return config
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer with a pad token that is never its EOS token.
+
+        A model whose pad token is its EOS masks EOS out of every loss and never learns to stop.
+        Where there is no separate pad token, `<pad>` is added (`load_policy` grows the embeddings).
+
+        Raises:
+            UserError: there is no tokenizer, or it cannot end a response.
+        """
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                **self.location, trust_remote_code=self.trust_remote_code
+            )
+        except UNREADABLE as error:
+            raise UserError(f"no tokenizer could be loaded from {self}: {error}") from error
+        if tokenizer.eos_token_id is None and not (self.scores_only and reads_pairs(tokenizer)):
+            raise UserError(f"the tokenizer of {self} has no EOS token; responses need an end")
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        return tokenizer
+
+    @property
+    def learned_eos(self) -> bool:
+        """Whether stage 2 trained this reward model, on responses that end with EOS."""
+        return getattr(self.config, RESPONSE_END, None) == "eos"
+
+    @cached_property
+    def has_linear_score(self) -> bool:
+        """Whether the classification model has a value after every token, as a critic needs."""
+        return has_linear_score(self.on_meta(AutoModelForSequenceClassification))
+
+    def on_meta(self, build: type, config: PretrainedConfig | None = None) -> PreTrainedModel:
+        """The model of Auto class `build` without any weights.
+
+        Args:
+            config: in place of the model's own.
+
+        Raises:
+            UserError: transformers has no such model of this architecture.
+        """
+        config = copy.deepcopy(self.config) if config is None else config
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = build.from_config(  # type: ignore[attr-defined]  # Auto class
+                    config, trust_remote_code=self.trust_remote_code
+                )
+        except ValueError as error:
+            raise UserError(
+                f"a {config.model_type} model has no {build.__name__}: {error}"
+            ) from error
+        return model
 
 
-def check_scalar_config(config: PretrainedConfig, name_or_path: str, new_head: bool) -> bool:
-    """Whether the model has a trained head; a UserError where it cannot be a scalar model."""
-    trained = any("SequenceClassification" in name for name in config.architectures or [])
-    if trained and config.num_labels != 1:
-        raise UserError(
-            f"{name_or_path} has {config.num_labels} labels; a reward model has one (num_labels=1)"
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{name_or_path} is an encoder-decoder; reward models read one sequence")
-    if not trained and not new_head:
-        raise UserError(
-            f"{name_or_path} is not a sequence-classification model, so its rewards would be "
-            "arbitrary; stage 2 makes one from it"
-        )
-    return trained
+def reads_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it joins two texts as BERT does: [CLS] prompt [SEP] response [SEP]."""
+    return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
-def check_head(model: PreTrainedModel, name_or_path: str) -> None:
-    """Refuse a classification model whose scalar is not a linear function of its last states."""
-    if not _has_linear_score(model):
-        raise UserError(f"{name_or_path}: {type(model).__name__} has no linear head named 'score'")
-
-
-def has_linear_score(config: PretrainedConfig, trust_remote_code: bool = False) -> bool:
-    """Whether the classification model has a value after every token, as a critic needs."""
-    return _has_linear_score(on_meta(AutoModelForSequenceClassification, config, trust_remote_code))
-
-
-def _has_linear_score(model: PreTrainedModel) -> bool:
+def has_linear_score(model: PreTrainedModel) -> bool:
+    """Whether the scalar is a linear function, named `score`, of the last hidden states."""
     return isinstance(getattr(model, "score", None), nn.Linear)
-
-
-def on_meta(
-    build: type, config: PretrainedConfig, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """A model of Auto class `build` without any weights.
-
-    Raises:
-        UserError: transformers has no such model of this architecture.
-    """
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = build.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise UserError(f"a {config.model_type} model has no {build.__name__}: {error}") from error
-    return model
-
-
-def check_policy_config(config: PretrainedConfig, name_or_path: str) -> None:
-    """Refuse what is no causal language model with log-probabilities of `head(hidden)`.
-
-    Raises:
-        UserError: a sequence-classification model, or one that rescales its logits.
-    """
-    if any("SequenceClassification" in name for name in config.architectures or []):
-        raise UserError(f"{name_or_path} is a sequence-classification model, not a language model")
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, field, None) not in (None, 1, 1.0):
-            raise UserError(f"{name_or_path}: models with {field} are not supported")

@@ -22,10 +22,6 @@ SMALLEST_LOSS_SCALE = 1.0
 """fp16: below it, small gradients are lost, and large ones have other causes."""
 
 
-def precision(config: StageConfig) -> torch.dtype:
-    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-
-
 def require_fp16(wanted: bool) -> None:
     """Refuse fp16 where the accelerator does not compute in it, before DeepSpeed does.
 

@@ -88,5 +88,5 @@ class StopRequests:
         return max_over_ranks(self._number)
 
 
-requests = StopRequests()
+stop_requests = StopRequests()
 """Signals belong to the process, so there is one of these."""

@@ -31,6 +31,7 @@ from training.data import encode_responses
 from training.errors import UserError
 from training.models.loading import load_policy
 from training.models.policy import Policy
+from training.models.pretrained import Pretrained
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -141,7 +142,7 @@ def models(tiny_world: Path, world_tokenizer) -> Models:
     """Policy and reference with different weights; rewards are the lengths of the texts."""
 
     def policy(seed: int) -> Policy:
-        loaded = load_policy(str(tiny_world / "base"), world_tokenizer).eval()
+        loaded = load_policy(Pretrained(str(tiny_world / "base")), world_tokenizer).eval()
         torch.manual_seed(seed)
         torch.nn.init.normal_(loaded.model.lm_head.weight, std=0.3)
         return loaded.requires_grad_(False)
@@ -336,7 +337,7 @@ def test_any_triple_can_be_evaluated(
     ).save_pretrained(reward)
     monkeypatch.setattr("training.runtime.ranks.connect", lambda: None)
     monkeypatch.setattr("training.runtime.ranks.disconnect", lambda: None)
-    monkeypatch.setattr("training.runtime.signals.requests.install", lambda: None)
+    monkeypatch.setattr("training.runtime.signals.stop_requests.install", lambda: None)
     output = tmp_path / "new" / "evaluation"
     main(
         [

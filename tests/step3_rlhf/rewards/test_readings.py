@@ -29,14 +29,16 @@ from step3_rlhf.rewards.readings import (
     as_it_stands,
     known_positions,
     reading,
-    reads_as,
+    reads_policy_tokens,
     right_padded,
 )
 from step3_rlhf.rewards.sources import load_reward
+from step3_rlhf.roles import roles_of
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
 from training.config import check_config
 from training.data import Record, encode_responses, prompt_messages, response_frame
 from training.models.loading import load_scalar_model
+from training.models.pretrained import Pretrained
 from training.models.scalar import ScalarModel
 
 PROMPTS = ("Please suggest a drink.", "What is a good pet?", "Hi")
@@ -60,7 +62,7 @@ def rollout(world_tokenizer) -> Rollout:
 
 @pytest.fixture
 def scalar(tiny_world: Path, world_tokenizer) -> ScalarModel:
-    model = load_scalar_model(str(tiny_world / "base"), world_tokenizer, new_head=True)
+    model = load_scalar_model(Pretrained(str(tiny_world / "base")), world_tokenizer, new_head=True)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.model.score.weight)
     return model.eval()
@@ -97,6 +99,10 @@ def config_of(model: ScalarModel, **changes: object) -> PretrainedConfig:
     return config
 
 
+def named(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Pretrained:
+    return Pretrained("rm", config=config, tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_a_models_reward_does_not_depend_on_the_batch(
     rollout: Rollout, scalar: ScalarModel, world_tokenizer, batch_size: int
@@ -112,7 +118,7 @@ def test_another_chat_template_is_the_models_own(
     rollout: Rollout, scalar: ScalarModel, world_tokenizer, templated, capsys, batch_size: int
 ) -> None:
     """A whole dialogue as the template writes it, to the very end: <|end|> and a new line."""
-    read = reading("rm", templated, world_tokenizer, config_of(scalar))
+    read = reading(named(config_of(scalar), templated), world_tokenizer)
     assert "rm reads prompts and responses anew" in capsys.readouterr().out
     found = ModelReward(scalar, read, batch_size)(rollout)
     dialogues = [
@@ -132,7 +138,7 @@ def test_what_stage_2_made_learned_eos_after_a_response(
     rollout: Rollout, scalar: ScalarModel, world_tokenizer, templated
 ) -> None:
     made = config_of(scalar, response_end="eos")
-    found = ModelReward(scalar, reading("rm", templated, world_tokenizer, made), 8)(rollout)
+    found = ModelReward(scalar, reading(named(made, templated), world_tokenizer), 8)(rollout)
     torch.testing.assert_close(found, own_rewards(scalar, templated), rtol=0, atol=1e-5)
 
 
@@ -140,21 +146,23 @@ def test_who_reads_the_policys_tokens_as_they_stand(
     scalar: ScalarModel, world_tokenizer, templated, capsys
 ) -> None:
     foreign, made = config_of(scalar), config_of(scalar, response_end="eos")
-    assert reads_as(world_tokenizer, world_tokenizer, foreign)
-    assert reads_as(templated, templated, made)
-    assert not reads_as(templated, templated, foreign)  # it learned <|end|>, not EOS
+    assert reads_policy_tokens(named(foreign, world_tokenizer), world_tokenizer)
+    assert reads_policy_tokens(named(made, templated), templated)
+    assert not reads_policy_tokens(
+        named(foreign, templated), templated
+    )  # it learned <|end|>, not EOS
     ending = copy.deepcopy(templated)
     ending.chat_template = TEMPLATE.replace("<|end|>\n", "</s>")
-    assert reads_as(ending, ending, foreign)
+    assert reads_policy_tokens(named(foreign, ending), ending)
     # No template is a format too: that of plain dialogues.
-    assert not reads_as(world_tokenizer, templated, made)
-    assert not reads_as(templated, world_tokenizer, made)
+    assert not reads_policy_tokens(named(made, world_tokenizer), templated)
+    assert not reads_policy_tokens(named(made, templated), world_tokenizer)
     longer = copy.deepcopy(world_tokenizer)
     longer.add_tokens(["qqqq"])
-    assert not reads_as(longer, world_tokenizer, made)
-    assert not reads_as(world_tokenizer, longer, made)
-    assert reading("rm", world_tokenizer, world_tokenizer, foreign) is as_it_stands
-    assert isinstance(reading("rm", longer, world_tokenizer, foreign), OwnTokens)
+    assert not reads_policy_tokens(named(made, longer), world_tokenizer)
+    assert not reads_policy_tokens(named(made, world_tokenizer), longer)
+    assert reading(named(foreign, world_tokenizer), world_tokenizer) is as_it_stands
+    assert isinstance(reading(named(foreign, longer), world_tokenizer), OwnTokens)
     assert "in its plain dialogue format" in capsys.readouterr().out
 
 
@@ -284,7 +292,7 @@ def test_bert_reads_a_pair_of_texts(
         "per_device_eval_batch_size": batch_size,
     }
     config = check_config(PPOConfig, settings, "config:")
-    source = load_reward(config.reward, world_tokenizer, config)
+    source = load_reward(config, roles_of(config))
     assert "reads prompt and response as two texts" in capsys.readouterr().out
     model = BertForSequenceClassification.from_pretrained(bert).eval()
     pairs = [pair_ids(*texts) for texts in zip(PROMPTS, RESPONSES, strict=True)]
@@ -319,7 +327,10 @@ def test_a_decoder_with_berts_tokenizer_reads_one_sequence(
 ) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(bert)
     tokenizer.eos_token = "[SEP]"
-    assert isinstance(reading("rm", tokenizer, world_tokenizer, config_of(scalar)), OwnTokens)
+    assert isinstance(
+        reading(named(config_of(scalar), tokenizer), world_tokenizer),
+        OwnTokens,
+    )
 
 
 def test_how_many_positions_a_model_knows(world_tokenizer, bert: str) -> None:
@@ -333,6 +344,9 @@ def test_how_many_positions_a_model_knows(world_tokenizer, bert: str) -> None:
         (LlamaConfig(**tiny, num_attention_heads=2, max_position_embeddings=99), 99),
         (XLNetConfig(vocab_size=8, d_model=12, n_layer=1, n_head=2, d_inner=4), None),
     ):
-        assert known_positions(config, endless) == known
+        assert known_positions(named(config, endless)) == known
     assert world_tokenizer.model_max_length == 512
-    assert known_positions(BertConfig(**tiny, max_position_embeddings=600), world_tokenizer) == 512
+    assert (
+        known_positions(named(BertConfig(**tiny, max_position_embeddings=600), world_tokenizer))
+        == 512
+    )

@@ -10,11 +10,13 @@ import torch
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.rewards import sources as module
 from step3_rlhf.rewards.sources import FunctionReward, WeightedSum, import_function, load_reward
+from step3_rlhf.roles import roles_of
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
 from training.config import check_config
 from training.data import encode_responses
 from training.errors import UserError
 from training.models.loading import load_scalar_model
+from training.models.pretrained import Pretrained
 
 PROMPTS = ("Please suggest a drink.", "What is a good pet?", "Hi")
 RESPONSES = ("tea", "a cat, or perhaps two of them", "hello")
@@ -93,7 +95,7 @@ def test_weighted_sums(rollout: Rollout) -> None:
 def test_the_configured_source(
     rollout: Rollout, tiny_world: Path, world_tokenizer, stage_settings, tmp_path: Path
 ) -> None:
-    scalar = load_scalar_model(str(tiny_world / "base"), world_tokenizer, new_head=True)
+    scalar = load_scalar_model(Pretrained(str(tiny_world / "base")), world_tokenizer, new_head=True)
     torch.manual_seed(0)
     torch.nn.init.normal_(scalar.model.score.weight)
     path = str(tmp_path / "reward")
@@ -108,11 +110,11 @@ def test_the_configured_source(
         ({"models": [{"model_name_or_path": path}, {"model_name_or_path": path}]}, 2 * own),
     ):
         config = check_config(PPOConfig, stage_settings("ppo") | {"reward": settings}, "config:")
-        source = load_reward(config.reward, world_tokenizer, config)
+        source = load_reward(config, roles_of(config))
         torch.testing.assert_close(source(rollout), expected, rtol=0, atol=1e-5)
     config = check_config(
         PPOConfig, stage_settings("ppo") | {"reward": {"function": "operator:add"}}, "config:"
     )
-    named = load_reward(config.reward, world_tokenizer, config)
+    named = load_reward(config, roles_of(config))
     assert isinstance(named, FunctionReward)
     assert named.name == "operator:add"

@@ -63,7 +63,7 @@ def test_transcripts():
         "Human: Hi\n\nAssistant: Hello! How can I help?\n\nHuman: Name a river."
     )
     assert found.eval == []
-    assert found.report.counts == {
+    assert found.tally.counts == {
         str(path): {
             "read": 8,
             "dropped: the prompts of chosen and rejected differ": 1,
@@ -74,7 +74,7 @@ def test_transcripts():
             "used by reward": 4,
         }
     }
-    assert str(found.report).startswith(f"{path}: 8 read; 1 dropped: the prompts of")
+    assert str(found.tally).startswith(f"{path}: 8 read; 1 dropped: the prompts of")
 
 
 def test_a_transcript_with_nothing_on_one_side_is_counted(tmp_path):
@@ -163,7 +163,7 @@ def test_texts_are_skipped_and_counted_where_pairs_are_needed(tmp_path):
     assert [record.responses for record in read(path, "sft").train] == [("1",), ("1",)]
     found = read(path, "reward")
     assert [record.prompt_text for record in found.train] == ["b"]
-    assert found.report.count("skipped: a text for SFT only, nothing to compare") == 1
+    assert found.tally.count("skipped: a text for SFT only, nothing to compare") == 1
 
 
 def test_ppo_needs_prompts_only_and_each_once(tmp_path):
@@ -177,7 +177,7 @@ def test_ppo_needs_prompts_only_and_each_once(tmp_path):
     )
     found = read(path, "ppo")
     assert [record.prompt_text for record in found.train] == ["One", "Two", "Three"]
-    assert found.report.counts[str(path)] == {
+    assert found.tally.counts[str(path)] == {
         "read": 5, "dropped: an empty prompt": 1, "repeat a prompt, used once": 1, "used by ppo": 3,
     }  # fmt: skip
 
@@ -258,7 +258,7 @@ def test_bytes_that_are_no_unicode_are_replaced_and_counted(tmp_path):
     path.write_bytes(b'{"prompt": "caf\xe9", "response": "y"}\n')
     found = read(path, "sft")
     assert found.train[0].prompt_text == "caf\ufffd"
-    assert found.report.count("with invalid Unicode, replaced by U+FFFD") == 1
+    assert found.tally.count("with invalid Unicode, replaced by U+FFFD") == 1
 
 
 def test_an_empty_split_says_where_the_records_went(tmp_path):
@@ -327,18 +327,18 @@ def test_sources_of_one_path_are_counted_apart(tmp_path):
     more = write(tmp_path / "more.jsonl", {"prompt": "Eh", "response": "What?"})
     twice = [str(path), {"path": str(path), "format": "completion"}, str(more)]
     found = read(path, "sft", sources=twice, eval_sources=[str(path), str(other)])
-    assert {heading: counts["read"] for heading, counts in found.report.counts.items()} == {
+    assert {heading: counts["read"] for heading, counts in found.tally.counts.items()} == {
         str(path): 2,
         f"{path} (again, 2)": 2,
         str(more): 1,
         f"{path}, for evaluation": 2,
         f"{other}, for evaluation": 1,
     }
-    assert found.report.counts[f"{path}, for evaluation"] == {
+    assert found.tally.counts[f"{path}, for evaluation"] == {
         "read": 2, "dropped: an empty response": 1, "used for evaluation": 1,
     }  # fmt: skip
     # What is evaluated on is trained on by none of them.
-    assert found.report.count("kept for evaluation only") == 2
+    assert found.tally.count("kept for evaluation only") == 2
     assert [record.origin for record in found.train] == [f"{more}:1"]
 
 

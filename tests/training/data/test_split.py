@@ -84,7 +84,7 @@ def test_eval_sources_are_neither_partitioned_nor_trained_on(file, tmp_path):
     assert len(found.eval) == 200
     expected = [p for p in prompts(plain.train) if int(p[9:-1]) >= 100]
     assert prompts(found.train) == expected
-    assert found.report.count("kept for evaluation only") == len(plain.train) - len(expected)
+    assert found.tally.count("kept for evaluation only") == len(plain.train) - len(expected)
 
 
 @pytest.mark.parametrize(("weight", "times"), [(0.5, 0.5), (1.0, 1), (2.0, 2), (2.25, 2.25)])
@@ -108,8 +108,8 @@ def test_sample_limits_are_random_but_fixed_and_reported(file):
     origins = [record.origin for record in plain.train]
     positions = [origins.index(record.origin) for record in found.train]
     assert positions == sorted(positions)
-    assert found.report.count("left out by max_train_samples") == len(plain.train) - 50
-    assert found.report.count("left out by max_eval_samples") == len(plain.eval) - 7
+    assert found.tally.count("left out by max_train_samples") == len(plain.train) - 50
+    assert found.tally.count("left out by max_eval_samples") == len(plain.eval) - 7
 
 
 def test_the_partition_is_pinned():

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import pytest
 
 from training.config import check_config
-from training.data import DataSettings, Record, Report, StageRecords, tokenize
+from training.data import DataSettings, Record, StageRecords, Tally, tokenize
 from training.data.tokens import cache_key
 from training.errors import UserError
 from training.world.base_model import build_tokenizer
@@ -30,7 +30,7 @@ def settings(tmp_path):
 
 
 def stage_records(*train, evaluation=()):
-    return StageRecords(list(train), list(evaluation), Report())
+    return StageRecords(list(train), list(evaluation), Tally())
 
 
 def keep(record, count):
@@ -54,7 +54,7 @@ def test_columns(tokenizer, settings):
         assert found.train[0] == expected
         assert len(found.eval) == 0
         assert found.eval.column_names == list(expected)
-        assert found.report.lines() == []
+        assert found.tally.lines() == []
 
 
 def test_overlong_prompts_lose_their_beginning(tokenizer, settings):
@@ -63,7 +63,7 @@ def test_overlong_prompts_lose_their_beginning(tokenizer, settings):
     found = tokenize(records, tokenizer, settings(max_prompt_length=16), "sft")
     cut = found.train[1]["prompt_ids"]
     assert cut == [tokenizer.bos_token_id, *whole[-15:]]
-    assert found.report.counts == {
+    assert found.tally.counts == {
         "training": {"prompts truncated from the left to max_prompt_length": 1},
         "evaluation": {"prompts truncated from the left to max_prompt_length": 1},
     }
@@ -73,7 +73,7 @@ def test_overlong_prompts_are_dropped(tokenizer, settings):
     options = settings(max_prompt_length=16, overlong_prompts="drop")
     found = tokenize(stage_records(LONG, PAIR, LONG), tokenizer, options, "reward")
     assert found.train["prompt"][:] == ["Suggest a drink."]
-    assert found.report.count("dropped: a prompt longer than max_prompt_length") == 2
+    assert found.tally.count("dropped: a prompt longer than max_prompt_length") == 2
     with pytest.raises(UserError) as caught:
         tokenize(stage_records(LONG), tokenizer, options, "reward")
     assert caught.value.heading == "No training records are left for 'reward':"
@@ -86,7 +86,7 @@ def test_a_cut_response_has_no_eos(tokenizer, settings):
     first, second = found.train[0]["responses_ids"]
     assert tokenizer.decode(first) == "A cat"
     assert second[-1] == tokenizer.eos_token_id
-    assert found.report.count("responses cut to max_response_length, without EOS") == 1
+    assert found.tally.count("responses cut to max_response_length, without EOS") == 1
 
 
 def test_pairs_that_are_cut_to_the_same_ids_teach_nothing(tokenizer, settings):
@@ -94,7 +94,7 @@ def test_pairs_that_are_cut_to_the_same_ids_teach_nothing(tokenizer, settings):
     options = settings(max_response_length=2)
     found = tokenize(stage_records(record, PAIR), tokenizer, options, "reward")
     assert len(found.train) == 1
-    assert found.report.count("dropped: responses identical up to max_response_length") == 1
+    assert found.tally.count("dropped: responses identical up to max_response_length") == 1
 
 
 class LiteralTokenizer:
@@ -148,7 +148,7 @@ def test_a_response_has_the_room_that_its_prompt_leaves(
     found = tokenize(records, LiteralTokenizer(), options, "sft")
     assert found.train[0]["prompt_ids"] == prompt_ids
     assert found.train[0]["response_ids"] == response_ids
-    assert found.report.counts == {"training": cuts}
+    assert found.tally.counts == {"training": cuts}
 
 
 def test_a_response_that_fits_beside_its_prompt_keeps_its_eos(settings):
@@ -156,7 +156,7 @@ def test_a_response_that_fits_beside_its_prompt_keeps_its_eos(settings):
     records = stage_records(literal("10 11 12 13 14 15", "20", "20 21", "30 31 32"))
     found = tokenize(records, LiteralTokenizer(), options, "reward")
     assert found.train[0]["responses_ids"] == [[20, 2], [20, 21], [30, 31]]
-    assert found.report.counts == {"training": {TO_MAX_LENGTH: 2}}
+    assert found.tally.counts == {"training": {TO_MAX_LENGTH: 2}}
 
 
 def test_pairs_that_are_identical_within_max_length_are_dropped_under_its_name(settings):
@@ -165,7 +165,7 @@ def test_pairs_that_are_identical_within_max_length_are_dropped_under_its_name(s
     records = stage_records(literal("10 11 12 13 14 15", *pair), literal("10 11", *pair))
     found = tokenize(records, LiteralTokenizer(), options, "reward")
     assert found.train["responses_ids"][:] == [[[20, 21, 22, 2], [20, 21, 23, 2]]]
-    assert found.report.counts == {"training": {"dropped: responses identical up to max_length": 1}}
+    assert found.tally.counts == {"training": {"dropped: responses identical up to max_length": 1}}
 
 
 def test_a_prompt_that_the_chat_template_refuses_is_dropped_and_counted(settings):
@@ -180,7 +180,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_dropped_and_counted(settings
     found = tokenize(stage_records(system, PAIR), tokenizer, settings(), "reward")
     assert found.train["prompt"][:] == ["Suggest a drink."]
     assert len(found.train[0]["responses_ids"]) == 2
-    assert found.report.count("dropped: the chat template refuses the prompt") == 1
+    assert found.tally.count("dropped: the chat template refuses the prompt") == 1
 
 
 def test_responses_stay_with_their_prompts_across_batches(tokenizer, settings, monkeypatch):
@@ -210,7 +210,7 @@ def test_the_second_run_reads_the_cache(tokenizer, settings, monkeypatch):
     second = tokenize(records, tokenizer, options, "reward")
     assert second.train[:] == first.train[:]
     assert second.train.features == first.train.features
-    assert second.report.counts == first.report.counts
+    assert second.tally.counts == first.tally.counts
 
 
 def test_a_cache_holds_no_pickles_and_no_drafts(tokenizer, settings, tmp_path):

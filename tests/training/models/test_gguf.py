@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from training.errors import UserError
 from training.models.loading import load_policy, load_scalar_model
-from training.models.tokenizers import load_tokenizer
+from training.models.pretrained import Pretrained
 from training.stage_config import model_path_faults
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -107,11 +107,11 @@ def as_stored(name: str, tensor: torch.Tensor) -> np.ndarray:
 def test_policy_and_reward_model_from_a_gguf_file(
     gguf_file: Path, model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    tokenizer = load_tokenizer(str(gguf_file))
+    tokenizer = Pretrained(str(gguf_file)).tokenizer
     assert tokenizer.pad_token_id == len(TOKENS)  # not the file's own, which is its EOS
     ids = torch.tensor([[1, *tokenizer("ab cab", add_special_tokens=False)["input_ids"], EOS]])
     assert ids.tolist()[0][1] == TOKENS.index("ab")
-    policy = load_policy(str(gguf_file), tokenizer)
+    policy = load_policy(Pretrained(str(gguf_file)), tokenizer)
     scored = torch.ones_like(ids, dtype=torch.bool)
     scored[:, 0] = False
     logp, _ = policy(ids, torch.ones_like(ids), scored)
@@ -130,15 +130,15 @@ def test_policy_and_reward_model_from_a_gguf_file(
     saved = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(own_logps(saved), logp[0, 1:].double(), atol=1e-5, rtol=0)
 
-    reward = load_scalar_model(str(gguf_file), tokenizer, new_head=True)
+    reward = load_scalar_model(Pretrained(str(gguf_file)), tokenizer, new_head=True)
     assert (reward(ids, torch.ones_like(ids)) == 0).all()
     own = reward.model.model.layers[1].self_attn.k_proj.weight
     assert torch.equal(own, model.model.layers[1].self_attn.k_proj.weight)
 
 
 def test_eos_row_gets_its_gradient_where_the_file_calls_it_padding(gguf_file: Path) -> None:
-    tokenizer = load_tokenizer(str(gguf_file))
-    policy = load_policy(str(gguf_file), tokenizer)
+    tokenizer = Pretrained(str(gguf_file)).tokenizer
+    policy = load_policy(Pretrained(str(gguf_file)), tokenizer)
     ids = torch.tensor([[1, 5, EOS, 7]])
     scored = torch.tensor([[False, True, True, True]])
     logp, _ = policy(ids, torch.ones_like(ids), scored)
@@ -154,7 +154,7 @@ def test_faults_name_the_file(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF, but no more")
     with pytest.raises(UserError, match=r"broken\.gguf"):
-        load_tokenizer(str(broken))
+        _ = Pretrained(str(broken)).tokenizer
     other = tmp_path / "weights.bin"
     other.write_bytes(b"")
     (fault,) = model_path_faults("model_name_or_path", str(other))

@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from training.errors import UserError
+from training.models.checks import check_positions, require_same_tokens
 from training.models.loading import load_policy, load_reward_model, load_scalar_model
-from training.models.pretrained import check_positions, has_linear_score, load_model_config
+from training.models.options import LoadOptions
+from training.models.pretrained import Pretrained, reads_pairs
 from training.models.scalar import ScalarModel
-from training.models.tokenizers import load_tokenizer, reads_pairs, require_same_tokens
 
 PAD, EOS = 3, 2
 
@@ -63,12 +64,12 @@ def write_model(
 def test_pad_is_never_eos_and_the_embeddings_hold_it(tmp_path: Path, special: dict) -> None:
     write_tokenizer(tmp_path, bos_token="<s>", eos_token="</s>", **special)
     write_model(tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer = Pretrained(str(tmp_path)).tokenizer
     assert tokenizer.pad_token_id == 5 != tokenizer.eos_token_id == 2
     before = LlamaForCausalLM.from_pretrained(tmp_path)
     for loaded in (
-        load_policy(str(tmp_path), tokenizer),
-        load_scalar_model(str(tmp_path), tokenizer, new_head=True),
+        load_policy(Pretrained(str(tmp_path)), tokenizer),
+        load_scalar_model(Pretrained(str(tmp_path)), tokenizer, new_head=True),
     ):
         model = loaded.model
         assert model.get_input_embeddings().num_embeddings == len(tokenizer) == 6
@@ -82,23 +83,28 @@ def test_pad_is_never_eos_and_the_embeddings_hold_it(tmp_path: Path, special: di
 def test_a_pad_token_of_its_own_is_kept(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, eos_token="</s>", pad_token="<s>")
     write_model(tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer = Pretrained(str(tmp_path)).tokenizer
     assert (tokenizer.pad_token_id, len(tokenizer)) == (1, 5)
-    assert load_policy(str(tmp_path), tokenizer).model.get_input_embeddings().num_embeddings == 5
+    assert (
+        load_policy(Pretrained(str(tmp_path)), tokenizer)
+        .model.get_input_embeddings()
+        .num_embeddings
+        == 5
+    )
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, pad_token="<s>")
     with pytest.raises(UserError, match="has no EOS token"):
-        load_tokenizer(str(tmp_path))
+        _ = Pretrained(str(tmp_path)).tokenizer
 
 
 def test_directories_that_hold_nothing_usable(tmp_path: Path, world_tokenizer) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
-        load_tokenizer(str(tmp_path))
+        _ = Pretrained(str(tmp_path)).tokenizer
     with pytest.raises(UserError, match="no model config could be loaded"):
-        load_policy(str(tmp_path), world_tokenizer)
+        load_policy(Pretrained(str(tmp_path)), world_tokenizer)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, world_tokenizer) -> None:
@@ -107,13 +113,15 @@ def test_pickled_weights_are_refused(tmp_path: Path, world_tokenizer) -> None:
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="no model could be loaded"):
-        load_policy(str(tmp_path), world_tokenizer)
+        load_policy(Pretrained(str(tmp_path)), world_tokenizer)
 
 
 def test_a_new_reward_head_prefers_nothing(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, eos_token="</s>", pad_token="<s>")
     write_model(tmp_path)
-    model = load_scalar_model(str(tmp_path), load_tokenizer(str(tmp_path)), new_head=True)
+    model = load_scalar_model(
+        Pretrained(str(tmp_path)), Pretrained(str(tmp_path)).tokenizer, new_head=True
+    )
     ids = torch.tensor([[3, 4, 2], [4, 4, 2]])
     assert model.rewards(ids, torch.ones_like(ids)).tolist() == [0.0, 0.0]
 
@@ -124,16 +132,18 @@ def test_a_language_model_is_no_reward_model_and_the_reverse(
     write_model(tmp_path / "causal")
     write_model(tmp_path / "scalar", LlamaForSequenceClassification, num_labels=1)
     with pytest.raises(UserError, match="not a sequence-classification model"):
-        load_scalar_model(str(tmp_path / "causal"), world_tokenizer)
+        load_scalar_model(Pretrained(str(tmp_path / "causal")), world_tokenizer)
     with pytest.raises(UserError, match="not a language model"):
-        load_policy(str(tmp_path / "scalar"), world_tokenizer)
+        load_policy(Pretrained(str(tmp_path / "scalar")), world_tokenizer)
 
 
 def test_a_trained_reward_head_is_kept(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, eos_token="</s>", pad_token="<s>")
     write_model(tmp_path, LlamaForSequenceClassification, num_labels=1)
     own = LlamaForSequenceClassification.from_pretrained(tmp_path).score.weight
-    loaded = load_scalar_model(str(tmp_path), load_tokenizer(str(tmp_path))).model.score.weight
+    loaded = load_scalar_model(
+        Pretrained(str(tmp_path)), Pretrained(str(tmp_path)).tokenizer
+    ).model.score.weight
     assert own.abs().max() > 0
     assert torch.equal(own, loaded)
 
@@ -141,13 +151,13 @@ def test_a_trained_reward_head_is_kept(tmp_path: Path) -> None:
 def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path: Path, world_tokenizer) -> None:
     write_model(tmp_path, LlamaForSequenceClassification, num_labels=2)
     with pytest.raises(UserError, match="2 labels; a reward model has one"):
-        load_scalar_model(str(tmp_path), world_tokenizer)
+        load_scalar_model(Pretrained(str(tmp_path)), world_tokenizer)
 
 
 def test_models_that_rescale_their_logits_are_refused(tmp_path: Path, world_tokenizer) -> None:
     write_model(tmp_path, final_logit_softcapping=30.0)
     with pytest.raises(UserError, match="final_logit_softcapping"):
-        load_policy(str(tmp_path), world_tokenizer)
+        load_policy(Pretrained(str(tmp_path)), world_tokenizer)
 
 
 def test_dropout_is_off_unless_asked_for(
@@ -159,7 +169,9 @@ def test_dropout_is_off_unless_asked_for(
     scored = attention_mask.cumsum(-1) > 1
 
     def twice(dropout: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        policy = load_policy(str(tmp_path), world_tokenizer, dropout=dropout).train()
+        policy = load_policy(
+            Pretrained(str(tmp_path)), world_tokenizer, LoadOptions(dropout=dropout)
+        ).train()
         return tuple(policy(input_ids, attention_mask, scored)[0] for _ in range(2))
 
     assert torch.equal(*twice(dropout=False))
@@ -175,7 +187,11 @@ def test_gradient_checkpointing_changes_no_gradient(
     scored = attention_mask.cumsum(-1) > 1
     gradients = []
     for checkpointing in (False, True):
-        policy = load_policy(str(tmp_path), world_tokenizer, gradient_checkpointing=checkpointing)
+        policy = load_policy(
+            Pretrained(str(tmp_path)),
+            world_tokenizer,
+            LoadOptions(gradient_checkpointing=checkpointing),
+        )
         policy.train()(input_ids, attention_mask, scored)[0].sum().backward()
         gradients.append(policy.model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(*gradients)
@@ -183,7 +199,10 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 def test_the_worlds_base_model_loads(tiny_world: Path, world_tokenizer) -> None:
     assert AutoTokenizer.from_pretrained(tiny_world / "base").pad_token_id == PAD
-    assert load_policy(str(tiny_world / "base"), world_tokenizer).model.config.pad_token_id == PAD
+    assert (
+        load_policy(Pretrained(str(tiny_world / "base")), world_tokenizer).model.config.pad_token_id
+        == PAD
+    )
 
 
 def test_a_bfloat16_reward_model_gives_float32_rewards(tmp_path: Path, world_tokenizer) -> None:
@@ -200,7 +219,9 @@ def test_a_bfloat16_reward_model_gives_float32_rewards(tmp_path: Path, world_tok
     )
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     world_tokenizer.save_pretrained(tmp_path)
-    model = load_scalar_model(str(tmp_path), world_tokenizer, torch.bfloat16)
+    model = load_scalar_model(
+        Pretrained(str(tmp_path)), world_tokenizer, LoadOptions(dtype=torch.bfloat16)
+    )
     with torch.no_grad():
         model.model.score.weight.fill_(1.0)
         values = model(torch.arange(5, 25)[None], torch.ones(1, 20, dtype=torch.long))
@@ -213,9 +234,9 @@ def test_lengths_beyond_the_models_positions_are_refused(
 ) -> None:
     tiny_opt.config.save_pretrained(tmp_path)
     known = tiny_opt.config.max_position_embeddings
-    check_positions(str(tmp_path), {"a": known})
+    check_positions(Pretrained(str(tmp_path)), {"a": known})
     with pytest.raises(UserError, match=rf"knows {known} positions:\n  - b is {known + 1} tokens$"):
-        check_positions(str(tmp_path), {"a": known, "b": known + 1})
+        check_positions(Pretrained(str(tmp_path)), {"a": known, "b": known + 1})
 
 
 def damaged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
@@ -234,7 +255,7 @@ def test_weights_that_are_missing_are_not_made_up(
     for load in (load_policy, load_scalar_model):
         head = {"new_head": True} if load is load_scalar_model else {}
         with pytest.raises(UserError, match=r"lacks weights.*: model\.layers\.1\.mlp\.up_proj"):
-            load(str(tmp_path), world_tokenizer, **head)
+            load(Pretrained(str(tmp_path)), world_tokenizer, **head)
 
 
 @pytest.mark.parametrize("how", ["cut off", "empty", "another shape"])
@@ -249,7 +270,7 @@ def test_files_that_are_no_weights(
     else:
         file.write_bytes(file.read_bytes()[:5000] if how == "cut off" else b"")
     with pytest.raises(UserError, match="no model could be loaded from"):
-        load_policy(str(tmp_path), world_tokenizer)
+        load_policy(Pretrained(str(tmp_path)), world_tokenizer)
 
 
 def words(directory: Path, *names: str, eos: str = "</s>", added: tuple[str, ...] = ()) -> str:
@@ -268,24 +289,25 @@ def test_other_words_and_ends_are_refused_but_not_other_names_of_added_tokens(
     tmp_path: Path,
 ) -> None:
     usual = ("<unk>", "<pad>", "</s>", "yes", "no")
-    policy = load_tokenizer(words(tmp_path / "policy", *usual, added=("<a>", "<b>")))
+    policy = Pretrained(words(tmp_path / "policy", *usual, added=("<a>", "<b>"))).tokenizer
 
     def renamed(name: str, *names: str, **options: Any) -> set[str]:
         path = words(tmp_path / name, *names, **options)
-        return require_same_tokens(path, policy, "reference", "policy")
+        named = Pretrained("policy", tokenizer=policy)
+        return require_same_tokens(Pretrained(path), named, "reference")
 
     assert renamed("same", *usual, added=("<a>", "<b>")) == set()
     assert renamed("reserved", *usual, added=("<reserved_0>", "<b>")) == {"<a>"}
     assert renamed("fewer", *usual, added=("<a>",)) == {"<b>"}
     assert renamed("more", *usual, added=("<a>", "<b>", "<c>")) == set()
     for name, added in (("moved", ("<b>", "<a>")), ("among others", ("<new>", "<a>"))):
-        with pytest.raises(UserError, match=r"another vocabulary than policy; '<[ab]>' is one"):
+        with pytest.raises(UserError, match=r"another vocabulary than .*; '<[ab]>' is one"):
             renamed(name, *usual, added=added)
     with pytest.raises(UserError, match=r"reference: .* has another vocabulary.*'maybe'"):
         renamed("another word", *usual[:-1], "maybe", added=("<a>", "<b>"))
     with pytest.raises(UserError, match=r"reference: .* has another vocabulary.*'no'"):
         renamed("swapped", *usual[:3], "no", "yes", added=("<a>", "<b>"))
-    with pytest.raises(UserError, match="another vocabulary than policy: its BOS or EOS"):
+    with pytest.raises(UserError, match="another vocabulary than .*: its BOS or EOS"):
         renamed("another end", *usual, eos="no", added=("<a>", "<b>"))
 
 
@@ -300,23 +322,31 @@ def tiny_bert(directory: Path) -> str:
 
 
 def test_a_reward_model_may_have_a_head_of_any_kind_a_critic_may_not(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(_short(tmp_path), of_pairs=True)
+    tokenizer = Pretrained(_short(tmp_path), scores_only=True).tokenizer
     path = tiny_bert(tmp_path / "bert")
     ids = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     own = BertForSequenceClassification.from_pretrained(path)(ids, mask).logits[:, 0]
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
-        model = load_reward_model(path, tokenizer, dtype).to(dtype)
+        model = load_reward_model(
+            Pretrained(path, scores_only=True, tokenizer=tokenizer), LoadOptions(dtype=dtype)
+        ).to(dtype)
         found = model(ids, mask)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, own, rtol=0, atol=tolerance)
     assert not torch.equal(found, found.bfloat16().float())  # finer than bfloat16 can say
     with pytest.raises(UserError, match="has no linear head named 'score'"):
-        load_scalar_model(path, tokenizer)
-    assert not has_linear_score(load_model_config(path))
+        load_scalar_model(Pretrained(path), tokenizer)
+    assert not Pretrained(path).has_linear_score
     write_model(tmp_path / "llama", LlamaForSequenceClassification, num_labels=1)
-    assert has_linear_score(load_model_config(str(tmp_path / "llama")))
-    assert isinstance(load_reward_model(str(tmp_path / "llama"), tokenizer), ScalarModel)
+    assert Pretrained(str(tmp_path / "llama")).has_linear_score
+    assert isinstance(
+        load_reward_model(
+            Pretrained(str(tmp_path / "llama"), scores_only=True, tokenizer=tokenizer),
+            LoadOptions(),
+        ),
+        ScalarModel,
+    )
 
 
 def _short(directory: Path) -> str:
@@ -331,11 +361,11 @@ def test_added_words_are_words(tmp_path: Path) -> None:
     usual = ("<unk>", "<pad>", "</s>", "yes", "no")
     policy, other = (words(tmp_path / name, *usual) for name in ("policy", "other"))
     for path, word in ((policy, "zebra"), (other, "horse")):
-        tokenizer = load_tokenizer(path)
+        tokenizer = Pretrained(path).tokenizer
         tokenizer.add_tokens([word])
         tokenizer.save_pretrained(path)
-    with pytest.raises(UserError, match="another vocabulary than policy; 'horse' is one"):
-        require_same_tokens(other, load_tokenizer(policy), "reference", "policy")
+    with pytest.raises(UserError, match="another vocabulary than .*policy; 'horse' is one"):
+        require_same_tokens(Pretrained(other), Pretrained(policy), "reference")
 
 
 def test_what_cannot_be_a_reward_model_is_said(tmp_path: Path, world_tokenizer) -> None:
@@ -343,25 +373,30 @@ def test_what_cannot_be_a_reward_model_is_said(tmp_path: Path, world_tokenizer) 
         T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, num_labels=1)
     ).save_pretrained(tmp_path / "t5")
     with pytest.raises(UserError, match="t5 is an encoder-decoder"):
-        load_reward_model(str(tmp_path / "t5"), world_tokenizer)
+        load_reward_model(
+            Pretrained(str(tmp_path / "t5"), scores_only=True, tokenizer=world_tokenizer),
+            LoadOptions(),
+        )
     with pytest.raises(UserError, match="a mamba model has no AutoModelForSequenceClassification"):
-        has_linear_score(MambaConfig(num_hidden_layers=1, hidden_size=8))
+        _ = Pretrained("m", config=MambaConfig(num_hidden_layers=1, hidden_size=8)).has_linear_score
 
 
 def test_a_tokenizer_that_joins_pairs_needs_no_end(tmp_path: Path) -> None:
-    assert reads_pairs(load_tokenizer(_short(tmp_path), of_pairs=True))
+    assert reads_pairs(Pretrained(_short(tmp_path), scores_only=True).tokenizer)
     with pytest.raises(UserError, match="has no EOS token"):
-        load_tokenizer(_short(tmp_path))
+        _ = Pretrained(_short(tmp_path)).tokenizer
 
 
 def test_weights_without_a_place_are_said(
     tiny_llama: PreTrainedModel, world_tokenizer, tmp_path: Path, capsys
 ) -> None:
     file = damaged(tiny_llama, world_tokenizer, tmp_path)
-    load_policy(str(tmp_path), world_tokenizer)
-    load_scalar_model(str(tmp_path), world_tokenizer, new_head=True)  # lm_head is expected
+    load_policy(Pretrained(str(tmp_path)), world_tokenizer)
+    load_scalar_model(
+        Pretrained(str(tmp_path)), world_tokenizer, new_head=True
+    )  # lm_head is expected
     assert capsys.readouterr().out == ""
     weights = load_file(file) | {"v_head.summary.weight": torch.ones(1, 32)}
     save_file(weights, file, metadata={"format": "pt"})
-    load_policy(str(tmp_path), world_tokenizer)
+    load_policy(Pretrained(str(tmp_path)), world_tokenizer)
     assert "1 weights have no place in the model: v_head.summary.weight" in capsys.readouterr().out

@@ -25,9 +25,10 @@ from training.errors import UserError
 from training.models.export import export
 from training.models.loading import load_policy, load_scalar_model
 from training.models.lora import WithoutAdapter, adapter_off, add_adapter, merged_state
+from training.models.options import LoadOptions
 from training.models.partitioned import whole_parameters
 from training.models.policy import Policy
-from training.models.tokenizers import load_tokenizer
+from training.models.pretrained import Pretrained
 from training.runtime import engine
 from training.stage_config import LoraSettings
 
@@ -107,8 +108,10 @@ def test_by_hand() -> None:
 
 def test_a_reward_models_head_is_trained_in_full(tiny_world: Path, tmp_path: Path) -> None:
     base = str(tiny_world / "base")
-    tokenizer = load_tokenizer(base)
-    scalar = load_scalar_model(base, tokenizer, new_head=True, lora=SETTINGS)
+    tokenizer = Pretrained(base).tokenizer
+    scalar = load_scalar_model(
+        Pretrained(base), tokenizer, LoadOptions(lora=SETTINGS), new_head=True
+    )
     trained = {name for name, p in scalar.named_parameters() if p.requires_grad}
     assert "model.score.weight" in trained
     assert all("lora_" in name for name in trained - {"model.score.weight"})
@@ -118,7 +121,7 @@ def test_a_reward_models_head_is_trained_in_full(tiny_world: Path, tmp_path: Pat
     export(scalar.model, tokenizer, tmp_path / "model")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(loaded(input_ids=IDS).logits[:, 0], own, rtol=0, atol=1e-5)
-    again = load_scalar_model(str(tmp_path / "model"), tokenizer)
+    again = load_scalar_model(Pretrained(str(tmp_path / "model")), tokenizer)
     torch.testing.assert_close(again.rewards(IDS, MASK), own, rtol=0, atol=1e-5)
 
 
@@ -126,14 +129,18 @@ def test_layers_that_are_not_there_are_refused(tiny_world: Path) -> None:
     base = str(tiny_world / "base")
     settings = LoraSettings(target_modules=["attention_of_another_model"])
     with pytest.raises(UserError, match=r"lora\.target_modules: .*attention_of_another_model"):
-        load_policy(base, load_tokenizer(base), lora=settings)
+        load_policy(Pretrained(base), Pretrained(base).tokenizer, LoadOptions(lora=settings))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_adapter_gets_a_gradient(tiny_world: Path, checkpointing: bool) -> None:
     base = str(tiny_world / "base")
-    tokenizer = load_tokenizer(base)
-    policy = load_policy(base, tokenizer, gradient_checkpointing=checkpointing, lora=SETTINGS)
+    tokenizer = Pretrained(base).tokenizer
+    policy = load_policy(
+        Pretrained(base),
+        tokenizer,
+        LoadOptions(gradient_checkpointing=checkpointing, lora=SETTINGS),
+    )
     randomize(policy.model)
     policy.train()
     policy(IDS, MASK, SCORED)[0].sum().backward()

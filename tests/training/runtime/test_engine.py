@@ -14,6 +14,8 @@ from torch import nn
 from step1_sft.config import SFTConfig
 from training.config import check_config
 from training.errors import NotFiniteError, UserError
+from training.models.options import precision
+from training.models.partitioned import whole_parameters
 from training.models.policy import Policy
 from training.runtime import engine
 from training.runtime.engine import TrainedModule, deepspeed_config, optimizer_step
@@ -169,7 +171,7 @@ def test_a_gradient_that_is_not_finite_ends_before_any_step(configured, stage, b
         bf16=bf16,
         deepspeed={"zero_optimization": {"stage": stage}},
     )
-    dtype = engine.precision(config)
+    dtype = precision(config)
     sound, broken = (TrainedModule(m().to(dtype), config, config, 10) for m in (Point, Root))
     batches = [torch.tensor([1.0], dtype=dtype), torch.tensor([2.0], dtype=dtype)]
     with pytest.raises(NotFiniteError, match=r"gradients are not \(2 parameter tensors\)"):
@@ -242,10 +244,10 @@ def test_an_offloaded_optimizer_takes_the_same_steps(configured, stage: int, bf1
             bf16=bf16, weight_decay=0.1, adam_epsilon=1e-8, deepspeed={"zero_optimization": zero}
         )
         torch.manual_seed(0)
-        trained = TrainedModule(nn.Linear(8, 4).to(engine.precision(config)), config, config, 10)
+        trained = TrainedModule(nn.Linear(8, 4).to(precision(config)), config, config, 10)
         adam_class = type(trained.engine.optimizer.optimizer).__name__
         assert adam_class == ("DeepSpeedCPUAdam" if offload else "AdamW")
-        batch = torch.linspace(-1, 1, 16).view(2, 8).to(engine.precision(config))
+        batch = torch.linspace(-1, 1, 16).view(2, 8).to(precision(config))
         for _ in range(3):
             optimizer_step(
                 [trained], [batch], lambda b, t=trained: [t(b).float().pow(2).sum()], len
@@ -327,7 +329,7 @@ def test_deepspeed_gets_what_the_stages_fields_say(configured) -> None:
     assert section["bf16"] == {"enabled": True}
     assert section["fp16"] == {"enabled": False}
     assert section["zero_optimization"] == {"stage": 2}
-    assert engine.precision(config) == torch.bfloat16
+    assert precision(config) == torch.bfloat16
 
 
 def test_weight_decay_leaves_biases_and_norms_alone(configured) -> None:
@@ -352,7 +354,7 @@ def test_a_frozen_model_computes_the_same_and_is_not_trained(tiny_llama, stage: 
         for _ in range(2):
             found, _ = frozen(ids, torch.ones_like(ids), scored)
             torch.testing.assert_close(found, own.detach())
-            with engine.whole_parameters(frozen) as module:
+            with whole_parameters(frozen) as module:
                 output = module.model.generate(ids, max_new_tokens=4, do_sample=False)
             assert output.tolist() == continued
 
@@ -365,7 +367,7 @@ def test_whole_parameters_generate_and_training_goes_on(configured, tiny_llama, 
     trained = TrainedModule(Policy(tiny_llama), config, config, 10)
     trained.engine.train()
     for _ in range(2):
-        with engine.whole_parameters(trained.engine) as module, torch.no_grad():
+        with whole_parameters(trained.engine) as module, torch.no_grad():
             assert not module.training
             found = module.model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
             assert found == expected

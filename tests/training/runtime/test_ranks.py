@@ -24,7 +24,7 @@ def test_sums_and_lists_of_one_rank() -> None:
 
 SUM = r"""
 import os, torch
-from training import ranks
+from training.runtime import ranks
 ranks.connect()
 total = ranks.sum_over_ranks(torch.tensor(ranks.rank() + 1.0)).item()
 os.write(1, f"sum {total}\n".encode())  # print writes in pieces, the processes' between one another

@@ -275,7 +275,7 @@ def test_the_files_go_through_the_ordinary_loaders(world):
         # Each stage meets each topic.
         topics = {TOPIC_OF[record.prompt_text].name for record in found.train}
         assert len(topics) == len(TOPICS)
-        assert found.report.count("kept for evaluation only") == 0
+        assert found.tally.count("kept for evaluation only") == 0
 
 
 def test_command_line(tmp_path, capsys):

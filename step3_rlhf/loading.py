@@ -1,0 +1,23 @@
+"""The policies of stage 3 that are not trained."""
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from step3_rlhf.config import AlignmentConfig
+from training.models.loading import load_policy
+from training.models.options import LoadOptions
+from training.models.pretrained import Pretrained
+from training.runtime import engine
+
+
+def load_frozen_policy(
+    pretrained: Pretrained, tokenizer: PreTrainedTokenizerBase, config: AlignmentConfig
+) -> nn.Module:
+    """A policy that only draws and scores, whole or divided as `frozen_deepspeed` says.
+
+    Args:
+        tokenizer: that of the policy which is trained or measured.
+    """
+    options = LoadOptions.frozen(config)
+    policy = load_policy(pretrained, tokenizer, options)
+    return engine.frozen(policy, config.frozen_deepspeed, options.dtype)

@@ -1,0 +1,100 @@
+"""What is wrong with a model for its role, found before its weights are loaded."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training.errors import UserError
+from training.models.pretrained import Pretrained, has_linear_score
+
+RESCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config fields of models whose logits are not `head(hidden)`."""
+
+
+def check_positions(model: Pretrained, needs: dict[str, int]) -> None:
+    """Refuse sequences longer than the model has positions for.
+
+    Args:
+        needs: the longest sequences in tokens, by the settings that allow them.
+
+    Raises:
+        UserError: with every setting that allows too long a sequence.
+    """
+    known = getattr(model.config, "max_position_embeddings", None)
+    faults = [f"{what} is {need} tokens" for what, need in needs.items() if known and need > known]
+    if faults:
+        raise UserError(faults, f"{model} knows {known} positions:")
+
+
+def check_policy(model: Pretrained) -> None:
+    """Refuse anything but a causal language model whose logits are `head(hidden)`.
+
+    Raises:
+        UserError: a sequence-classification model, or one that rescales its logits.
+    """
+    if any("SequenceClassification" in name for name in model.config.architectures or []):
+        raise UserError(f"{model} is a sequence-classification model, not a language model")
+    for field in RESCALED_LOGITS:
+        if getattr(model.config, field, None) not in (None, 1, 1.0):
+            raise UserError(f"{model}: models with {field} are not supported")
+
+
+def check_scalar(model: Pretrained, new_head: bool) -> bool:
+    """Whether the model has a trained classification head.
+
+    Args:
+        new_head: a language model is accepted as well, since it will be given a head.
+
+    Raises:
+        UserError: the model cannot give one scalar for a sequence.
+    """
+    config = model.config
+    trained = any("SequenceClassification" in name for name in config.architectures or [])
+    if trained and config.num_labels != 1:
+        raise UserError(
+            f"{model} has {config.num_labels} labels; a reward model has one (num_labels=1)"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{model} is an encoder-decoder; reward models read one sequence")
+    if not trained and not new_head:
+        raise UserError(
+            f"{model} is not a sequence-classification model, so its rewards would be "
+            "arbitrary; stage 2 makes one from it"
+        )
+    return trained
+
+
+def check_head(model: PreTrainedModel, name_or_path: str) -> None:
+    """Refuse a classification model whose scalar is not a linear function of its last states."""
+    if not has_linear_score(model):
+        raise UserError(f"{name_or_path}: {type(model).__name__} has no linear head named 'score'")
+
+
+def require_same_tokens(model: Pretrained, policy: Pretrained, setting: str) -> set[str]:
+    """Refuse a model that would read the policy's token ids as other words.
+
+    Special tokens (reserved ones, padding) may have other names, since both models are given the
+    same ids. BOS, EOS and the tokens that both know must have the same ids.
+
+    Args:
+        setting: the setting that names the model.
+
+    Returns:
+        The policy's tokens that the model has under another name or not at all.
+
+    Raises:
+        UserError: the words differ.
+    """
+    tokenizers = (policy.tokenizer, model.tokenizer)
+    own, known = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    differing = {token for token, _ in own.items() ^ known.items()}
+    words = differing - (_special(tokenizers[0]) | _special(tokenizers[1]))
+    # The same word under another id; padding is never looked at.
+    words |= (differing & own.keys() & known.keys()) - {t.pad_token for t in tokenizers}
+    ends = [(tokenizer.bos_token_id, tokenizer.eos_token_id) for tokenizer in tokenizers]
+    if words or ends[0] != ends[1]:
+        example = f"; {sorted(words)[0]!r} is one difference" if words else ": its BOS or EOS"
+        raise UserError(f"{setting}: {model} has another vocabulary than {policy}{example}")
+    return differing & own.keys()
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
