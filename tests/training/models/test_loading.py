@@ -307,7 +307,7 @@ def test_other_words_and_ends_are_refused_but_not_other_names_of_added_tokens(
         renamed("another word", *usual[:-1], "maybe", added=("<a>", "<b>"))
     with pytest.raises(UserError, match=r"reference: .* has another vocabulary.*'no'"):
         renamed("swapped", *usual[:3], "no", "yes", added=("<a>", "<b>"))
-    with pytest.raises(UserError, match="another vocabulary than .*: its BOS or EOS"):
+    with pytest.raises(UserError, match=r"another vocabulary than .*: its BOS or EOS"):
         renamed("another end", *usual, eos="no", added=("<a>", "<b>"))
 
 
@@ -364,7 +364,7 @@ def test_added_words_are_words(tmp_path: Path) -> None:
         tokenizer = Pretrained(path).tokenizer
         tokenizer.add_tokens([word])
         tokenizer.save_pretrained(path)
-    with pytest.raises(UserError, match="another vocabulary than .*policy; 'horse' is one"):
+    with pytest.raises(UserError, match=r"another vocabulary than .*policy; 'horse' is one"):
         require_same_tokens(Pretrained(other), Pretrained(policy), "reference")
 
 
