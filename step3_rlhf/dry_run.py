@@ -100,7 +100,7 @@ def _partitioned(section: dict[str, object]) -> bool:
 
 
 def _count_iterations(config: PPOConfig, run: DryRun, policy: Pretrained) -> None:
-    prompts = run.examples("ppo", policy.tokenizer)
+    prompts = run.examples(config.data, "ppo", policy.tokenizer)
     drawn = config.local_rollout_size() * run.processes
     count = None
     if prompts is not None or config.total_episodes is not None:

@@ -46,7 +46,9 @@ class Prompts:
 
     def _at(self, positions: list[int], purpose: int) -> PromptBatch:
         rows = [self._row(position) for position in positions]
-        seeds = [(self.config.seed, purpose, position) for position in positions]
+        seeds: list[tuple[int, ...]] = [
+            (self.config.seed, purpose, position) for position in positions
+        ]
         return [list(self.ids[r]) for r in rows], [self.texts[r] for r in rows], seeds
 
     def _row(self, position: int) -> int:

@@ -9,11 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from training.config import Config, apply_overrides, check_config, load_config, read_mapping
 from training.errors import RunError, UserError
-from training.stage_config import StageConfig
+from training.stage_config import RunConfig, StageConfig
 
 if TYPE_CHECKING:
     from training.dry_run import DryRun
@@ -62,15 +62,7 @@ def run_stage(
             start(lambda: stage(config), config)
 
 
-class Startable(Protocol):
-    """What a config says of how its process begins."""
-
-    seed: int
-    trust_remote_code: bool
-    fp16: bool
-
-
-def start(stage: Callable[[], None], config: Startable) -> None:
+def start(stage: Callable[[], None], config: RunConfig) -> None:
     """Run `stage` inside the process group, all random states seeded."""
     announce_foreign_code(config.trust_remote_code)
     import transformers

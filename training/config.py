@@ -143,18 +143,17 @@ def _put_example(
         The index in `location` of that field.
     """
     owner: Any = config_class
-    found = (0, data, [])
     target: Any = data
-    for index, part in enumerate(location):
+    index, key, parent, examples = 0, str(location[0]), data, list[Any]()
+    for place, part in enumerate(location):
         fields = getattr(owner, "model_fields", {})
         if part not in fields or not isinstance(target, dict):
             break
-        found = (index, target, fields[part].examples or [])
+        index, key, parent, examples = place, str(part), target, fields[part].examples or []
         owner, target = fields[part].annotation, target.get(part)
-    index, parent, examples = found
-    parent.pop(location[index], None)
+    parent.pop(key, None)
     if examples:
-        parent[location[index]] = copy.deepcopy(examples[0])
+        parent[key] = copy.deepcopy(examples[0])
     return index
 
 

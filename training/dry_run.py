@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from training.data import Stage, read_records, tokenize
+from training.data import DataSettings, Stage, read_records, tokenize
 from training.errors import UnreachableError
 from training.fitting import global_batch_size, require_evaluation, total_steps
 from training.memory import (
@@ -126,7 +126,9 @@ class DryRun:
         self.models[name] = shape, ModelStates(weights, 0, 0, host=host)
         self.frozen.add(name)
 
-    def examples(self, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    def examples(
+        self, data: DataSettings, stage: Stage, tokenizer: PreTrainedTokenizerBase
+    ) -> int | None:
         """How many there are to train on, or None where the Hub that has some cannot be reached.
 
         All records are read and turned into tokens, as the run would, which then need not do it.
@@ -135,15 +137,17 @@ class DryRun:
             UserError: the data is at fault, as far as it is here.
         """
         try:
-            records = read_records(self.config.data, stage)
+            records = read_records(data, stage)
         except UnreachableError as error:
             self.facts["data"] = f"not checked: {error.faults[0]}"
             return None
         require_evaluation(records)
-        data = tokenize(records, tokenizer, self.config.data, stage)
-        self.facts["data"] = f"{len(data.train)} examples to train on, {len(data.eval)} held out"
-        self.notes += [*records.tally.lines(), *data.tally.lines()]
-        return len(data.train)
+        tokenized = tokenize(records, tokenizer, data, stage)
+        self.facts["data"] = (
+            f"{len(tokenized.train)} examples to train on, {len(tokenized.eval)} held out"
+        )
+        self.notes += [*records.tally.lines(), *tokenized.tally.lines()]
+        return len(tokenized.train)
 
     @property
     def needed(self) -> int:
@@ -214,7 +218,7 @@ def supervised_steps(
     """The steps of a supervised stage, whose examples have so many sequences each."""
     batch = global_batch_size(config, run.processes)
     length = config.data.longest
-    examples = run.examples(stage, tokenizer)
+    examples = run.examples(config.data, stage, tokenizer)
     steps = config.max_steps
     if examples is not None:
         steps = total_steps(config, examples, run.processes)

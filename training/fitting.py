@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -157,7 +158,7 @@ def fit(
         )
         micro_batches = [task.collate(part, training=True) for part in rows]
         done = step + 1
-        with dumped(config.output_dir, done, lambda rows=rows: texts_of(task.train, rows)):
+        with dumped(config.output_dir, done, partial(texts_of, task.train, rows)):
             (loss,) = optimizer_step(
                 [trained], micro_batches, lambda batch: [task.loss_sum(batch)], task.items
             )

@@ -92,7 +92,7 @@ def _activation_vectors(config: PretrainedConfig) -> int:
     ReLU its output; one kernel its input, which the output joins for the next matrix; and what is
     written out in single operations, as GPT-2's, one for each of them.
     """
-    name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "")
+    name = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
     return {"relu": 1, "silu": 2, "gelu": 2, "gelu_pytorch_tanh": 2}.get(name, 5)
 
 

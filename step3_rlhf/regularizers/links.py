@@ -62,7 +62,7 @@ def _softplus_coefficients(terms: int = 12) -> list[float]:
     """Taylor coefficients in π of (1/π)∫_0^π p/(1 − e^{−p}) dp: Bernoulli numbers B⁺_n/(n + 1)!."""
     bernoulli = [Fraction(1)]
     for n in range(1, terms):
-        total = sum(math.comb(n + 1, k) * bernoulli[k] for k in range(n))
+        total = sum((math.comb(n + 1, k) * bernoulli[k] for k in range(n)), Fraction(0))
         bernoulli.append(-total / (n + 1))
     bernoulli[1] = Fraction(1, 2)
     return [float(b / math.factorial(n) / (n + 1)) for n, b in enumerate(bernoulli)]

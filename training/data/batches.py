@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ def collate_groups(dataset: "Dataset", indices: Sequence[int], pad_token_id: int
     return GroupedBatch(sequences, group_index, sizes, group_mask)
 
 
-def _rows(dataset: "Dataset", indices: Sequence[int]) -> list[dict]:
+def _rows(dataset: "Dataset", indices: Sequence[int]) -> list[dict[str, Any]]:
     """The rows; a filler borrows a real one's tokens, the first of its batch where there is one."""
     stand_in = next((index for index in indices if index != FILLER), 0)
     # The columns that are needed are read at once: one row at a time is slow in Arrow.

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed import DeepSpeedEngine
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 class WithoutAdapter:
     """A trained model as a frozen one of before: the reference policy without a second copy."""
 
-    def __init__(self, engine: nn.Module) -> None:
+    def __init__(self, engine: DeepSpeedEngine) -> None:
         """`engine`: the DeepSpeed engine around the module that has the adapter."""
         self.engine = engine
 

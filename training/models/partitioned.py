@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import deepspeed
 from torch import nn
@@ -15,31 +16,37 @@ def whole_parameters(module: nn.Module | WithoutAdapter) -> Iterator[nn.Module]:
 
     Args:
         module: a plain module, the DeepSpeed engine around one, or one without its adapter.
-            ZeRO-3's hooks would give each parameter back after its layer has run; they are taken
-            off meanwhile.
     """
     if isinstance(module, WithoutAdapter):
         with adapter_off(module.engine.module), whole_parameters(module.engine) as bare:
             yield bare
         return
-    bare = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
-    was_training = bare.training
-    bare.eval()
-    if not is_partitioned(bare):
-        yield bare
+    own: nn.Module = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
+    was_training = own.training
+    own.eval()
+    if not is_partitioned(own):
+        yield own
     else:
-        offload = getattr(module.optimizer, "parameter_offload", module.optimizer)
-        with deepspeed.zero.GatheredParameters(list(bare.parameters())):
-            for parameter in bare.parameters():
-                parameter.ds_active_sub_modules.clear()
-            for hook in [*offload.forward_hooks, *offload.backward_hooks]:
-                hook.remove()
-            offload.forward_hooks, offload.backward_hooks = [], []
-            try:
-                yield bare
-            finally:
-                offload._register_deepspeed_module(offload.module)
-    bare.train(was_training)
+        with _gathered(module, own):
+            yield own
+    own.train(was_training)
+
+
+@contextlib.contextmanager
+def _gathered(engine: Any, module: nn.Module) -> Iterator[None]:
+    """All parameters whole, without ZeRO-3's hooks, which would release each after its layer."""
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    parameters: list[Any] = list(module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.clear()
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
 
 
 def is_partitioned(module: nn.Module) -> bool:

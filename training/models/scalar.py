@@ -59,8 +59,10 @@ class Float32Head(nn.Linear):
         return own
 
     def forward(self, hidden: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+        bias = self._parameters["bias"]
+        return nn.functional.linear(
+            hidden.float(), self.weight.float(), None if bias is None else bias.float()
+        )
 
 
 def last_token(values: Tensor, attention_mask: Tensor) -> Tensor:

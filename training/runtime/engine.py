@@ -151,8 +151,8 @@ def optimizer_step(
         NotFiniteError: before the optimizer step, on every rank, if a loss or a gradient is not
             finite. In fp16 gradients may overflow: DeepSpeed then skips the step and scales down.
     """
-    count = sum_over_ranks(torch.tensor(sum(items(batch) for batch in micro_batches)))
-    count = max(count.item(), 1.0)
+    own = torch.tensor(sum(items(batch) for batch in micro_batches))
+    count = max(float(sum_over_ranks(own)), 1.0)
     scale = world_size() / count  # DeepSpeed averages gradients over ranks
     totals = torch.zeros(len(trained), dtype=torch.float64, device=device())
     for module in trained:

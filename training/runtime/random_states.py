@@ -13,7 +13,13 @@ def random_states() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.tensor(keys.astype(np.int64)), position, has_gauss, gauss],
+        "numpy": [
+            kind,
+            torch.tensor(np.asarray(keys).astype(np.int64)),
+            position,
+            has_gauss,
+            gauss,
+        ],
         "python": [version, list(internal), next_gauss],
     }
 

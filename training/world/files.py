@@ -63,7 +63,7 @@ def write_world(output_dir: str | Path, seed: int, sizes: WorldSizes | None = No
             )
             lines["response_sets"].append(_response_set(topic, prompt))
     for name, content in lines.items():
-        rng.shuffle(content)  # type: ignore[arg-type]
+        rng.shuffle(content)
         text = "".join(json.dumps(line) + "\n" for line in content)
         (output / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
     write_base_model(output / "base", seed, sizes.vocab_size)
