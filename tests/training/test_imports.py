@@ -1,4 +1,4 @@
-"""Arrows point one way: main -> trainer -> {rollout, regularizers, ppo} -> training."""
+"""What importing a module brings with it: no optional package, and no engine for a config."""
 
 import ast
 from collections.abc import Iterator
@@ -38,42 +38,6 @@ def _is_type_checking(node: ast.AST) -> bool:
 
 def package(name: str) -> str:
     return name.split(".")[0]
-
-
-def test_all_packages_are_looked_at() -> None:
-    assert {package(str(path.relative_to(ROOT)).replace("/", ".")) for path in FILES} == {
-        "training",
-        *STAGES,
-    }
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_what_it_may(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0]
-    foreign = {name for name in imports(path) if package(name) in STAGES and package(name) != own}
-    assert not foreign, "stages meet on disk; training knows no stage"
-    assert not {name for name in imports(path) if package(name) in ("tests", "scripts")}
-
-
-ORDER = {
-    "ppo": {"config", "trainer", "rollout", "rewards", "regularizers", "evaluation", "main"},
-    "metrics": {"config", "trainer", "rollout", "rewards", "regularizers", "evaluation", "main"},
-    "optimum": {"config", "trainer", "rollout", "rewards", "regularizers", "evaluation", "main"},
-    "regularizers": {"config", "trainer", "rollout", "rewards", "evaluation", "main"},
-    "config": {"trainer", "rollout", "rewards", "evaluation", "main"},
-    "rollout": {"trainer", "rewards", "regularizers", "ppo", "evaluation", "main"},
-    "rewards": {"trainer", "regularizers", "ppo", "evaluation", "main"},
-    "trainer": {"evaluation", "main"},
-    "evaluation": {"trainer", "main"},
-}
-"""What a module of stage 3 must not import."""
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_stage_3_flows_one_way(module: str) -> None:
-    found = {name.split(".")[1] for name in imports(ROOT / "step3_rlhf" / f"{module}.py")
-             if name.startswith("step3_rlhf.")}  # fmt: skip
-    assert not found & ORDER[module]
 
 
 ENTRY_POINTS = (

@@ -1,0 +1,142 @@
+"""The house: every module in its layer, and every import goes down.
+
+LAYERS is the whole table, from the ground up; blank lines divide the layers. A module may import
+modules of lower layers only, so a circle cannot pass. A new module needs a place in the table.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("training", "step1_sft", "step2_reward", "step3_rlhf")
+
+LAYERS = """
+step1_sft step2_reward step2_reward.losses step3_rlhf step3_rlhf.evaluation
+step3_rlhf.evaluation.metrics step3_rlhf.paper step3_rlhf.paper.grid
+step3_rlhf.paper.grid.paper_models step3_rlhf.paper.html step3_rlhf.paper.quickstart
+step3_rlhf.rewards training training.data.batches training.data.tally training.errors
+training.models training.models.logprobs training.runtime training.runtime.disk
+training.runtime.extensions training.runtime.random_states training.statistics training.world
+training.world.topics
+
+step2_reward.calibration step3_rlhf.ppo step3_rlhf.response_sets training.config
+training.deepspeed_section training.memory training.models.packing training.models.pretrained
+training.plugins training.runtime.ranks training.world.population training.world.prompts
+
+step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.base training.data.settings
+training.models.checks training.models.hidden_states training.runtime.faults
+training.runtime.signals training.runtime.tracking training.world.base_model
+
+step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimum
+step3_rlhf.regularizers.solvers training.data.files training.data.formats training.data.split
+training.models.scalar training.stage_config training.world.files
+
+step1_sft.config step2_reward.config step3_rlhf.regularizers.divergences
+step3_rlhf.regularizers.links training.data.records training.data.templates training.models.lora
+training.models.options training.runtime.engine training.world.__main__
+
+step3_rlhf.regularizers.f_divergence step3_rlhf.regularizers.generalized_pl training.data.tokens
+training.models.partitioned training.runtime.checkpoint
+
+step3_rlhf.regularizers.registry training.data training.models.export training.models.policy
+
+step3_rlhf.config step3_rlhf.paper.analytic_figures step3_rlhf.regularizers training.fitting
+training.models.loading
+
+step3_rlhf.evaluation.held_out step3_rlhf.evaluation.settings step3_rlhf.loading
+step3_rlhf.paper.grid.cells step3_rlhf.paper.quickstart.pictures step3_rlhf.prompts
+step3_rlhf.roles step3_rlhf.rollout training.dry_run
+
+step3_rlhf.evaluation.resume step3_rlhf.experience step3_rlhf.paper.grid.jobs
+step3_rlhf.paper.grid.results step3_rlhf.paper.quickstart.page step3_rlhf.rewards.readings
+training.cli
+
+step1_sft.main step2_reward.main step3_rlhf.evaluation.shared_work step3_rlhf.iteration_metrics
+step3_rlhf.paper.grid.figures step3_rlhf.paper.grid.tables step3_rlhf.paper.quickstart.__main__
+step3_rlhf.rewards.model
+
+step3_rlhf.paper.grid.page step3_rlhf.rewards.sources
+
+step3_rlhf.checks step3_rlhf.evaluation.scoring step3_rlhf.paper.grid.__main__ step3_rlhf.trainer
+
+step3_rlhf.dry_run step3_rlhf.evaluation.exact step3_rlhf.evaluation.sampled
+
+step3_rlhf.evaluation.measure
+
+step3_rlhf.evaluation.__main__ step3_rlhf.main
+"""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+LAYER = {name: place for place, line in enumerate(LAYERS.split("\n\n")) for name in line.split()}
+
+
+def imports(source: str, module: str) -> set[str]:
+    """Modules of this repository that `source` imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in FILES else str(node.module))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name in FILES}
+
+
+def faults(module: str, imported: set[str]) -> list[str]:
+    """Imports that the table does not allow."""
+    own = module.split(".")[0]
+    found = []
+    for other in sorted(imported):
+        if LAYER[other] >= LAYER[module]:
+            found.append(f"{module} imports {other}, which is not in a lower layer")
+        if other.split(".")[0] not in ("training", own):
+            found.append(f"{module} imports {other}: stages meet on disk, and training knows none")
+        if ".paper" in other and ".paper" not in module:
+            found.append(f"{module} imports {other}: nothing depends on the reproduction")
+    return found
+
+
+def test_every_module_is_in_the_table_once() -> None:
+    named = LAYERS.split()
+    assert sorted(named) == sorted(set(named))
+    assert set(named) == set(FILES)
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_go_down(module: str) -> None:
+    imported = imports(FILES[module].read_text(encoding="utf-8"), module)
+    assert not faults(module, imported)
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("training.config", "training.cli"),
+        ("training.runtime.engine", "training.runtime.engine"),
+        ("training.cli", "step3_rlhf.ppo"),
+        ("step3_rlhf.main", "step1_sft.config"),
+        ("step3_rlhf.main", "step3_rlhf.paper.analytic_figures"),
+        ("step3_rlhf.regularizers.base", "step3_rlhf.regularizers.optimum"),
+    ],
+)
+def test_a_wrong_import_is_found(module: str, imported: str) -> None:
+    assert faults(module, {imported})
+
+
+def test_no_folder_is_crowded() -> None:
+    """About a dozen modules: what a newcomer takes in at a glance."""
+    folders = {path.parent for path in FILES.values()}
+    sizes = {
+        folder: sum(path.stem != "__init__" for path in folder.glob("*.py")) for folder in folders
+    }
+    assert max(sizes.values()) <= 14, sizes
