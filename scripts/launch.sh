@@ -10,7 +10,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 source scripts/nodes.sh
 
 launch() {
-    # Without the launcher: a dry run is one process, which is told how many there would be.
+    # Without the launcher: help, a command that lacks its arguments, and a dry run, which is one
+    # process that is told how many there would be.
+    if (($# == 1)) || [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+        case "$1" in
+            *.main) python -m "${1%.main}.config" "${@:2}" ;;
+            *) python -m "$1.settings" "${@:2}" ;;
+        esac
+        return
+    fi
     if [[ " $* " == *" --dry-run "* ]]; then
         python -m "$@" --processes "$(processes_in_all)"
         return

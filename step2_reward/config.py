@@ -7,8 +7,16 @@ from training.stage_config import SupervisedConfig
 class RewardConfig(SupervisedConfig):
     """Trains a scalar head on comparisons (Bradley–Terry–Luce) or rankings (Plackett–Luce)."""
 
+    script = "step2_reward"
+
     early_stopping_patience: Count | None = None
-    """Evaluations in a row without a better loss after which training ends; null never stops. The
-    best weights are the ones saved either way."""
+    """Evaluations in a row without a better loss after which training ends; null never stops early.
+    The weights with the best evaluation loss are saved either way."""
     calibration_bins: Count = 10
-    """Equally wide bins of the expected calibration error and the reliability diagram."""
+    """Equally wide bins of the reliability diagram and the expected calibration error."""
+
+
+if __name__ == "__main__":  # for --help, which needs nothing else
+    from training.cli import stage_parser
+
+    stage_parser(RewardConfig).parse_args()

@@ -1,13 +1,13 @@
 """Settings of stage 3: PPO, rollouts, reward sources, the regularizer, evaluation."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from step3_rlhf.ppo import AdvantageNormalization
-from step3_rlhf.regularizers.registry import RegularizerField
-from training.config import Count, Fraction, NonNegative, Positive, StrictModel
+from step3_rlhf.regularizers.registry import REGULARIZERS, RegularizerField
+from training.config import Count, Fraction, NonNegative, Positive, StrictModel, Variants
 from training.data.settings import DataSettings
 from training.deepspeed_section import deepspeed_faults
 from training.stage_config import OptimizerSettings, RunConfig, StageConfig, model_path_faults
@@ -17,7 +17,9 @@ class RewardModelSettings(StrictModel):
     """One sequence-classification model with one label, and its weight in the sum of rewards."""
 
     model_name_or_path: str
+    """Hub name or directory of a sequence-classification model with one label."""
     weight: float = 1.0
+    """Factor of the model's reward in the sum."""
 
     def faults(self) -> list[str]:
         return model_path_faults("model_name_or_path", self.model_name_or_path)
@@ -27,9 +29,12 @@ class RewardSettings(StrictModel):
     """Where rewards come from: one model, several with weights, or a Python function."""
 
     model_name_or_path: str | None = None
+    """A single reward model: what stage 2 wrote, or any with one label."""
     models: Annotated[tuple[RewardModelSettings, ...], Field(strict=False)] = ()
+    """Several reward models, whose weighted rewards are added up."""
     function: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
-    """`module:callable` with callable(prompts: list[str], responses: list[str]) -> list[float]."""
+    """A Python function as `module:callable`, which is given two lists of texts, prompts and
+    responses, and returns a list of numbers."""
 
     def faults(self) -> list[str]:
         given = [bool(self.model_name_or_path), bool(self.models), bool(self.function)]
@@ -53,11 +58,15 @@ class SamplingSettings(StrictModel):
     response_length: Count = 256
     """Tokens after which a response is cut."""
     temperature: Positive = 1.0
+    """Divisor of the logits when drawing. Any value but 1 moves the optimum."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw from the likeliest tokens that hold this much probability. Below 1 it moves the
+    optimum."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Draw from the k likeliest tokens only; 0 draws from all."""
+    """Draw from this many of the likeliest tokens; 0 draws from all. Above 0 it moves the
+    optimum."""
     rollout_batch_size: Count = 64
-    """Prompts for which one process generates at the same time."""
+    """Prompts to which one process draws responses at the same time."""
 
     def warnings(self) -> list[str]:
         """Why the sampled policy would not be the scored policy."""
@@ -74,13 +83,14 @@ class EvaluationSettings(StrictModel):
     """What is measured after training, and by `scripts/evaluate.sh`."""
 
     response_sets: str | None = None
-    """JSONL of prompts with their finite set of responses, for the exact metrics."""
+    """JSONL file of prompts with all their natural responses, for the exact metrics; null measures
+    none."""
     max_prompts: Count | None = None
-    """Prompts of the evaluation data that are used; null is all."""
+    """Number of held-out prompts that are used, chosen at random; null uses all."""
     pairs_per_prompt: Count = 1
-    """Pairs of responses from which a prompt's PM divergence is estimated; the paper draws one."""
+    """Pairs of responses to each prompt for its PM divergence; the paper draws one."""
     sampling: SamplingSettings | None = None
-    """How evaluation draws responses; null draws as training does."""
+    """How the evaluation draws responses; null draws as training does."""
 
     def faults(self) -> list[str]:
         found = super().faults()
@@ -100,7 +110,7 @@ def frozen_faults(section: dict[str, Any]) -> list[str]:
     return found
 
 
-class AlignmentConfig(RunConfig, SamplingSettings):
+class AlignmentConfig(SamplingSettings, RunConfig):
     """What training and evaluating an aligned policy have in common."""
 
     reference_model_name_or_path: str | None = None
@@ -134,6 +144,9 @@ class AlignmentConfig(RunConfig, SamplingSettings):
 class PPOConfig(StageConfig, AlignmentConfig):
     """Aligns the policy with the reward model under a regularizer."""
 
+    script = "step3_rlhf"
+    variants: ClassVar[Variants] = {"regularizer": REGULARIZERS}
+
     critic_model_name_or_path: str | None = None
     """What the critic starts from; null is the reward model, or the policy where there is none."""
     regularizer: RegularizerField = Field(examples=[{"name": "pm"}])
@@ -146,27 +159,35 @@ class PPOConfig(StageConfig, AlignmentConfig):
     num_train_epochs: Positive = 1.0
     """Passes over the prompts."""
     total_episodes: Count | None = None
-    """Responses in all; overrides num_train_epochs."""
+    """Responses in the whole run, in place of num_train_epochs; null uses that."""
     num_ppo_epochs: Count = 1
     """Passes over each rollout."""
     num_mini_batches: Count = 1
     """Optimizer steps into which each pass over a rollout is divided."""
     cliprange: Positive = 0.2
+    """PPO's ε: how far the ratio of new to old probabilities may move from 1 before it is
+    clipped."""
     cliprange_value: Positive = 0.2
+    """How far a new value may move from the old one before it is clipped, in units of reward."""
     vf_coef: Positive = 0.5
+    """Factor of the value loss."""
     gamma: Fraction = 1.0
-    """Discount; only 1 makes token penalties add up to the sequence's."""
+    """Discount per token. Only at 1 do the tokens' penalties add up to the response's."""
     lam: Fraction = 0.95
-    """GAE's λ."""
+    """λ of generalized advantage estimation: 0 trusts the critic, 1 the drawn rewards."""
     advantage_normalization: AdvantageNormalization = "none"
+    """Subtract the batch's mean from the advantages ("center"), and divide by their deviation
+    ("full", which blows up noise near the optimum)."""
 
     reward_centering: Literal["none", "reference_mean"] = "none"
-    """C_1 of Example 2: subtract the mean reward of the reference policy. The optimum stays."""
+    """Whether to subtract the mean reward of the reference policy (C_1 of Example 2). The optimum
+    stays."""
     reward_centering_samples: Count = 256
+    """Responses of the reference from which that mean is estimated."""
     reward_clip: Positive | None = None
-    """Clip rewards to ±this. Moves the optimum wherever it binds; null is off."""
+    """Bound on the absolute reward; null is none. It moves the optimum wherever it takes effect."""
     missing_eos_penalty: NonNegative | None = None
-    """Subtracted from the reward of a response that was cut before its EOS. Null is off."""
+    """Reward that is taken from a response without EOS; null is none. It moves the optimum."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Iterations between evaluations; 0 evaluates at the end only."""
 
@@ -225,6 +246,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
 class EvaluationConfig(AlignmentConfig):
     """What `scripts/evaluate.sh` needs to know; the config.json of a stage-3 run has all of it."""
 
+    variants: ClassVar[Variants] = {"regularizer": REGULARIZERS}
+
     regularizer: RegularizerField | None = None
     """The regularizer whose optimum the policy is compared with on finite sets; null: with none."""
 
@@ -235,3 +258,9 @@ class EvaluationConfig(AlignmentConfig):
         if config.evaluation.sampling is not None:
             shared |= dict(config.evaluation.sampling)
         return cls(**shared)
+
+
+if __name__ == "__main__":  # for --help, which needs nothing else
+    from training.cli import stage_parser
+
+    stage_parser(PPOConfig).parse_args()

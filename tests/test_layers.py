@@ -27,35 +27,39 @@ training.plugins training.runtime.ranks training.world.population training.world
 
 step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.base training.data.settings
 training.models.checks training.models.hidden_states training.runtime.faults
-training.runtime.signals training.runtime.tracking training.world.base_model
+training.runtime.signals training.runtime.tracking training.settings_reference
+training.world.base_model
 
 step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimum
 step3_rlhf.regularizers.solvers training.data.files training.data.formats training.data.split
 training.models.scalar training.stage_config training.world.files
 
-step1_sft.config step2_reward.config step3_rlhf.regularizers.divergences
-step3_rlhf.regularizers.links training.data.records training.data.templates training.models.lora
-training.models.options training.runtime.engine training.world.__main__
+step3_rlhf.regularizers.divergences step3_rlhf.regularizers.links training.data.records
+training.data.templates training.models.lora training.models.options training.runtime.engine
+training.world.__main__
 
 step3_rlhf.regularizers.f_divergence step3_rlhf.regularizers.generalized_pl training.data.tokens
 training.models.partitioned training.runtime.checkpoint
 
 step3_rlhf.regularizers.registry training.data training.models.export training.models.policy
 
-step3_rlhf.config step3_rlhf.paper.analytic_figures step3_rlhf.regularizers training.fitting
-training.models.loading
+step3_rlhf.paper.analytic_figures step3_rlhf.regularizers training.fitting training.models.loading
 
-step3_rlhf.evaluation.held_out step3_rlhf.evaluation.settings step3_rlhf.loading
-step3_rlhf.paper.grid.cells step3_rlhf.paper.quickstart.pictures step3_rlhf.prompts
-step3_rlhf.roles step3_rlhf.rollout training.dry_run
+step3_rlhf.paper.quickstart.pictures training.dry_run
+
+step3_rlhf.paper.quickstart.page training.cli
+
+step1_sft.config step2_reward.config step3_rlhf.config step3_rlhf.paper.quickstart.__main__
+
+step1_sft.main step2_reward.main step3_rlhf.evaluation.held_out step3_rlhf.evaluation.settings
+step3_rlhf.loading step3_rlhf.paper.grid.cells step3_rlhf.prompts step3_rlhf.roles
+step3_rlhf.rollout
 
 step3_rlhf.evaluation.resume step3_rlhf.experience step3_rlhf.paper.grid.jobs
-step3_rlhf.paper.grid.results step3_rlhf.paper.quickstart.page step3_rlhf.rewards.readings
-training.cli
+step3_rlhf.paper.grid.results step3_rlhf.rewards.readings
 
-step1_sft.main step2_reward.main step3_rlhf.evaluation.shared_work step3_rlhf.iteration_metrics
-step3_rlhf.paper.grid.figures step3_rlhf.paper.grid.tables step3_rlhf.paper.quickstart.__main__
-step3_rlhf.rewards.model
+step3_rlhf.evaluation.shared_work step3_rlhf.iteration_metrics step3_rlhf.paper.grid.figures
+step3_rlhf.paper.grid.tables step3_rlhf.rewards.model
 
 step3_rlhf.paper.grid.page step3_rlhf.rewards.sources
 

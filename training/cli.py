@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -9,9 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from training.config import Config, apply_overrides, check_config, load_config, read_mapping
+from training.config import (
+    StrictModel,
+    apply_overrides,
+    check_config,
+    load_config,
+    read_mapping,
+)
 from training.errors import RunError, UserError
 from training.stage_config import RunConfig, StageConfig
 
@@ -25,6 +32,9 @@ WARNING: trust_remote_code=true: Python code that comes with any model named in 
 may run on this machine, with all that you may do on it. Use models whose code you have read.
 """
 
+EXAMPLE = """example:
+  bash scripts/{stage}.sh {stage}/configs/quickstart.json seed=7 data.max_train_samples=1000
+{stage}/configs/ has more configs. Every setting below can be overridden as key.path=value."""
 
 Stage = TypeVar("Stage", bound=StageConfig)
 
@@ -123,8 +133,33 @@ def _end(message: str, code: int, everywhere: bool = True) -> NoReturn:
     sys.exit(code)
 
 
-def stage_parser(config_class: type[Config]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(sys.modules[config_class.__module__].__doc__))
+class SettingsParser(argparse.ArgumentParser):
+    """Its help ends with every setting of the config, by path, type, default and meaning."""
+
+    def __init__(self, config_class: type[StrictModel], **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self._config_class = config_class
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            message = "an argument is missing"
+        self.exit(2, f"{self.format_usage()}{message}; --help shows an example and every setting\n")
+
+    def format_help(self) -> str:
+        from training.settings_reference import as_text, sections_of
+
+        return f"{super().format_help()}\n{as_text(sections_of(self._config_class))}\n"
+
+
+def stage_parser(config_class: type[StrictModel]) -> argparse.ArgumentParser:
+    """The command line of a stage."""
+    stage = config_class.script
+    parser = SettingsParser(
+        config_class,
+        usage=f"bash scripts/{stage}.sh CONFIG.json [key.path=value ...] [options]",
+        description=inspect.getdoc(config_class),
+        epilog=EXAMPLE.format(stage=stage),
+    )
     parser.add_argument("config", help="the stage's JSON (or YAML) config")
     parser.add_argument("overrides", nargs="*", help="key.path=value, over the config's own")
     parser.add_argument("--dry-run", action="store_true", help="check the config, load no weights")
@@ -141,7 +176,7 @@ def stage_parser(config_class: type[Config]) -> argparse.ArgumentParser:
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def prepare_output(config: StageConfig) -> Path:

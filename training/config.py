@@ -6,9 +6,9 @@ each with its path in the file. What the stages' configs have in common is in `s
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,8 +26,17 @@ class StrictModel(BaseModel):
     """Unknown keys, wrong types and NaN are faults; an unknown key names its nearest neighbour."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,  # for the settings' reference
     )
+    script: ClassVar[str] = ""
+    """Name of the script that takes such a config, for its help."""
+    variants: ClassVar["Variants"] = {}
+    """Fields that hold one of several objects, by the `name` in the object."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -64,6 +73,8 @@ class StrictModel(BaseModel):
                     found += [f"{place}.{fault}" for fault in member.faults()]
         return found
 
+
+Variants = Mapping[str, Mapping[str, type[StrictModel]]]
 
 Config = TypeVar("Config", bound=StrictModel)
 

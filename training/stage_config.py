@@ -15,13 +15,19 @@ class OptimizerSettings(StrictModel):
     """AdamW and its schedule, in the names of Hugging Face's TrainingArguments."""
 
     learning_rate: Positive = Field(examples=[1e-5])
+    """AdamW's largest learning rate."""
     weight_decay: NonNegative = 0.0
+    """AdamW's weight decay; biases and norms have none."""
     adam_beta1: Fraction = 0.9
+    """Decay of AdamW's mean of the gradients."""
     adam_beta2: Fraction = 0.95
+    """Decay of AdamW's mean of the squared gradients."""
     adam_epsilon: Positive = 1e-8
+    """AdamW's ε."""
     max_grad_norm: NonNegative = 1.0
     """Global gradient norm above which gradients are scaled down; 0 is off."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate after the warm-up."""
     warmup_ratio: Fraction = 0.0
     """Fraction of all optimizer steps over which the learning rate rises from 0."""
 
@@ -34,6 +40,7 @@ class LoraSettings(StrictModel):
     lora_alpha: Positive = 32.0
     """The adapter adds lora_alpha / r · B A x to W x."""
     lora_dropout: Fraction = 0.0
+    """Dropout on the adapter's input; stage 3 allows 0 only."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers that get one, or a regular expression; all-linear is every linear layer
     but the head."""
@@ -142,11 +149,13 @@ class SupervisedConfig(StageConfig, OptimizerSettings):
     """What the two supervised stages (SFT, reward model) share."""
 
     num_train_epochs: Positive = 1.0
+    """Passes over the training data."""
     max_steps: Count | None = None
-    """Optimizer steps in all; overrides num_train_epochs."""
+    """Optimizer steps in the whole run, in place of num_train_epochs; null uses that."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between evaluations; 0 evaluates at the end of each epoch only."""
     data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
+    """What the stage learns from."""
 
 
 def model_path_faults(field: str, name_or_path: str) -> list[str]:

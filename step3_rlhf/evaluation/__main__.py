@@ -8,7 +8,6 @@ the models. Writes `evaluation.json` and, one line per prompt, `instances.jsonl`
 that was stopped goes on where it was.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from step3_rlhf.evaluation.held_out import load_held_out
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
 from step3_rlhf.evaluation.resume import Blocks, identity
 from step3_rlhf.evaluation.scoring import Models
-from step3_rlhf.evaluation.settings import missing_models, run_settings
+from step3_rlhf.evaluation.settings import evaluation_parser, missing_models, run_settings
 from step3_rlhf.loading import load_frozen_policy
 from step3_rlhf.rewards.sources import load_reward
 from step3_rlhf.roles import Roles, roles_of
-from training.cli import add_common_options, errors_end_cleanly, start
+from training.cli import errors_end_cleanly, start
 from training.config import apply_overrides, check_config
 from training.data import read_records, tokenize
 from training.fitting import require_evaluation
@@ -63,11 +62,7 @@ def load_models(config: EvaluationConfig, roles: Roles) -> Models:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run_dir", help="what a stage wrote, and where the results go")
-    parser.add_argument("overrides", nargs="*", help="key.path=value, over the run's own settings")
-    add_common_options(parser)
-    options = parser.parse_intermixed_args(arguments)
+    options = evaluation_parser().parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
         settings = run_settings(options.run_dir)
         faults = apply_overrides(settings, options.overrides)

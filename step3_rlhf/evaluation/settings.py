@@ -4,7 +4,28 @@ from pathlib import Path
 from typing import Any
 
 from step3_rlhf.config import EvaluationConfig
+from training.cli import SettingsParser, add_common_options
 from training.config import check_config, read_mapping
+
+EXAMPLES = """examples:
+  bash scripts/evaluate.sh runs/quickstart/kl evaluation.max_prompts=64
+  bash scripts/evaluate.sh runs/any model_name_or_path=POLICY reward.model_name_or_path=REWARD \\
+      'data.sources=["PATH"]'
+Every setting below can be overridden as key.path=value."""
+
+
+def evaluation_parser() -> SettingsParser:
+    """The command line of scripts/evaluate.sh."""
+    parser = SettingsParser(
+        EvaluationConfig,
+        usage="bash scripts/evaluate.sh RUN_DIR [key.path=value ...] [options]",
+        description="Measure a policy against a reference and a reward model.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("run_dir", help="what a stage wrote, and where the results go")
+    parser.add_argument("overrides", nargs="*", help="key.path=value, over the run's own settings")
+    add_common_options(parser)
+    return parser
 
 
 def run_settings(run_dir: str) -> dict[str, Any]:
@@ -44,3 +65,7 @@ def missing_models(settings: dict[str, Any]) -> list[str]:
     reason = "it is not what stage 3 wrote, so the command has to name the models"
     reference = "pass reference_model_name_or_path=REFERENCE, unless it is the policy"
     return [reason, *missing, reference]
+
+
+if __name__ == "__main__":  # for --help, which needs nothing else
+    evaluation_parser().parse_args()

@@ -21,7 +21,7 @@ from training.config import Fraction, Positive
 
 
 class FDivergence(Regularizer):
-    """−β D_f(π ‖ π_ref) of section 5.1, u = π(y|x)/π_ref(y|x); generators above.
+    """−β D_f(π ‖ π_ref) of section 5.1, u = π(y|x)/π_ref(y|x); generators in divergences.py.
 
     objective  E_π[r − β f(u)/u] = E_π[r] − β D_f(π ‖ π_ref)
     marginal   −β (f'(u) − f'(1)) on the last token
@@ -46,9 +46,12 @@ class FDivergence(Regularizer):
         "total_variation",
         "hellinger",
     ]
+    """The generator f."""
     alpha: Fraction | None = None
     """Coefficient of alpha_divergence: 0 is reverse KL, 1 forward KL."""
     level: Literal["sequence", "token"] = "sequence"
+    """Whether the divergence is that of whole responses or, as an approximation, the sum over
+    tokens."""
     max_marginal: Positive = 20.0
     """Bound on |marginal|, in units of reward, where f' grows as a power of u: forward_kl,
     alpha_divergence, hellinger (u → 0) and chi_squared (u → ∞). Above the spread of the rewards

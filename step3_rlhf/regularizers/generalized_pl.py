@@ -18,7 +18,7 @@ from training.config import Positive
 
 
 class GeneralizedPL(Regularizer):
-    """Theorem 3, R = β·eq. (3.14) with C_1 = C_2 = 0; link functions g above.
+    """Theorem 3, R = β·eq. (3.14) with C_1 = C_2 = 0; link functions g in links.py.
 
     objective  E[r − β g^{-1}(π) + β G(g^{-1}(π))/π]
     marginal   −β g^{-1}(π(y|x)) on the last token
@@ -33,8 +33,9 @@ class GeneralizedPL(Regularizer):
 
     name: Literal["generalized_pl"] = "generalized_pl"
     g: Literal["exponential", "softplus", "power", "sigmoid"]
+    """The link function g of the generalized Plackett–Luce model."""
     exponent: Positive | None = None
-    """k of the power link r^k."""
+    """Exponent k of the power link g(r) = r^k; only there."""
     max_marginal: Positive = 20.0
     """`sigmoid` only: its marginal is held above −max_marginal (units of reward) as π → 1. The
     optimum stays where it is unless a response exceeds π = 1/(1 + e^{−max_marginal/β}) there."""

@@ -120,16 +120,17 @@ class ConditionalPM(LogLinear):
 
     name: Literal["conditional_pm"] = "conditional_pm"
     level: Literal["token", "sequence"] = "token"
+    """Whether each token or the whole response is compared with the threshold."""
     alpha: NonNegative | None = None
-    """Threshold on a probability: of a token, or of the whole response."""
+    """Threshold on the reference's probability of a token, or of the whole response."""
     log_alpha: float | None = None
-    """Sequence level: the same threshold as a logarithm (nats); long responses underflow."""
+    """Sequence level: the same threshold as a logarithm in nats, for long responses."""
     alpha_per_token: NonNegative | None = None
-    """Sequence level: threshold on the geometric mean π_ref(y|x)^{1/length}."""
+    """Sequence level: threshold on the geometric mean of the tokens' probabilities."""
     epsilon: Positive | None = None
-    """Sequence level: weight of any response outside M(x), eq. (4.1); π_ref(y|x) where unset."""
+    """Sequence level: weight of every response outside M(x), eq. (4.1); null is π_ref(y|x)."""
     log_epsilon: float | None = None
-    """The same as a logarithm (nats)."""
+    """The same weight as a logarithm in nats."""
 
     @model_validator(mode="after")
     def _one_threshold(self) -> "ConditionalPM":
@@ -170,6 +171,7 @@ class KLInterpolation(LogLinear):
 
     name: Literal["kl_interpolation"] = "kl_interpolation"
     kappa: Fraction
+    """Exponent of the reference: 0 is pm, 1 is kl."""
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         if self.kappa == 0.0:  # where π_ref = 0 as well

@@ -21,11 +21,11 @@ class Source(StrictModel):
     """One data set. In JSON, a plain string stands for `{"path": ...}`."""
 
     path: str
-    """Hub name, local JSON, JSONL (also .gz) or Parquet file, or local data set directory."""
+    """Hub name, JSON, JSONL (also .gz) or Parquet file, or directory of a data set."""
     name: str | None = None
-    """Configuration of a Hub data set that has several."""
+    """Configuration of a Hub data set that has several; null is its only one."""
     data_dir: str | None = None
-    """Folder of a Hub data set that has several."""
+    """Folder of a Hub data set that has several; null is its only one."""
     split: str = "train"
     """Split of a Hub data set; a local file is one split."""
     format: SourceFormat = "auto"
@@ -82,8 +82,9 @@ class DataSettings(StrictModel):
 
     # A JSON array reaches the validator as a list: tuple fields take either.
     sources: Annotated[tuple[Source, ...], Field(strict=False, examples=[["owner/dataset"]])]
+    """Training data. A plain text stands for {"path": …}."""
     eval_sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
-    """Evaluation data; where there is none, eval_fraction of the stage's prompts is held out."""
+    """Evaluation data; with none, eval_fraction of the stage's prompts is held out."""
     stage_proportions: Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)] = (
         0.2,
         0.4,
@@ -93,6 +94,7 @@ class DataSettings(StrictModel):
     split_seed: int = 42
     """Seed of the partition; the same in all stages, or their data overlap."""
     eval_fraction: Fraction = 0.05
+    """Share of the stage's prompts that is held out where there are no eval_sources."""
     max_prompt_length: Count = 256
     """Tokens of a prompt, the template's included."""
     max_response_length: Count = 256
@@ -102,7 +104,9 @@ class DataSettings(StrictModel):
     overlong_prompts: Literal["truncate", "drop"] = "truncate"
     """Whether longer prompts lose their beginning or are left out."""
     max_train_samples: Count | None = None
+    """Records to train on, chosen at random; null uses all."""
     max_eval_samples: Count | None = None
+    """Records to evaluate on, chosen at random; null uses all."""
     cache_dir: str | None = None
     """Where token ids are cached; null is a folder of the Hugging Face data sets cache."""
 
