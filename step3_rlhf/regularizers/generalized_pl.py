@@ -37,7 +37,7 @@ class GeneralizedPL(Regularizer):
     exponent: Positive | None = None
     """Exponent k of the power link g(r) = r^k; only there."""
     max_marginal: Positive = 20.0
-    """`sigmoid` only: its marginal is held above −max_marginal (units of reward) as π → 1. The
+    """Bound on −marginal, in units of reward, for `sigmoid`, whose marginal diverges as π → 1. The
     optimum stays where it is unless a response exceeds π = 1/(1 + e^{−max_marginal/β}) there."""
 
     @model_validator(mode="after")
