@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -158,7 +157,11 @@ def fit(
         )
         micro_batches = [task.collate(part, training=True) for part in rows]
         done = step + 1
-        with dumped(config.output_dir, done, partial(texts_of, task.train, rows)):
+
+        def texts(rows: list[list[int]] = rows) -> list[list[dict[str, Any]]]:
+            return texts_of(task.train, rows)
+
+        with dumped(config.output_dir, done, texts):
             (loss,) = optimizer_step(
                 [trained], micro_batches, lambda batch: [task.loss_sum(batch)], task.items
             )
