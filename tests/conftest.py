@@ -26,7 +26,15 @@ from training.models.pretrained import Pretrained
 from training.world.files import WorldSizes, write_world
 
 PAD, BOS, EOS = 3, 1, 2
+STARTS_PROCESSES = {"recorded", "run_quickstart"}
+"""Fixtures that run scripts or other processes."""
 VOCABULARY = 64
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.launcher)
 
 
 @pytest.fixture(scope="session")

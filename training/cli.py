@@ -1,4 +1,4 @@
-"""How a stage starts: `MODULE CONFIG.json [key.path=value ...]`, one process of several."""
+"""The command line of a stage: CONFIG.json [key.path=value ...], in each of its processes."""
 
 import argparse
 import contextlib
@@ -45,12 +45,13 @@ def run_stage(
     arguments: list[str] | None = None,
     dry_run: "Callable[[Stage, DryRun], None] | None" = None,
 ) -> None:
-    """Parse, check, run; every end but success has its message and its exit code.
+    """Parse the command line, check the config, and run the stage.
 
-    A user's mistake: 2. A run that cannot go on: 1. SIGTERM and SIGINT: 143 and 130.
+    Every failure ends with a message and an exit code: 2 for a mistake of the user, 1 for a run
+    that cannot continue, 143 and 130 for SIGTERM and SIGINT.
 
     Args:
-        stage: runs it.
+        stage: trains and writes the models.
         dry_run: adds to a dry run what the stage would do and need.
     """
     parser = stage_parser(config_class)
@@ -73,7 +74,7 @@ def run_stage(
 
 
 def start(stage: Callable[[], None], config: RunConfig) -> None:
-    """Run `stage` inside the process group, all random states seeded."""
+    """Run `stage` in the process group of the launcher, with all random states seeded."""
     announce_foreign_code(config.trust_remote_code)
     import transformers
 
@@ -86,7 +87,7 @@ def start(stage: Callable[[], None], config: RunConfig) -> None:
     ranks.connect()
     transformers.set_seed(config.seed)
     stage()
-    ranks.disconnect()  # not after an error: what it says comes before what the others then say
+    ranks.disconnect()  # not after an error: its message comes before those of the other ranks
 
 
 def announce_foreign_code(trust_remote_code: bool) -> None:
@@ -96,10 +97,10 @@ def announce_foreign_code(trust_remote_code: bool) -> None:
 
 @contextlib.contextmanager
 def errors_end_cleanly(debug: bool) -> Iterator[None]:
-    """Errors that explain themselves become their message and an exit code.
+    """Turn errors that explain themselves into a message and an exit code.
 
     Args:
-        debug: let them through, with the traceback.
+        debug: let them through with their traceback.
     """
     try:
         yield
@@ -124,8 +125,9 @@ def _end(message: str, code: int, everywhere: bool = True) -> NoReturn:
     """Print `message` and exit.
 
     Args:
-        everywhere: all ranks end in this way, and rank 0 says why. The launcher ends all processes
-            with the first one that fails: the others wait, and speak only if still there.
+        everywhere: all ranks fail in this way, and rank 0 gives the reason. The launcher ends all
+            processes when the first one fails, so the other ranks wait and speak only if they are
+            still there.
     """
     if everywhere and os.environ.get("RANK", "0") != "0":
         time.sleep(SECONDS_FOR_RANK_0)
@@ -182,7 +184,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 def prepare_output(config: StageConfig) -> Path:
     """Empty output_dir, unless the run resumes, and write the resolved config.json.
 
-    Every rank calls; rank 0 acts.
+    Every rank must call it; rank 0 does the work.
     """
     from training.runtime.ranks import barrier, rank
     from training.runtime.tracking import say

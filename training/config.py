@@ -1,7 +1,7 @@
-"""Strict stage configs: JSON (or YAML) + `key.path=value` overrides -> one typed, frozen object.
+"""Strict configs: JSON (or YAML) with `key.path=value` overrides becomes one typed, frozen object.
 
-Every fault of a config is found before anything expensive starts and reported in one message,
-each with its path in the file. What the stages' configs have in common is in `stage_config.py`.
+Every fault of a config is found before anything expensive starts. One message lists them all, each
+with its path in the file. stage_config.py has what the configs of all stages have in common.
 """
 
 import copy
@@ -23,7 +23,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class StrictModel(BaseModel):
-    """Unknown keys, wrong types and NaN are faults; an unknown key names its nearest neighbour."""
+    """Refuses unknown keys, wrong types and NaN; an unknown key is told the nearest known one."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -63,7 +63,7 @@ class StrictModel(BaseModel):
         )
 
     def faults(self) -> list[str]:
-        """Contradictions between fields and with the machine (missing files, ...)."""
+        """What a type cannot say: contradictions between fields, files that do not exist."""
         found = []
         for name, value in self:
             members = value if isinstance(value, tuple) else (value,)
@@ -80,10 +80,10 @@ Config = TypeVar("Config", bound=StrictModel)
 
 
 def load_config(config_class: type[Config], path: str, overrides: list[str]) -> Config:
-    """Read `path`, apply `key.path=value` overrides, check everything.
+    """Read `path`, apply `key.path=value` overrides, and check everything.
 
     Raises:
-        UserError: with every fault found, each with its path in the file.
+        UserError: with every fault, each with its path in the file.
     """
     data = read_mapping(path)
     faults = apply_overrides(data, overrides)
@@ -93,7 +93,15 @@ def load_config(config_class: type[Config], path: str, overrides: list[str]) -> 
 def check_config(
     config_class: type[Config], data: dict[str, Any], heading: str, faults: list[str] | None = None
 ) -> Config:
-    """Typed config from plain data, or one UserError with every fault."""
+    """The typed config from plain data.
+
+    Args:
+        heading: the first line of the message.
+        faults: those that have been found already.
+
+    Raises:
+        UserError: with every fault.
+    """
     faults = list(faults or [])
     if unreadable := list(_half_characters(data)):
         raise UserError(faults + unreadable, heading)
@@ -127,7 +135,7 @@ def _validated(
 def _faults_of_the_rest(
     config_class: type[Config], data: dict[str, Any], faulty: list[tuple[int | str, ...]]
 ) -> list[str]:
-    """Contradictions in what is sound: the fields' own examples stand in for the faulty entries."""
+    """Contradictions in the sound part: the fields' examples stand in for the faulty entries."""
     if () in faulty:
         return []  # the whole is of no use
     replaced: set[str] = set()
@@ -148,7 +156,9 @@ def _faults_of_the_rest(
 def _put_example(
     config_class: type[StrictModel], data: dict[str, Any], location: tuple[int | str, ...]
 ) -> int:
-    """Replace the innermost field on the way to `location` that has an example; remove it if none.
+    """Put an example in place of the innermost field on the way to `location` that has one.
+
+    Where no field has an example, the entry is removed.
 
     Returns:
         The index in `location` of that field.
@@ -169,7 +179,7 @@ def _put_example(
 
 
 def _half_characters(value: Any, place: str = "") -> Iterator[str]:
-    r"""Faults of texts with half of an escaped pair (`\ud83d` alone): no file can hold them."""
+    r"""Faults of texts with half of a surrogate pair (`\ud83d` alone), which no file can hold."""
     if isinstance(value, str):
         if any("\ud800" <= character <= "\udfff" for character in value):
             yield f"{place}: {value!a} is not valid Unicode"
@@ -219,7 +229,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Set `key.path=value` in place; values are JSON, anything else is a string.
+    """Set each `key.path=value` in `data`. A value that is not JSON is taken as a text.
 
     Returns:
         The faults of overrides that could not be applied.

@@ -1,7 +1,7 @@
 """DeepSpeed's section of a stage's config, checked before DeepSpeed sees it.
 
-The section is DeepSpeed's own language; what the stage's own fields already say (batch sizes,
-optimizer, clipping, precision) may not be repeated there.
+The section holds DeepSpeed's own keys. What the stage's fields set (batch sizes, optimizer,
+clipping, precision) may not be repeated there.
 """
 
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ STAGE_OWNED_KEYS = {
 
 
 def deepspeed_faults(section: dict[str, Any]) -> list[str]:
-    """Faults of a `"deepspeed"` section; DeepSpeed itself accepts an unknown top-level key."""
+    """Faults of a `"deepspeed"` section. DeepSpeed itself accepts unknown top-level keys."""
     found = []
     for key in section:
         if key in STAGE_OWNED_KEYS:
@@ -59,12 +59,12 @@ def deepspeed_faults(section: dict[str, Any]) -> list[str]:
 
 
 def _refused(key: str, value: Any) -> list[str]:
-    """What DeepSpeed itself says against an entry that looks sound."""
+    """DeepSpeed's own objection to an entry that looks sound."""
     from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 
     try:
         config = DeepSpeedConfig({key: value, "train_micro_batch_size_per_gpu": 1})
-        # These it looks at later.
+        # It reads these later.
         _ = config.communication_data_type, config.seq_parallel_communication_data_type
         _ = DtypeEnum(config.grad_accum_dtype or "fp32"), int(config.steps_per_print or 1)
     except Exception as error:  # of many kinds
@@ -73,7 +73,7 @@ def _refused(key: str, value: Any) -> list[str]:
 
 
 def monitor_faults(section: dict[str, Any]) -> list[str]:
-    """Faults of the monitors in a `"deepspeed"` section, and packages that they lack."""
+    """Faults of the monitors in a `"deepspeed"` section, and packages that are missing for them."""
     from deepspeed.monitor.config import get_monitor_config
 
     monitors = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
@@ -92,7 +92,7 @@ def monitor_faults(section: dict[str, Any]) -> list[str]:
 
 
 def _details(error: ValidationError, known: Iterable[str]) -> list[str]:
-    """`place: message` of each fault that one of DeepSpeed's own models found."""
+    """`place: message` for each fault that one of DeepSpeed's models found."""
     found = []
     for detail in error.errors():
         place = ".".join(str(part) for part in detail["loc"])

@@ -12,7 +12,7 @@ from training.deepspeed_section import deepspeed_faults
 
 
 class OptimizerSettings(StrictModel):
-    """AdamW and its schedule, in the names of Hugging Face's TrainingArguments."""
+    """AdamW and its schedule, with the names of Hugging Face's TrainingArguments."""
 
     learning_rate: Positive = Field(examples=[1e-5])
     """AdamW's largest learning rate."""
@@ -33,7 +33,7 @@ class OptimizerSettings(StrictModel):
 
 
 class LoraSettings(StrictModel):
-    """An adapter of LoRA (Hu et al. 2021), in peft's names."""
+    """A LoRA adapter (Hu et al. 2021), with peft's names."""
 
     r: Count = 16
     """Rank: A is [r, inputs], B is [outputs, r]."""
@@ -159,7 +159,7 @@ class SupervisedConfig(StageConfig, OptimizerSettings):
 
 
 def model_path_faults(field: str, name_or_path: str) -> list[str]:
-    """A name that can only be a path must exist; `owner/name` may be one of the Hub's."""
+    """Faults of a model's name: what can only be a path must exist; `owner/name` may be on the Hub."""
     path = Path(name_or_path)
     if path.suffix == ".gguf":
         return _gguf_faults(field, path)
@@ -174,7 +174,7 @@ def model_path_faults(field: str, name_or_path: str) -> list[str]:
 
 
 def _gguf_faults(field: str, path: Path) -> list[str]:
-    """Faults of a model in a single GGUF file, whose weights transformers turns into float32."""
+    """Faults of a model in one GGUF file, whose weights transformers converts to float32."""
     if not path.is_file():
         return [f"{field}: {path} does not exist"]
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]

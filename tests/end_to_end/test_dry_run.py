@@ -48,7 +48,10 @@ def dry_run(capsys: pytest.CaptureFixture[str]) -> DryRun:
     def run(stage: str, config: Path, *arguments: str) -> str:
         config_class, module = STAGES[stage]
         run_stage(
-            config_class, module.main, [str(config), "--dry-run", *arguments], dry_run=module.dry_run
+            config_class,
+            module.main,
+            [str(config), "--dry-run", *arguments],
+            dry_run=module.dry_run,
         )
         return capsys.readouterr().out
 

@@ -5,6 +5,7 @@ a message that names the place. Nothing else may come out of the config loader a
 import copy
 import gzip
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ CONFIGS: dict[str, type[StrictModel]] = {
     "ppo": PPOConfig,
     "evaluation": EvaluationConfig,
 }
-EXAMPLES = 1500  # of each kind of config, and of each format of data
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1500"))
+"""Of each kind of config, and of each format of data; `scripts/test.sh --fast` takes fewer."""
 OUTCOMES: Counter[str] = Counter()
 Path_ = tuple[str | int, ...]
 

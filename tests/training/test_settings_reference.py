@@ -106,6 +106,7 @@ def test_the_readme_of_the_configs_is_up_to_date(path: str) -> None:
     assert file.read_text(encoding="utf-8") == configs_readme(path), f"stale; run `{command}`"
 
 
+@pytest.mark.launcher
 @pytest.mark.parametrize("stage", ["step1_sft", "step2_reward", "step3_rlhf"])
 def test_help_shows_every_setting_and_no_internal_option(stage: str) -> None:
     shown = subprocess.run(

@@ -10,6 +10,8 @@ from torch.utils import cpp_extension
 
 from training.runtime.extensions import GUARD, is_worked_in, load_extension, locked
 
+pytestmark = pytest.mark.launcher
+
 LOAD = (
     "from training.runtime.extensions import load_extension; load_extension('ShareMemCommBuilder')"
 )

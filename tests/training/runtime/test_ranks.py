@@ -33,6 +33,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.launcher
 def test_no_shared_memory_is_left_behind(tmp_path: Path) -> None:
     """Not even by processes that end without leaving the group, as one that is killed does."""
     before = set(Path("/dev/shm").iterdir())
