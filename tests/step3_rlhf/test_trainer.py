@@ -14,7 +14,7 @@ from step3_rlhf import ppo
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.experience import Judged
 from step3_rlhf.iteration_metrics import IterationMetrics
-from step3_rlhf.main import flattened
+from step3_rlhf.main import means_of
 from step3_rlhf.prompts import Prompts
 from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.rewards.sources import FunctionReward
@@ -179,7 +179,7 @@ def experience(build: Build) -> tuple[PPOTrainer, Judged, torch.Tensor]:
     batch = trainer.prompts.of_iteration(0)
     rollout = sample(trainer.actor.engine, trainer.tokenizer, *batch, trainer.config.sampling)
     rewards = trainer.reward(rollout)
-    (part,) = trainer.micro_batches(rollout, rewards, trainer.score_reference(rollout))
+    (part,) = trainer.micro_batches(rollout, rewards, trainer.reference_logp(rollout))
     return trainer, part, rewards
 
 
@@ -235,7 +235,7 @@ def test_the_first_step_is_reinforce_with_a_baseline(experience) -> None:
     wanted_policy = -(advantages * logp)[mask].sum() / tokens
     wanted_value = 0.5 * 0.5 * ((values - returns)[mask] ** 2).sum() / tokens  # vf_coef = ½
 
-    scores = trainer.scored(part)
+    scores = trainer.old_scores(part)
     torch.testing.assert_close(scores.logp[mask], logp[mask].detach(), rtol=0, atol=1e-5)
     (placed,) = trainer.with_advantages([part], [scores])
     torch.testing.assert_close(placed.advantages, advantages, rtol=1e-4, atol=1e-4)
@@ -301,7 +301,7 @@ def test_how_often_a_bound_takes_effect_is_logged(experience) -> None:
 
 def test_explained_variance_by_hand(experience) -> None:
     trainer, part, _ = experience
-    (placed,) = trainer.with_advantages([part], [trainer.scored(part)])
+    (placed,) = trainer.with_advantages([part], [trainer.old_scores(part)])
     mask = part.rollout.response_mask
     returns, errors = placed.returns[mask], (placed.returns - placed.old.values)[mask]
     expected = 1 - errors.double().var(unbiased=False) / returns.double().var(unbiased=False)
@@ -314,7 +314,7 @@ def test_reference_scores_do_not_depend_on_the_batch(experience) -> None:
     own = own_logp(trainer.reference, part) * part.rollout.response_mask
     for size in (1, 3, 8):
         trainer.config = trainer.config.model_copy(update={"per_device_eval_batch_size": size})
-        found = trainer.score_reference(part.rollout)
+        found = trainer.reference_logp(part.rollout)
         torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
 
 
@@ -329,7 +329,7 @@ def test_rewards_as_ppo_gets_them(build: Build, experience) -> None:
     def shaped(center: float = 0.0, **changes: Any) -> torch.Tensor:
         trainer = build(**changes)
         trainer.reward_center = center
-        return trainer.shaped(rewards, rollout)
+        return trainer.shape_rewards(rewards, rollout)
 
     assert torch.equal(shaped(), rewards)
     torch.testing.assert_close(shaped(center=0.5), rewards - 0.5)
@@ -396,12 +396,12 @@ def test_where_the_critic_starts(configured, tiny_world, tmp_path, world_tokeniz
 
 
 def test_an_evaluations_means_are_logged() -> None:
-    report = {
+    figures = {
         "prompts": 3,
         "kl": {"mean": 0.5, "ci95": 0.1, "count": 3},
         "exact": {"tv_to_reward": {"mean": 0.2}, "tv_to_optimum": None, "per_prompt": []},
     }
-    assert flattened(report) == {"eval/kl": 0.5, "eval/tv_to_reward": 0.2}
+    assert means_of(figures) == {"eval/kl": 0.5, "eval/tv_to_reward": 0.2}
 
 
 def test_statistics_add_up_over_micro_batches(experience) -> None:
@@ -412,7 +412,7 @@ def test_statistics_add_up_over_micro_batches(experience) -> None:
         columns = rows.response_mask.shape[1]
         chosen = slice(first, first + 4)
         half = Judged(rows, part.rewards[chosen], part.ref_logp[chosen, :columns])
-        trainer.losses_at_once(half, metrics)
+        trainer.losses_in_one_pass(half, metrics)
     assert metrics.sums["responses"] == 8
     assert metrics.sums["tokens"] == part.rollout.response_mask.sum()
     assert math.isfinite(metrics.sums["policy_loss"])
