@@ -11,7 +11,7 @@ from training.runtime import ranks
 
 
 class ModelReward:
-    """The scalar that a reward model gives after the response's last token or for the whole text."""
+    """The scalar of a reward model, after the response's last token or for the whole text."""
 
     def __init__(self, model: nn.Module, read: Reading, batch_size: int) -> None:
         self.model = model

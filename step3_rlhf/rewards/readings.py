@@ -1,4 +1,4 @@
-"""How a reward model reads responses: as the policy's tokens, in its own tokens, or as text pairs."""
+"""How a reward model reads responses: in the policy's tokens, in its own, or as pairs of texts."""
 
 from collections.abc import Callable
 from functools import partial
