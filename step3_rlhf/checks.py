@@ -44,8 +44,8 @@ def check_critic(critic: Pretrained) -> None:
     check_scalar(critic, new_head=True)
     if not critic.has_linear_score:
         raise UserError(
-            f"{CRITIC}: {critic} has no value after each token (a linear head "
-            "named 'score' on its last states)"
+            f"{CRITIC}: {critic} has no value after each token; a critic needs a linear head named "
+            "'score' on its last hidden states"
         )
 
 

@@ -45,6 +45,6 @@ def missing_models(settings: dict[str, Any]) -> list[str]:
     missing = [f"pass {remedy}" for name, remedy in needed.items() if name not in settings]
     if not missing:
         return []
-    reason = "it is not what stage 3 wrote, so the command has to name the models"
+    reason = "it is not the output of stage 3, so the command has to name the models"
     reference = "pass reference_model_name_or_path=REFERENCE, unless it is the policy"
     return [reason, *missing, reference]

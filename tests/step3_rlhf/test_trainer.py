@@ -15,78 +15,16 @@ from step3_rlhf.config import PPOConfig
 from step3_rlhf.experience import Judged
 from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.main import means_of
-from step3_rlhf.prompts import Prompts
 from step3_rlhf.regularizers.registry import parse_regularizer
-from step3_rlhf.rewards.sources import FunctionReward
 from step3_rlhf.roles import training_roles_of
 from step3_rlhf.rollout import sample
 from step3_rlhf.trainer import PPOTrainer
-from training.config import check_config
-from training.data import read_records, tokenize
-from training.models.loading import load_policy, load_scalar_model
 from training.models.policy import Policy
-from training.models.pretrained import Pretrained
 from training.models.scalar import ScalarModel
-from training.runtime import engine
-from training.runtime.engine import TrainedModule
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
 Build = Callable[..., PPOTrainer]
-
-
-def length_reward(prompts: list[str], responses: list[str]) -> list[float]:
-    return [len(response) / 10 for response in responses]
-
-
-@pytest.fixture
-def configured(stage_settings) -> Callable[..., PPOConfig]:
-    """Adam's first step is nearly linear in the gradient, so that equal steps mean equal ones."""
-
-    def config(**changes: Any) -> PPOConfig:
-        optimizer = {
-            "learning_rate": 0.1,
-            "adam_epsilon": 1.0,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-        }
-        settings = stage_settings("ppo") | {
-            "actor": optimizer,
-            "critic": optimizer,
-            "reward": {"function": "operator:add"},
-            "regularizer": {"name": "kl", "beta": 0.5},
-            "per_device_train_batch_size": 8,
-        }
-        return check_config(PPOConfig, settings | changes, "config:")
-
-    return config
-
-
-@pytest.fixture
-def build(configured, world_tokenizer) -> Build:
-    """A trainer with the same random models each time; the reference differs from the actor."""
-
-    def trainer(**changes: Any) -> PPOTrainer:
-        config = configured(**changes)
-        records = read_records(config.data, "ppo")
-        data = tokenize(records, world_tokenizer, config.data, "ppo").train
-        path = config.model_name_or_path
-        actor, reference = (load_policy(Pretrained(path), world_tokenizer) for _ in range(2))
-        critic = load_scalar_model(Pretrained(path), world_tokenizer, new_head=True)
-        torch.manual_seed(0)
-        for head in (actor.model.lm_head, reference.model.lm_head, critic.model.score):
-            torch.nn.init.normal_(head.weight, std=0.2)
-        return PPOTrainer(
-            config,
-            TrainedModule(actor, config, config.actor, 10),
-            TrainedModule(critic, config, config.critic, 10),
-            engine.frozen(reference, {}, torch.float32),
-            FunctionReward(length_reward, "m:f"),
-            Prompts(data, config),
-            world_tokenizer,
-        )
-
-    return trainer
 
 
 def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
@@ -344,7 +282,7 @@ def test_the_center_is_the_references_mean_reward(build: Build) -> None:
     trainer.center_rewards()
     batch = trainer.prompts.for_centering(12)
     rollout = sample(trainer.reference, trainer.tokenizer, *batch, trainer.config.sampling)
-    expected = sum(length_reward(list(rollout.prompts), list(rollout.responses))) / 12
+    expected = sum(len(response) / 10 for response in rollout.responses) / 12
     assert trainer.reward_center == pytest.approx(expected, rel=1e-6)
 
 
