@@ -58,9 +58,7 @@ class FDivergence(Regularizer):
     @model_validator(mode="after")
     def _alpha_where_it_belongs(self) -> "FDivergence":
         if (self.divergence == "alpha_divergence") != (self.alpha is not None):
-            raise ValueError(
-                "alpha: the coefficient of alpha_divergence; give it there and only there"
-            )
+            raise ValueError("alpha: the coefficient of alpha_divergence; set it there only")
         return self
 
     @property

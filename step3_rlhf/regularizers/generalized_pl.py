@@ -43,7 +43,7 @@ class GeneralizedPL(Regularizer):
     @model_validator(mode="after")
     def _exponent_where_it_belongs(self) -> "GeneralizedPL":
         if (self.g == "power") != (self.exponent is not None):
-            raise ValueError("exponent: the power link's; give it there and only there")
+            raise ValueError("exponent: the power link's; set it there only")
         return self
 
     @property
