@@ -1,4 +1,4 @@
-"""What can be wrong with the models of stage 3 or its evaluation, before any weights are loaded."""
+"""Checks the models of stage 3 or of its evaluation before any weights are loaded."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,13 +16,13 @@ from training.runtime.tracking import say
 
 
 def check_models(config: AlignmentConfig, roles: Roles, stand_in: str | None = None) -> None:
-    """Refuse models that do not fit one another, or do not fit the settings.
+    """Refuse models that do not fit one another or the settings.
 
     Args:
-        stand_in: a model that stands for a reward model, in a dry run.
+        stand_in: in a dry run, the model that stands in for a reward model not trained yet.
 
     Raises:
-        UserError: naming the model and the settings.
+        UserError: names the model and the settings.
     """
     sets = read_response_sets(config.evaluation.response_sets)
     check_reward(config.reward, roles, untrained=stand_in)
@@ -36,29 +36,29 @@ def check_models(config: AlignmentConfig, roles: Roles, stand_in: str | None = N
 
 
 def check_critic(critic: Pretrained) -> None:
-    """Refuse a model that no critic can be made from.
+    """Refuse a model that cannot become a critic.
 
     Raises:
-        UserError: it has several labels, or no linear `score`.
+        UserError: it has several labels, or no linear head named `score`.
     """
     check_scalar(critic, new_head=True)
     if not critic.has_linear_score:
         raise UserError(
-            f"{CRITIC}: {critic} has no value after each token (a linear head "
-            "named 'score' on its last states)"
+            f"{CRITIC}: {critic} has no value after each token; a critic needs a linear head named "
+            "'score' on its last hidden states"
         )
 
 
 def check_lengths(config: AlignmentConfig, roles: Roles, sets: list[FiniteSet]) -> None:
-    """Refuse sequences that are longer than one of the models can read.
+    """Refuse settings that allow sequences longer than one of the models can read.
 
     Raises:
-        UserError: naming the model and the settings.
+        UserError: names the model and the settings.
     """
     data = config.data
     needs = {
         "data.max_prompt_length + response_length": data.max_prompt_length + config.response_length,
-        **data.lengths(),  # of held-out texts, whose perplexity the evaluation takes
+        **data.lengths(),  # the evaluation takes the perplexity of held-out texts
         "a prompt and a response of evaluation.response_sets": longest(
             sets, roles.policy.tokenizer
         ),
@@ -71,14 +71,14 @@ def check_lengths(config: AlignmentConfig, roles: Roles, sets: list[FiniteSet]) 
     models += [
         reward
         for _, reward in roles.rewards
-        if reads_policy_tokens(reward, roles.policy.tokenizer)  # others truncate what they read
+        if reads_policy_tokens(reward, roles.policy.tokenizer)  # the others truncate their input
     ]
     for model in {model.name_or_path: model for model in models}.values():
         check_positions(model, needs)
 
 
 def longest(sets: list[FiniteSet], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest prompt with its longest response; 0 where there are no sets."""
+    """Number of tokens of the longest prompt and response together; 0 if there are no sets."""
     prompts = encode_prompt_texts([finite.prompt for finite in sets], tokenizer) if sets else []
     return max(
         (

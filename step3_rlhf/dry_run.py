@@ -1,6 +1,7 @@
-"""What a stage-3 config would do and need, for `--dry-run`."""
+"""Estimates what a stage-3 config would do and need, for `--dry-run`."""
 
 from pathlib import Path
+from typing import Any
 
 from step3_rlhf.checks import check_models
 from step3_rlhf.config import EvaluationConfig, PPOConfig, SamplingSettings
@@ -14,7 +15,7 @@ from training.models.pretrained import Pretrained
 
 
 def dry_run(config: PPOConfig, run: DryRun) -> None:
-    """Four models, and the phases of a run, which take their memory one after the other."""
+    """Fill in the models of a run and the memory of its phases, which follow one another."""
     roles = training_roles_of(config)
     check_models(config, roles, run.stand_in)
     actor = run.policy_shape(roles.policy, lora=True)
@@ -28,38 +29,36 @@ def dry_run(config: PPOConfig, run: DryRun) -> None:
     scoring = [reference]
     for _, reward in roles.rewards:
         scoring.append(run.reward_shape(reward))
-        place = Path(reward.name_or_path).name
-        name = "reward" if len(roles.rewards) == 1 else f"reward {place}"[:20]
+        directory = Path(reward.name_or_path).name
+        name = "reward" if len(roles.rewards) == 1 else f"reward {directory}"[:20]
         run.add_frozen(name, scoring[-1], config.frozen_deepspeed)
 
     _count_iterations(config, run, roles.policy)
     run.notes += [f"Warning: {warning}" for warning in config.warnings()]
     run.notes += [roles.critic_note] if roles.critic_note else []
-    divided = {
-        "actor": _partitioned(config.deepspeed),
-        "reference": _partitioned(
-            config.deepspeed if roles.reference_is_adapted else config.frozen_deepspeed
-        ),
-    }
+    actor_divided = _partitioned(config.deepspeed)
+    reference_divided = _partitioned(
+        config.deepspeed if roles.reference_is_adapted else config.frozen_deepspeed
+    )
     settings, evaluation = config.sampling, EvaluationConfig.of(config).sampling
     local = config.local_rollout_size()
     phases = run.phases
     if config.reward_centering == "reference_mean":
         phases["centering rewards"] = _drawing(
-            config, reference, settings, config.reward_centering_samples, divided["reference"]
+            config, reference, settings, config.reward_centering_samples, reference_divided
         )
-    phases["drawing responses"] = _drawing(config, actor, settings, local, divided["actor"])
+    phases["drawing responses"] = _drawing(config, actor, settings, local, actor_divided)
     phases["scoring"] = _scoring(config, scoring)
     phases["training"] = _training(config, actor, critic)
     phases["evaluating"] = _drawing(
-        config, actor, evaluation, evaluation.rollout_batch_size, divided["actor"]
+        config, actor, evaluation, evaluation.rollout_batch_size, actor_divided
     )
 
 
 def _drawing(
     config: PPOConfig, shape: Shape, settings: SamplingSettings, responses: int, divided: bool
 ) -> dict[str, int]:
-    """What a policy needs to draw `responses`; one that ZeRO-3 divides is gathered whole."""
+    """Bytes that a policy needs to draw `responses`; ZeRO-3 gathers a divided policy whole."""
     dtype = precision(config)
     length = config.data.max_prompt_length + settings.response_length
     drawn = min(settings.rollout_batch_size, responses)
@@ -71,7 +70,7 @@ def _drawing(
 
 
 def _scoring(config: PPOConfig, shapes: list[Shape]) -> dict[str, int]:
-    """Forward passes without gradients, one frozen model after the other."""
+    """Bytes of forward passes without gradients, one frozen model after the other."""
     rows = config.per_device_eval_batch_size
     length = config.data.max_prompt_length + config.response_length
     return {
@@ -81,6 +80,7 @@ def _scoring(config: PPOConfig, shapes: list[Shape]) -> dict[str, int]:
 
 
 def _training(config: PPOConfig, actor: Shape, critic: Shape) -> dict[str, int]:
+    """Bytes that a micro-batch keeps for the backward passes of actor and critic."""
     rows = config.per_device_train_batch_size
     tokens = rows * (config.data.max_prompt_length + config.response_length)
     kept = [
@@ -94,12 +94,14 @@ def _training(config: PPOConfig, actor: Shape, critic: Shape) -> dict[str, int]:
     }
 
 
-def _partitioned(section: dict[str, object]) -> bool:
+def _partitioned(section: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed section divides weights over the processes (ZeRO stage 3)."""
     zero = section.get("zero_optimization")
     return isinstance(zero, dict) and zero.get("stage") == 3
 
 
 def _count_iterations(config: PPOConfig, run: DryRun, policy: Pretrained) -> None:
+    """Add the number of responses, tokens, iterations and optimizer steps to the facts."""
     prompts = run.examples(config.data, "ppo", policy.tokenizer)
     drawn = config.local_rollout_size() * run.processes
     count = None

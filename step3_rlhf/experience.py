@@ -1,6 +1,6 @@
-"""What is known of a micro-batch of responses, phase by phase.
+"""What is known of a micro-batch of responses, as it passes through an iteration's steps.
 
-Shapes: B responses, R response tokens; entries behind a response's last token are masked.
+Shapes: B responses, R response tokens. Entries after a response's last token are masked.
 """
 
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from step3_rlhf.rollout import Rollout
 
 @dataclass(frozen=True)
 class Judged:
-    """A part of a rollout with what the reward model and the reference say of it."""
+    """Responses with their rewards and the reference's log-probabilities (steps 3 to 5)."""
 
     rollout: Rollout
-    rewards: Tensor  # [B] r(x, y), after centering and clipping
+    rewards: Tensor  # [B] r(x, y), after centering, penalty and clipping
     ref_logp: Tensor  # [B, R] log π_ref,t, nats
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the actor and the critic say of each response token."""
+    """What the actor and the critic say of each response token (step 6)."""
 
     logp: Tensor  # [B, R] log π_t, nats
     values: Tensor  # [B, R] value of the state before token t
@@ -32,8 +32,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Experience(Judged):
-    """All that the losses need: also the scores of the policy that drew, and advantages."""
+    """All that the losses need (steps 7 and 8)."""
 
-    old: Scores
+    old: Scores  # of the actor and critic before this iteration's first optimizer step
     advantages: Tensor  # [B, R]
     returns: Tensor  # [B, R]

@@ -1,4 +1,7 @@
-"""The metrics of one PPO iteration: sums on each rank, averages over all of them."""
+"""The metrics of one PPO iteration: each rank sums, then all ranks average.
+
+README.md beside this file defines every metric by its formula and unit.
+"""
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from training.runtime.ranks import sum_over_ranks
 
 
 class IterationMetrics:
-    """Sums over responses and tokens of one iteration; `averages` joins them over the ranks."""
+    """Sums over this rank's responses and tokens; `averages` adds up the ranks and divides."""
 
     def __init__(self, regularizer: Regularizer) -> None:
         self.regularizer = regularizer
@@ -26,49 +29,49 @@ class IterationMetrics:
         policy: ClippedLoss,
         value: ClippedLoss,
     ) -> None:
-        """Add a micro-batch, each time that it is trained on.
+        """Add a micro-batch. Called each time the micro-batch is trained on.
 
         Args:
-            new: what the forward pass that trains gave.
-            entropy: [B, R] nats.
+            part: the micro-batch; its regularizer is that of the old scores.
+            new: scores of the forward pass that trains.
+            entropy: [B, R] entropy of the next-token distribution in that pass, nats.
+            policy, value: the losses of that pass.
         """
         mask, old = part.rollout.response_mask, part.old
         regularizer = self.regularizer.value(old.logp, part.ref_logp, mask)
         bound = self.regularizer.marginal(old.logp, part.ref_logp, mask).bound
         returns = part.returns[mask].double()
         errors = (part.returns - old.values)[mask].double()
-        self._accumulate(
-            responses=torch.tensor(len(part.rollout)),
-            tokens=mask.sum(),
-            ended=part.rollout.ended.sum(),
-            logp=masked_sum(old.logp, mask),
-            log_ratio=masked_sum(old.logp - part.ref_logp, mask),
-            regularizer=regularizer.sum(),
-            objective=(part.rewards + regularizer).sum(),
-            bound=bound.sum(),
-            entropy=masked_sum(entropy, mask),
-            policy_loss=policy.total,
-            policy_clipped=policy.clipped,
-            value_loss=value.total,
-            value_clipped=value.clipped,
-            # Schulman's low-variance estimate of KL(old ‖ new): r − 1 − log r, r = new/old
-            moved=masked_sum((new.logp - old.logp).expm1() - (new.logp - old.logp), mask),
-            returns=returns.sum(),
-            squared_returns=(returns**2).sum(),
-            errors=errors.sum(),
-            squared_errors=(errors**2).sum(),
-        )
-
-    def _accumulate(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            value = value.detach().double().cpu()
-            self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + value
+        added = {
+            "responses": torch.tensor(len(part.rollout)),
+            "tokens": mask.sum(),
+            "ended": part.rollout.ended.sum(),
+            "logp": masked_sum(old.logp, mask),
+            "log_ratio": masked_sum(old.logp - part.ref_logp, mask),
+            "regularizer": regularizer.sum(),
+            "objective": (part.rewards + regularizer).sum(),
+            "bound": bound.sum(),
+            "entropy": masked_sum(entropy, mask),
+            "policy_loss": policy.total,
+            "policy_clipped": policy.clipped,
+            "value_loss": value.total,
+            "value_clipped": value.clipped,
+            # Schulman's low-variance estimate of KL(old ‖ new): ρ − 1 − log ρ, ρ = new/old
+            "approxkl": masked_sum((new.logp - old.logp).expm1() - (new.logp - old.logp), mask),
+            "returns": returns.sum(),
+            "squared_returns": (returns**2).sum(),
+            "errors": errors.sum(),
+            "squared_errors": (errors**2).sum(),
+        }
+        for name, value_sum in added.items():
+            before = self.sums.get(name, torch.zeros((), dtype=torch.float64))
+            self.sums[name] = before + value_sum.detach().double().cpu()
 
     def averages(self, rewards: Tensor) -> dict[str, float]:
-        """The metrics of the iteration; means over the passes where there are several.
+        """The iteration's metrics, the same on every rank; averages over all passes as well.
 
         Args:
-            rewards: [responses of this rank], as the reward model gave them.
+            rewards: [this rank's responses], as the reward source gave them.
         """
         own = torch.stack([torch.tensor(float(len(rewards))), rewards.sum().cpu()]).double()
         drawn, reward = sum_over_ranks(own).tolist()
@@ -86,7 +89,7 @@ class IterationMetrics:
             "objective/bound_fraction": sums["bound"] / n,
             "policy/entropy_per_token": sums["entropy"] / tokens,
             "policy/kl_per_token": sums["log_ratio"] / tokens,
-            "policy/approxkl": sums["moved"] / tokens,
+            "policy/approxkl": sums["approxkl"] / tokens,
             "policy/clipfrac": sums["policy_clipped"] / tokens,
             "loss/policy": sums["policy_loss"] / tokens,
             "loss/value": sums["value_loss"] / tokens,

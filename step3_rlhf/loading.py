@@ -1,4 +1,4 @@
-"""The policies of stage 3 that are not trained."""
+"""Loads the policies of stage 3 that are not trained."""
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -13,10 +13,12 @@ from training.runtime import engine
 def load_frozen_policy(
     pretrained: Pretrained, tokenizer: PreTrainedTokenizerBase, config: AlignmentConfig
 ) -> nn.Module:
-    """A policy that only draws and scores, whole or divided as `frozen_deepspeed` says.
+    """Load a policy that only draws and scores.
+
+    `frozen_deepspeed` decides whether each process has a whole copy or ZeRO-3 divides it.
 
     Args:
-        tokenizer: that of the policy which is trained or measured.
+        tokenizer: the tokenizer of the policy that is trained or measured.
     """
     options = LoadOptions.frozen(config)
     policy = load_policy(pretrained, tokenizer, options)

@@ -2,8 +2,8 @@
 
     bash scripts/step3_rlhf.sh CONFIG.json [key.path=value ...]
 
-Writes `actor/` and `critic/` (Hugging Face directories, tokenizer included), `evaluation.json`,
-`instances.jsonl`, `metrics.jsonl` and `config.json`.
+Writes into output_dir: `actor/` and `critic/` (Hugging Face directories, tokenizer included),
+`evaluation.json`, `instances.jsonl`, `metrics.jsonl` and `config.json`.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.dry_run import dry_run
 from step3_rlhf.evaluation.held_out import HeldOut, load_held_out
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
-from step3_rlhf.evaluation.resume import Blocks, identity
+from step3_rlhf.evaluation.resume import FinishedBlocks, fingerprint
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.evaluation.settings import settings_of_run
 from step3_rlhf.loading import load_frozen_policy
@@ -39,7 +39,7 @@ from training.runtime.signals import Stopped, stop_requests
 from training.runtime.tracking import Tracker, say
 
 SHOWN = ("objective/rlhf_reward", "objective/kl", "policy/entropy_per_token", "response/length")
-"""Metrics beside the progress bar."""
+"""Metrics that are shown beside the progress bar."""
 
 
 def main(config: PPOConfig) -> None:
@@ -65,12 +65,14 @@ def main(config: PPOConfig) -> None:
     output = prepare_output(config)
     with stop_requests.deferred():
         first = train(trainer, count, held_out, evaluation)
-        write_models(trainer, output, trained_to_the_end_before=first == count)
-    say(f"Evaluating; if it is stopped, `bash scripts/evaluate.sh {output}` resumes it")
-    blocks = Blocks(output, identity(settings_of_run(str(output)), held_out))
-    figures, instances = evaluate(models(trainer), held_out, config.regularizer, evaluation, blocks)
+        write_models(trainer, output, was_trained=first == count)
+    say(f"Evaluating; if this is stopped, `bash scripts/evaluate.sh {output}` resumes it")
+    finished = FinishedBlocks(output, fingerprint(settings_of_run(str(output)), held_out))
+    figures, instances = evaluate(
+        models_of(trainer), held_out, config.regularizer, evaluation, finished
+    )
     write_evaluation(figures, instances, output)
-    blocks.remove()
+    finished.remove()
     say(
         f"PPO with {config.regularizer.name} is done after {count} iterations\n{summary(figures)}\n"
         f"  actor:      {output / 'actor'}\n  critic:     {output / 'critic'}\n"
@@ -79,7 +81,7 @@ def main(config: PPOConfig) -> None:
 
 
 def build(config: PPOConfig, roles: TrainingRoles, prompts: Prompts, count: int) -> PPOTrainer:
-    """The four models in their engines, ready for `count` iterations."""
+    """Load the four models into their engines, ready for `count` iterations."""
     tokenizer = roles.policy.tokenizer
     options = LoadOptions.trained(config)
     steps = count * config.num_ppo_epochs * config.num_mini_batches
@@ -102,14 +104,18 @@ def build(config: PPOConfig, roles: TrainingRoles, prompts: Prompts, count: int)
 def load_reference(
     config: PPOConfig, roles: TrainingRoles, actor: TrainedModule
 ) -> nn.Module | WithoutAdapter:
-    """π_ref: a frozen model or, where only an adapter is trained, the actor without it."""
+    """π_ref: a frozen model or, if only an adapter is trained, the actor without the adapter."""
     if roles.reference_is_adapted:
         return WithoutAdapter(actor.engine)
     return load_frozen_policy(roles.reference, roles.policy.tokenizer, config)
 
 
 def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig) -> int:
-    """Run all iterations; returns the one at which a resumed run starts, 0 for a new run."""
+    """Run all iterations that are not done yet.
+
+    Returns:
+        The number of iterations that a resumed run found done; 0 in a new run.
+    """
     config = trainer.config
     checkpoints = Checkpoints(config, {"actor": trainer.actor, "critic": trainer.critic})
     first, state = checkpoints.restore()
@@ -125,8 +131,8 @@ def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: Evalua
         metrics = trainer.iteration(number) | {"episode": float((number + 1) * episodes)}
         done = number + 1
         if config.eval_steps and done % config.eval_steps == 0 and done < count:
-            figures, _ = evaluate(models(trainer), held_out, config.regularizer, evaluation)
-            metrics |= flattened(figures)
+            figures, _ = evaluate(models_of(trainer), held_out, config.regularizer, evaluation)
+            metrics |= means_of(figures)
         if done % config.logging_steps == 0 or done == count:
             tracker.log(done, metrics, SHOWN)
         tracker.advance()
@@ -140,34 +146,32 @@ def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: Evalua
     return first
 
 
-def write_models(trainer: PPOTrainer, output: Path, trained_to_the_end_before: bool) -> None:
+def write_models(trainer: PPOTrainer, output: Path, was_trained: bool) -> None:
     """Export `actor/` and `critic/`.
 
     Args:
-        trained_to_the_end_before: the run was stopped after its training. Models that it had
-            written stay as they are, and so does what has been measured of them.
+        was_trained: the run resumes after its last iteration. Models that it exported before are
+            kept, so that the finished part of their evaluation stays valid.
     """
     trained = {"actor": trainer.actor, "critic": trainer.critic}
-    wanted = [
-        name for name in trained if not (trained_to_the_end_before and (output / name).is_dir())
-    ]
-    ranks.barrier()  # all ranks have looked before the first writes
+    wanted = [name for name in trained if not (was_trained and (output / name).is_dir())]
+    ranks.barrier()  # all ranks look before the first one writes
     for name in wanted:
         export(trained[name].module.model, trainer.tokenizer, output / name)
 
 
-def models(trainer: PPOTrainer) -> Models:
-    """The trained policy and what it is compared with."""
+def models_of(trainer: PPOTrainer) -> Models:
+    """The trained policy and the models that it is compared with."""
     actor: nn.Module = trainer.actor.engine
     actor.eval()
     return Models(actor, trainer.reference, trainer.reward, trainer.tokenizer)
 
 
-def flattened(figures: dict[str, Any]) -> dict[str, float]:
-    """The means of an evaluation as metrics named `eval/...`."""
+def means_of(figures: dict[str, Any]) -> dict[str, float]:
+    """The means in an evaluation's figures, as metrics named `eval/...`."""
     everything = {**figures, **figures.get("exact", {})}
-    means = {name: value for name, value in everything.items() if isinstance(value, dict)}
-    return {f"eval/{name}": value["mean"] for name, value in means.items() if "mean" in value}
+    estimates = {name: value for name, value in everything.items() if isinstance(value, dict)}
+    return {f"eval/{name}": value["mean"] for name, value in estimates.items() if "mean" in value}
 
 
 if __name__ == "__main__":

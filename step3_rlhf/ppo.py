@@ -1,8 +1,8 @@
-"""PPO as pure functions: placing rewards, advantages, clipped losses.
+"""PPO as pure functions: token rewards, advantages and clipped losses.
 
-Shapes: B responses, R response tokens; `mask` [B, R] bool is True on response tokens, EOS included,
-and each row's True entries are contiguous from column 0. Time index t runs over response tokens;
-values v_t are those of the state *before* token t is drawn.
+Shapes: B responses, R response tokens. `mask` [B, R] bool is True on response tokens, EOS included;
+the True entries of a row are contiguous from column 0. Time t runs over response tokens, and the
+value v_t is that of the state *before* token t is drawn.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ AdvantageNormalization = Literal["none", "center", "full"]
 
 
 class ClippedLoss(NamedTuple):
-    """A loss over the valid tokens of a micro-batch.
+    """A loss over the response tokens of a micro-batch.
 
-    total    []  the sum of the loss over the tokens
-    clipped  []  the number of tokens on which clipping took effect
+    total    []  sum of the loss over the tokens
+    clipped  []  number of tokens on which clipping took effect
     """
 
     total: Tensor
@@ -28,13 +28,16 @@ class ClippedLoss(NamedTuple):
 
 
 def place_rewards(marginal: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-    """Token rewards: the regularizer's marginal on each token, the response's reward on its last.
+    """Token rewards: the marginal on each token, plus the response's reward on its last token.
 
-    With γ = 1 their sum over a response is r(x, y) + R + πR′ (eq. 3.6), what PPO must be given.
+    With γ = 1 they add up to r(x, y) + R + πR′ (eq. 3.6), which is what PPO must be given.
 
     Args:
         marginal: [B, R], already multiplied by β.
-        rewards: [B].
+        rewards: [B] r(x, y).
+
+    Returns:
+        [B, R], 0 where masked.
     """
     last = mask.long().sum(-1, keepdim=True) - 1
     placed = torch.where(mask, marginal, torch.zeros_like(marginal))
@@ -47,15 +50,15 @@ def advantages_and_returns(
     """Generalized advantage estimation (Schulman et al., 2016, eq. 16).
 
     Returns:
-        advantages A_t [B, R] and returns A_t + v_t [B, R], both 0 where masked.
+        Advantages A_t [B, R] and returns A_t + v_t [B, R], both 0 where masked.
     """
     values = torch.where(mask, values, torch.zeros_like(values))
     advantages = torch.zeros_like(values)
     a_next = torch.zeros_like(values[:, 0])
     v_next = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        delta_t = token_rewards[:, t] + gamma * v_next - values[:, t]
-        a_t = delta_t + gamma * lam * a_next
+        delta_t = token_rewards[:, t] + gamma * v_next - values[:, t]  # r_t + γ v_{t+1} − v_t
+        a_t = delta_t + gamma * lam * a_next  # A_t = δ_t + γλ A_{t+1}
         inside = mask[:, t]
         a_next = torch.where(inside, a_t, torch.zeros_like(a_t))
         v_next = values[:, t]
@@ -69,10 +72,15 @@ def normalize_advantages(
     mode: AdvantageNormalization,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> list[Tensor]:
-    """Advantages minus their mean ("center"), also divided by their deviation ("full"), or as is.
+    """Advantages as they are ("none"), minus their mean ("center"), or standardized ("full").
 
-    Near the optimum of a regularized objective all advantages tend to 0; "full" then blows noise up
-    to unit size. Statistics are over the valid tokens of all the given parts [B, R], on all ranks.
+    Near the optimum of a regularized objective all advantages tend to 0, and "full" then scales
+    noise up to unit size.
+
+    Args:
+        advantages, masks: [B, R] each, one per micro-batch; mean and deviation are taken over the
+            response tokens of all of them on all ranks.
+        sum_over_ranks: adds up a tensor over the ranks.
     """
     if mode == "none":
         return list(advantages)
@@ -104,7 +112,7 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float
 ) -> ClippedLoss:
-    """½ (v − return)², for v as it is or clipped around the old value, whichever is larger.
+    """½ (v − return)², for v itself or v clipped around the old value, whichever is larger.
 
     Args:
         values, old_values, returns: [B, R].
@@ -116,6 +124,6 @@ def value_loss(
 
 
 def _larger(unclipped: Tensor, clipped: Tensor, mask: Tensor) -> ClippedLoss:
-    """The larger of two losses on each token [B, R], summed."""
+    """Sum over the tokens of the larger of two losses [B, R]."""
     total = masked_sum(torch.maximum(unclipped, clipped), mask)
     return ClippedLoss(total, masked_sum((clipped > unclipped).to(total.dtype), mask))

@@ -1,4 +1,6 @@
-"""The order of prompts, and the seed of each draw: the same on any number of ranks."""
+"""The order of prompts and the seed of each draw, the same on any number of ranks."""
+
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
@@ -7,26 +9,37 @@ from step3_rlhf.config import PPOConfig
 from training.data import shard
 from training.runtime.ranks import rank, world_size
 
-# What is drawn for: a draw's seed is (seed, purpose, position).
+# Purposes of a draw: its seed is (config.seed, purpose, position in the stream of prompts).
 TRAINING, CENTERING, EVALUATION = 0, 1, 2
 
-PromptBatch = tuple[list[list[int]], list[str], list[tuple[int, ...]]]
+
+class PromptBatch(NamedTuple):
+    """Prompts to draw one response each to.
+
+    ids    [B] lists of token ids
+    texts  [B] the same prompts as text
+    seeds  [B] one per draw; the same seed draws the same response
+    """
+
+    ids: list[list[int]]
+    texts: list[str]
+    seeds: list[tuple[int, ...]]
 
 
 class Prompts:
-    """An endless stream of prompts: each epoch is a permutation of its own."""
+    """An endless stream of prompts, shuffled differently in each epoch."""
 
     def __init__(self, data: Dataset, config: PPOConfig) -> None:
-        columns = data[:]  # read at once: one row at a time is slow in Arrow
+        columns = data[:]  # all at once: Arrow is slow row by row
         self.ids: list[list[int]] = columns["prompt_ids"]
         self.texts: list[str] = columns["prompt"]
         self.config = config
         self._orders: dict[int, list[int]] = {}
 
     def of_iteration(self, number: int) -> PromptBatch:
-        """This rank's prompts of an iteration: ids, texts, and a seed for each.
+        """This rank's prompts of an iteration, counted from 0.
 
-        Each optimizer step gets the same global batch on any number of ranks.
+        Each optimizer step has the same global batch on any number of ranks.
         """
         config = self.config
         accumulation, micro = config.gradient_accumulation_steps, config.per_device_train_batch_size
@@ -34,13 +47,13 @@ class Prompts:
         positions: list[int] = []
         for k in range(config.num_mini_batches):
             first = (number * config.num_mini_batches + k) * mini_batch
-            whole = list(range(first, first + mini_batch))
-            parts = shard(whole, rank(), world_size(), micro, accumulation)
+            positions_of_all = list(range(first, first + mini_batch))
+            parts = shard(positions_of_all, rank(), world_size(), micro, accumulation)
             positions += [position for part in parts for position in part]
         return self._at(positions, TRAINING)
 
     def for_centering(self, count: int) -> PromptBatch:
-        """This rank's share of `count` prompts, rounded up to the same number on every rank."""
+        """This rank's share of `count` prompts, rounded up so that every rank has equally many."""
         share = -(-count // world_size())
         return self._at([rank() + world_size() * k for k in range(share)], CENTERING)
 
@@ -49,23 +62,29 @@ class Prompts:
         seeds: list[tuple[int, ...]] = [
             (self.config.seed, purpose, position) for position in positions
         ]
-        return [list(self.ids[r]) for r in rows], [self.texts[r] for r in rows], seeds
+        return PromptBatch([list(self.ids[r]) for r in rows], [self.texts[r] for r in rows], seeds)
 
     def _row(self, position: int) -> int:
+        """Row of the data set at a position of the stream."""
         epoch, offset = divmod(position, len(self.texts))
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
             order = torch.randperm(len(self.texts), generator=generator).tolist()
+            # An iteration can straddle two epochs; older orders are dropped.
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
             self._orders[epoch] = order
         return self._orders[epoch][offset]
 
 
 def iterations(config: PPOConfig, prompts: int, processes: int | None = None) -> int:
-    """Iterations of the run; `total_episodes` must be a whole number of them.
+    """Number of iterations in the run.
+
+    Args:
+        prompts: number of training prompts.
+        processes: of the run; None is as many as there are now.
 
     Raises:
-        ValueError: with the path of the setting that does not fit.
+        ValueError: `total_episodes` is not a whole number of iterations.
     """
     processes = processes or world_size()
     per_iteration = config.local_rollout_size() * processes

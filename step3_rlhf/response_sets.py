@@ -1,7 +1,7 @@
-"""Prompts whose whole set of natural responses is known, as JSONL.
+"""Reads prompts whose natural responses are all known, from JSONL.
 
-One line: {"prompt": str, "responses": [str, ...]} and, where known, "topic": str and "population":
-[share, ...] (they sum to 1).
+A line is {"prompt": str, "responses": [str, ...]}, optionally with "topic": str and "population":
+[share, ...], the shares in which people prefer the responses; they add up to 1.
 """
 
 import json
@@ -15,7 +15,7 @@ from training.errors import UserError
 
 @dataclass(frozen=True)
 class FiniteSet:
-    """A prompt, its responses, and the shares in which the population prefers them."""
+    """A prompt, its responses and, if known, the shares in which the population prefers them."""
 
     prompt: str
     responses: tuple[str, ...]
@@ -24,10 +24,10 @@ class FiniteSet:
 
 
 def read_response_sets(path: str | None) -> list[FiniteSet]:
-    """The sets in a file, none where there is no file.
+    """The sets in a file; none if `path` is None.
 
     Raises:
-        UserError: with every faulty line and its number.
+        UserError: lists every faulty line with its number.
     """
     if path is None:
         return []

@@ -1,4 +1,4 @@
-"""Which model plays which role. Each is read from disk once, and handed to everything that asks."""
+"""Which model plays which role. Each model's config and tokenizer are read from disk once."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ REFERENCE, CRITIC = "reference_model_name_or_path", "critic_model_name_or_path"
 class Roles:
     """The models of an evaluation.
 
-    policy     what is measured (or trained)
-    reference  π_ref; the same object as `policy` where the config names no other
-    rewards    the reward models with their weights; none where the reward is a function
-    named      reference and critic where the config names them, by the setting that does
+    policy     the model that is measured (or trained)
+    reference  π_ref; the same object as `policy` unless the config names another model
+    rewards    the reward models with their weights; empty if the reward is a function
+    named      reference and critic if the config names them, keyed by the setting that does
     """
 
     policy: Pretrained
@@ -28,9 +28,9 @@ class Roles:
 class TrainingRoles(Roles):
     """The models of a PPO run.
 
-    critic                what the critic starts from
-    critic_note           why that is not the reward model, where one would expect it to be
-    reference_is_adapted  π_ref is the actor with its adapter switched off: no second copy is loaded
+    critic                the model that the critic starts from
+    critic_note           why that is not the reward model, if a user would expect it to be
+    reference_is_adapted  π_ref is the actor with its adapter switched off; no second copy is loaded
     """
 
     critic: Pretrained
@@ -52,7 +52,7 @@ def roles_of(config: AlignmentConfig) -> Roles:
 
 
 def training_roles_of(config: PPOConfig) -> TrainingRoles:
-    """The models of a run: those of its evaluation, and the critic."""
+    """The models of a PPO run: those of its evaluation, and the critic."""
     roles = roles_of(config)
     critic, note = _critic(config, roles)
     named = roles.named | ({CRITIC: critic} if config.critic_model_name_or_path else {})
@@ -61,10 +61,10 @@ def training_roles_of(config: PPOConfig) -> TrainingRoles:
 
 
 def _critic(config: PPOConfig, roles: Roles) -> tuple[Pretrained, str]:
-    """Where the critic starts, and why where that is a surprise.
+    """What the critic starts from, and a note where that may surprise the user.
 
-    It starts from the first reward model, if that reads the policy's tokens and has a value after
-    each of them; otherwise from the policy.
+    It starts from the first reward model, provided that this model reads the policy's tokens and
+    has a value after each of them; otherwise it starts from the policy.
     """
     if config.critic_model_name_or_path:
         return Pretrained(config.critic_model_name_or_path, config.trust_remote_code), ""

@@ -1,4 +1,4 @@
-"""Prompts -> responses, drawn from the policy in a way that no division over ranks changes."""
+"""Draws responses to prompts, the same ones however the prompts are divided over ranks."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from training.models.partitioned import whole_parameters
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses to prompts: B rows, P prompt columns (left padded), R response columns.
+    """Responses to prompts: B rows, P prompt columns (left-padded), R response columns.
 
     Example, pad 0 and EOS 2, P = 3, R = 3:
 
@@ -41,7 +41,7 @@ class Rollout:
     response_mask: Tensor  # [B, R] bool
     ended: Tensor  # [B] bool: the response has its EOS
     prompts: tuple[str, ...]
-    responses: tuple[str, ...]  # special tokens and surrounding blanks removed
+    responses: tuple[str, ...]  # without special tokens and surrounding whitespace
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -57,24 +57,28 @@ class Rollout:
 
     @property
     def scored_mask(self) -> Tensor:
-        """[B, P + R] bool: `response_mask` in its place."""
+        """[B, P + R] bool: `response_mask`, with False on the prompts."""
         outside = self.response_mask.new_zeros(len(self), self.prompt_length)
         return torch.cat([outside, self.response_mask], dim=1)
 
     def response_part(self, values: Tensor) -> Tensor:
-        """[B, R] of values [B, P + R] that stand on the tokens themselves (log-probabilities)."""
+        """[B, R]: the response columns of values [B, P + R] such as each token's log π."""
         return values[:, self.prompt_length :]
 
     def state_part(self, values: Tensor) -> Tensor:
-        """[B, R] of values [B, P + R] of the state before each response token."""
+        """[B, R]: of values [B, P + R], those of the state before each response token.
+
+        The value in column t has seen token t, so the state before that token is one column
+        earlier.
+        """
         return values[:, self.prompt_length - 1 : -1]
 
     def readable(self) -> dict[str, object]:
-        """All of it, for a person who looks for what went wrong."""
+        """All fields by name, for the dump of a batch that went wrong."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def rows(self, first: int, last: int) -> "Rollout":
-        """Rows first … last − 1, trimmed to their longest prompt and response."""
+        """Rows first … last − 1, trimmed to the longest prompt and response among them."""
         attention = self.attention_mask[first:last]
         width = self.prompt_length
         left = int(width - attention[:, :width].sum(-1).max())
@@ -90,31 +94,6 @@ class Rollout:
         )
 
 
-class SeededSampler(LogitsProcessor):
-    """Draws by inverting the distribution function at given uniforms, one per row and step.
-
-    A row's draws depend on its own uniforms only, never on the other rows of the batch. All other
-    tokens get −inf, so that greedy decoding picks the drawn one.
-    """
-
-    def __init__(self, uniforms: Tensor, prompt_length: int) -> None:
-        self.uniforms = uniforms  # [B, R] in [0, 1)
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.prompt_length
-        distribution = scores.double().softmax(-1).cumsum(-1)
-        target = self.uniforms[:, step : step + 1] * distribution[:, -1:]
-        token = torch.searchsorted(distribution, target, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-
-
-def uniforms(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
-    """[len(seeds), length] uniforms, each row from its own seed, the same on every machine."""
-    rows = [np.random.Generator(np.random.Philox(list(seed))).random(length) for seed in seeds]
-    return torch.tensor(np.stack(rows))
-
-
 @torch.no_grad()
 def sample(
     policy: nn.Module | WithoutAdapter,
@@ -124,11 +103,12 @@ def sample(
     seeds: list[tuple[int, ...]],
     settings: SamplingSettings,
 ) -> Rollout:
-    """One response per prompt, `rollout_batch_size` at a time.
+    """Draw one response to each prompt, `rollout_batch_size` prompts at a time.
 
     Args:
-        policy: a Policy, the DeepSpeed engine around one, or one without its adapter.
-        seeds: one per prompt; the same seed draws the same response.
+        policy: a Policy, the DeepSpeed engine around one, or one with its adapter switched off.
+        prompt_ids, prompts: [B] the prompts as token ids and as text.
+        seeds: [B] one per prompt; the same seed draws the same response.
     """
     responses: list[list[int]] = []
     with whole_parameters(policy) as module, _plain_generation(module.model) as model:
@@ -152,14 +132,6 @@ def sample(
     return assemble(prompt_ids, responses, prompts, tokenizer, device)
 
 
-def encode_prompt_texts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Token ids of prompts given as text, in the tokenizer's own template."""
-    rendered = [render_prompt(prompt_messages(prompt), tokenizer) for prompt in prompts]
-    return encode_prompts(rendered, tokenizer)
-
-
 def assemble(
     prompt_ids: list[list[int]],
     response_ids: list[list[int]],
@@ -167,7 +139,7 @@ def assemble(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> Rollout:
-    """The record of given responses; what stands after a response's first EOS is dropped."""
+    """Build a Rollout from token ids; tokens after a response's first EOS are dropped."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     kept = [row[: row.index(eos) + 1] if eos in row else row for row in response_ids]
     length = max(len(row) for row in kept)
@@ -185,6 +157,28 @@ def assemble(
     )
 
 
+def encode_prompt_texts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Token ids of prompts given as text, rendered in the tokenizer's chat template."""
+    rendered = [render_prompt(prompt_messages(prompt), tokenizer) for prompt in prompts]
+    return encode_prompts(rendered, tokenizer)
+
+
+@contextlib.contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model without its generation defaults, such as repetition penalties or bad words.
+
+    Those would change the distribution that is sampled but not the one that is scored.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield model
+    finally:
+        model.generation_config = own
+
+
 def _processors(
     settings: SamplingSettings, draws: Tensor, prompt_length: int
 ) -> LogitsProcessorList:
@@ -199,15 +193,26 @@ def _processors(
     return processors
 
 
-@contextlib.contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model without its own generation defaults (repetition penalties, bad words, ...).
+class SeededSampler(LogitsProcessor):
+    """Draws tokens by inverting the distribution function at one given uniform per row and step.
 
-    What they change would be drawn but not scored.
+    A row's draws depend only on its own uniforms, never on the other rows of the batch. Every other
+    token gets −inf, so that greedy decoding picks the drawn one.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield model
-    finally:
-        model.generation_config = own
+
+    def __init__(self, uniforms: Tensor, prompt_length: int) -> None:
+        self.uniforms = uniforms  # [B, R] in [0, 1)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.prompt_length
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        target = self.uniforms[:, step : step + 1] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def uniforms(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
+    """[len(seeds), length] uniforms in [0, 1), each row from its own seed, on any machine alike."""
+    rows = [np.random.Generator(np.random.Philox(list(seed))).random(length) for seed in seeds]
+    return torch.tensor(np.stack(rows))

@@ -1,4 +1,7 @@
-"""One PPO iteration, its steps in the order in which the data flows."""
+"""PPO, one iteration at a time: the ten steps of `PPOTrainer.iteration`, in the order of the data.
+
+README.md beside this file has the formulas and shapes of each step.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -23,7 +26,7 @@ Part = TypeVar("Part", bound=Judged)
 
 
 class PPOTrainer:
-    """Holds the four models; `iteration` is the whole algorithm."""
+    """Holds the models of a run; `iteration` is the whole algorithm."""
 
     def __init__(
         self,
@@ -44,119 +47,61 @@ class PPOTrainer:
         self.tokenizer = tokenizer
         self.regularizer = config.regularizer
         self.reward_center = 0.0
-        """C_1 of Example 2, subtracted from every reward."""
+        """Mean reward of the reference policy, −C_1 of Example 2, subtracted from every reward."""
 
     def iteration(self, number: int) -> dict[str, float]:
-        """Draw responses, score them, and take the optimizer steps on them.
+        """Draw responses, score them, and take optimizer steps on them.
 
         Args:
-            number: 0-based; prompts and random draws depend on it and on the seed alone.
+            number: counts from 0; prompts and random draws depend only on it and on the seed.
 
         Returns:
-            Metrics, the same on every rank.
+            The iteration's metrics, the same on every rank.
         """
         config, metrics = self.config, IterationMetrics(self.regularizer)
-        # 1. This rank's prompts, with a seed for each draw.
-        batch = self.prompts.of_iteration(number)
-        # 2. A response to each from the actor as it is.
-        rollout = sample(self.actor.engine, self.tokenizer, *batch, config.sampling)
+        # 1. Prompts: this rank's share, with a seed for each draw.
+        prompts = self.prompts.of_iteration(number)
+        # 2. Rollout: one response to each prompt, drawn from the current actor.
+        rollout = sample(self.actor.engine, self.tokenizer, *prompts, config.sampling)
         with dumped(config.output_dir, number + 1, rollout.readable):
-            # 3. The reward r(x, y) of each response.
+            # 3. Rewards: r(x, y) of each response.
             raw_rewards = self.reward(rollout)
-            rewards = self.shaped(raw_rewards, rollout)
+            rewards = self.shape_rewards(raw_rewards, rollout)
             require_finite("rewards", rewards)
-            # 4. log π_ref of each response token.
-            ref_logp = self.score_reference(rollout)
-            # 5. Micro-batches, each trimmed to its longest row.
+            # 4. Reference: log π_ref of each response token.
+            ref_logp = self.reference_logp(rollout)
+            # 5. Micro-batches, each trimmed to its longest prompt and response.
             parts = self.micro_batches(rollout, rewards, ref_logp)
             if config.uses_rollout_once:
-                # 6.-8. happen inside the forward pass that trains.
-                self.take_steps(parts, lambda part: self.losses_at_once(part, metrics))
+                # 6.-9. together: the forward pass that trains also gives the old scores.
+                self.take_steps(parts, self.losses_in_one_pass, metrics)
             else:
-                # 6. log π and values of each token, from actor and critic as they are.
-                scores = [self.scored(part) for part in parts]
-                # 7., 8. Penalty and reward on the tokens; advantages and returns.
-                experiences = self.with_advantages(parts, scores)
+                # 6. Old scores: log π and the value at each token, before any step is taken.
+                old = [self.old_scores(part) for part in parts]
+                # 7. and 8. Token rewards; advantages and returns.
+                experiences = self.with_advantages(parts, old)
                 # 9. Losses, and optimizer steps of actor and critic.
                 for _ in range(config.num_ppo_epochs):
-                    self.take_steps(experiences, lambda part: self.losses(part, metrics))
-        # 10. Figures of the iteration, averaged over all ranks.
+                    self.take_steps(experiences, self.losses, metrics)
+        # 10. Metrics: averages over the responses and tokens of all ranks.
         return metrics.averages(raw_rewards) | self.optimizer_metrics()
 
-    def take_steps(self, parts: Sequence[Part], losses: Callable[[Part], Sequence[Tensor]]) -> None:
-        """One pass over the rollout: an optimizer step of actor and critic per mini-batch."""
-        accumulation = self.config.gradient_accumulation_steps
-        for first in range(0, len(parts), accumulation):
-            optimizer_step(
-                [self.actor, self.critic],
-                parts[first : first + accumulation],
-                losses,
-                items=lambda part: int(part.rollout.response_mask.sum()),
-            )
+    def shape_rewards(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """[B] rewards that PPO maximizes: centered, and penalized or clipped if the config says so.
 
-    def losses(self, part: Experience, metrics: IterationMetrics) -> Sequence[Tensor]:
-        """The actor's and the critic's loss, each summed over the response tokens."""
-        return self.losses_of(part, *self.forward(part.rollout), metrics)
-
-    def losses_at_once(self, part: Judged, metrics: IterationMetrics) -> Sequence[Tensor]:
-        """The same where one forward pass both scores and trains: its scores are the old ones."""
-        new, entropy = self.forward(part.rollout)
-        (experience,) = self.with_advantages([part], [new.detached()])
-        return self.losses_of(experience, new, entropy, metrics)
-
-    def losses_of(
-        self, part: Experience, new: Scores, entropy: Tensor, metrics: IterationMetrics
-    ) -> Sequence[Tensor]:
-        mask = part.rollout.response_mask
-        policy = ppo.policy_loss(
-            new.logp, part.old.logp, part.advantages, mask, self.config.cliprange
-        )
-        value = ppo.value_loss(
-            new.values, part.old.values, part.returns, mask, self.config.cliprange_value
-        )
-        metrics.add(part, new, entropy, policy, value)
-        return policy.total, self.config.vf_coef * value.total
-
-    def with_advantages(
-        self, parts: Sequence[Judged], scores: Sequence[Scores]
-    ) -> list[Experience]:
-        """Penalty → token rewards → advantages and returns, then the batch's normalization."""
-        config = self.config
-        advantages, returns = [], []
-        for part, old in zip(parts, scores, strict=True):
-            mask = part.rollout.response_mask
-            marginal = self.regularizer.marginal(old.logp, part.ref_logp, mask)
-            token_rewards = ppo.place_rewards(marginal.per_token, part.rewards, mask)
-            a, r = ppo.advantages_and_returns(
-                token_rewards, old.values, mask, config.gamma, config.lam
-            )
-            advantages.append(a)
-            returns.append(r)
-        masks = [part.rollout.response_mask for part in parts]
-        normalized = ppo.normalize_advantages(
-            advantages, masks, config.advantage_normalization, sum_over_ranks
-        )
-        return [
-            Experience(part.rollout, part.rewards, part.ref_logp, old, a, r)
-            for part, old, a, r in zip(parts, scores, normalized, returns, strict=True)
-        ]
-
-    def forward(self, rollout: Rollout) -> tuple[Scores, Tensor]:
-        """What actor and critic say of a rollout, and the policy's entropy per token [B, R]."""
-        logp, entropy = self.actor(
-            rollout.input_ids, rollout.attention_mask, rollout.scored_mask, with_entropy=True
-        )
-        values = self.critic(rollout.input_ids, rollout.attention_mask)
-        scores = Scores(rollout.response_part(logp), rollout.state_part(values))
-        return scores, rollout.response_part(entropy.detach())
+        Args:
+            rewards: [B], as the reward source gave them.
+        """
+        shaped = rewards - self.reward_center  # + C_1, Example 2
+        if self.config.missing_eos_penalty is not None:
+            shaped = torch.where(rollout.ended, shaped, shaped - self.config.missing_eos_penalty)
+        if self.config.reward_clip is not None:
+            shaped = shaped.clamp(-self.config.reward_clip, self.config.reward_clip)
+        return shaped
 
     @torch.no_grad()
-    def scored(self, part: Judged) -> Scores:
-        return self.forward(part.rollout)[0]
-
-    @torch.no_grad()
-    def score_reference(self, rollout: Rollout) -> Tensor:
-        """[B, R] log π_ref of each response token, 0 where masked."""
+    def reference_logp(self, rollout: Rollout) -> Tensor:
+        """[B, R] log π_ref of each response token in nats, 0 where masked."""
         ref_logp = torch.zeros(rollout.response_mask.shape, device=rollout.input_ids.device)
         size = self.config.per_device_eval_batch_size
         for first in range(0, len(rollout), size):
@@ -167,7 +112,7 @@ class PPOTrainer:
         return ref_logp
 
     def micro_batches(self, rollout: Rollout, rewards: Tensor, ref_logp: Tensor) -> list[Judged]:
-        """The rollout in micro-batches, each trimmed to its longest row."""
+        """The rollout in parts of `per_device_train_batch_size` responses."""
         size = self.config.per_device_train_batch_size
         parts = []
         for first in range(0, len(rollout), size):
@@ -177,28 +122,86 @@ class PPOTrainer:
             parts.append(Judged(rows, rewards[chosen], ref_logp[chosen, :columns]))
         return parts
 
-    def shaped(self, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """[B] rewards as PPO gets them, from those that the reward model gave."""
-        shaped = rewards - self.reward_center  # C_1, Example 2
-        if self.config.missing_eos_penalty is not None:
-            shaped = torch.where(rollout.ended, shaped, shaped - self.config.missing_eos_penalty)
-        if self.config.reward_clip is not None:
-            shaped = shaped.clamp(-self.config.reward_clip, self.config.reward_clip)
-        return shaped
+    @torch.no_grad()
+    def old_scores(self, part: Judged) -> Scores:
+        """What the actor and critic that drew the responses say of them."""
+        return self.forward(part.rollout)[0]
 
-    def center_rewards(self) -> None:
-        """Estimate C_1 = −E_{π_ref} r (Example 2) from the reference, before the first step."""
-        wanted = self.config.reward_centering_samples
-        batch = self.prompts.for_centering(wanted)
-        rollout = sample(self.reference, self.tokenizer, *batch, self.config.sampling)
-        rewards = self.reward(rollout).double()
-        with dumped(self.config.output_dir, 0, rollout.readable):
-            require_finite("rewards of the reference's responses", rewards)
-        total, count = sum_over_ranks(torch.stack([rewards.sum(), torch.ones_like(rewards).sum()]))
-        self.reward_center = (total / count).item()
+    def forward(self, rollout: Rollout) -> tuple[Scores, Tensor]:
+        """Scores of each response token, and the policy's entropy [B, R] (nats, no gradient)."""
+        logp, entropy = self.actor(
+            rollout.input_ids, rollout.attention_mask, rollout.scored_mask, with_entropy=True
+        )
+        values = self.critic(rollout.input_ids, rollout.attention_mask)
+        scores = Scores(rollout.response_part(logp), rollout.state_part(values))
+        return scores, rollout.response_part(entropy.detach())
+
+    def with_advantages(self, parts: Sequence[Judged], old: Sequence[Scores]) -> list[Experience]:
+        """Steps 7 and 8: token rewards, then advantages and returns, for all micro-batches."""
+        config = self.config
+        advantages, returns = [], []
+        for part, scores in zip(parts, old, strict=True):
+            mask = part.rollout.response_mask
+            # 7. The marginal R + πR′ (eq. 3.6) on each token, r(x, y) on the last one.
+            marginal = self.regularizer.marginal(scores.logp, part.ref_logp, mask)
+            token_rewards = ppo.place_rewards(marginal.per_token, part.rewards, mask)
+            # 8. Advantages and returns (GAE).
+            a, r = ppo.advantages_and_returns(
+                token_rewards, scores.values, mask, config.gamma, config.lam
+            )
+            advantages.append(a)
+            returns.append(r)
+        masks = [part.rollout.response_mask for part in parts]
+        normalized = ppo.normalize_advantages(
+            advantages, masks, config.advantage_normalization, sum_over_ranks
+        )
+        return [
+            Experience(part.rollout, part.rewards, part.ref_logp, scores, a, r)
+            for part, scores, a, r in zip(parts, old, normalized, returns, strict=True)
+        ]
+
+    def take_steps(
+        self,
+        parts: Sequence[Part],
+        losses: Callable[[Part, IterationMetrics], Sequence[Tensor]],
+        metrics: IterationMetrics,
+    ) -> None:
+        """One pass over the rollout: an optimizer step of actor and critic per mini-batch."""
+        accumulation = self.config.gradient_accumulation_steps
+        for first in range(0, len(parts), accumulation):
+            optimizer_step(
+                [self.actor, self.critic],
+                parts[first : first + accumulation],
+                lambda part: losses(part, metrics),
+                items=lambda part: int(part.rollout.response_mask.sum()),
+            )
+
+    def losses(self, part: Experience, metrics: IterationMetrics) -> Sequence[Tensor]:
+        """The actor's and the critic's loss, each summed over the response tokens."""
+        return self.losses_from(part, *self.forward(part.rollout), metrics)
+
+    def losses_in_one_pass(self, part: Judged, metrics: IterationMetrics) -> Sequence[Tensor]:
+        """Steps 6 to 9 of a rollout that is used once: its old scores are those of this pass."""
+        new, entropy = self.forward(part.rollout)
+        (experience,) = self.with_advantages([part], [new.detached()])
+        return self.losses_from(experience, new, entropy, metrics)
+
+    def losses_from(
+        self, part: Experience, new: Scores, entropy: Tensor, metrics: IterationMetrics
+    ) -> Sequence[Tensor]:
+        """The losses of a forward pass, which are also added to the metrics."""
+        mask = part.rollout.response_mask
+        policy = ppo.policy_loss(
+            new.logp, part.old.logp, part.advantages, mask, self.config.cliprange
+        )
+        value = ppo.value_loss(
+            new.values, part.old.values, part.returns, mask, self.config.cliprange_value
+        )
+        metrics.add(part, new, entropy, policy, value)
+        return policy.total, self.config.vf_coef * value.total
 
     def optimizer_metrics(self) -> dict[str, float]:
-        """Learning rates, gradient norms and, in fp16, loss scales of the last step."""
+        """Learning rates, gradient norms and, in fp16, loss scales of the last optimizer step."""
         return {
             "actor/learning_rate": self.actor.learning_rate,
             "actor/grad_norm": self.actor.grad_norm,
@@ -207,3 +210,14 @@ class PPOTrainer:
             **self.actor.loss_scaling("actor"),
             **self.critic.loss_scaling("critic"),
         }
+
+    def center_rewards(self) -> None:
+        """Estimate E_{π_ref} r (Example 2) from responses of the reference, before iteration 0."""
+        wanted = self.config.reward_centering_samples
+        prompts = self.prompts.for_centering(wanted)
+        rollout = sample(self.reference, self.tokenizer, *prompts, self.config.sampling)
+        rewards = self.reward(rollout).double()
+        with dumped(self.config.output_dir, 0, rollout.readable):
+            require_finite("rewards of the reference's responses", rewards)
+        total, count = sum_over_ranks(torch.stack([rewards.sum(), torch.ones_like(rewards).sum()]))
+        self.reward_center = (total / count).item()

@@ -159,7 +159,7 @@ class SupervisedConfig(StageConfig, OptimizerSettings):
 
 
 def model_path_faults(field: str, name_or_path: str) -> list[str]:
-    """Faults of a model's name: what can only be a path must exist; `owner/name` may be on the Hub."""
+    """Faults of a model's name: a path must exist; `owner/name` may be on the Hub."""
     path = Path(name_or_path)
     if path.suffix == ".gguf":
         return _gguf_faults(field, path)

@@ -1,1 +1,1 @@
-"""Measures an aligned policy: `python -m step3_rlhf.evaluation`, through scripts/evaluate.sh."""
+"""Measures an aligned policy; scripts/evaluate.sh runs `python -m step3_rlhf.evaluation`."""

@@ -2,10 +2,10 @@
 
     bash scripts/evaluate.sh RUN_DIR [key.path=value ...]
 
-RUN_DIR is what stage 3 wrote (its actor, reference, reward and regularizer are taken from its
-config.json), or what stage 1 wrote, or any directory, new ones too, for which the overrides name
-the models. Writes `evaluation.json` and, one line per prompt, `instances.jsonl` into RUN_DIR. One
-that was stopped goes on where it was.
+RUN_DIR is the output directory of stage 3, whose config.json names the actor, reference, reward and
+regularizer; or that of stage 1; or any other directory, which may not exist yet, if the overrides
+name the models. Writes `evaluation.json` and `instances.jsonl` (one line per prompt) into RUN_DIR.
+An evaluation that was stopped resumes where it was.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from step3_rlhf.checks import check_models
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import load_held_out
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
-from step3_rlhf.evaluation.resume import Blocks, identity
+from step3_rlhf.evaluation.resume import FinishedBlocks, fingerprint
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.evaluation.settings import evaluation_parser, missing_models, run_settings
 from step3_rlhf.loading import load_frozen_policy
@@ -30,7 +30,7 @@ from training.runtime.tracking import say
 
 
 def run(config: EvaluationConfig) -> None:
-    """Measure, and write `evaluation.json` and `instances.jsonl`."""
+    """Measure the policy and write `evaluation.json` and `instances.jsonl`."""
     for warning in config.sampling.warnings():
         say(f"Warning: {warning}")
     records = read_records(config.data, "ppo")
@@ -43,17 +43,17 @@ def run(config: EvaluationConfig) -> None:
     say("\n".join([*records.tally.lines(), *data.tally.lines()]))
     held_out = load_held_out(config, data.eval, tokenizer)
     output = Path(config.output_dir)
-    blocks = Blocks(output, identity(config, held_out))
+    finished = FinishedBlocks(output, fingerprint(config, held_out))
     figures, instances = evaluate(
-        load_models(config, roles), held_out, config.regularizer, config, blocks
+        load_models(config, roles), held_out, config.regularizer, config, finished
     )
     write_evaluation(figures, instances, output)
-    blocks.remove()
+    finished.remove()
     say(f"{summary(figures)}\n  written to: {output / 'evaluation.json'}")
 
 
 def load_models(config: EvaluationConfig, roles: Roles) -> Models:
-    """Policy, reference and reward, all frozen; a reference that is the policy is loaded once."""
+    """Load policy, reference and reward, all frozen; a reference that is the policy loads once."""
     policy = load_frozen_policy(roles.policy, roles.policy.tokenizer, config)
     reference = policy
     if roles.reference is not roles.policy:

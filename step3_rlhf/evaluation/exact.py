@@ -8,7 +8,7 @@ from torch import Tensor
 
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.metrics import kl_divergence, total_variation
-from step3_rlhf.evaluation.resume import Blocks
+from step3_rlhf.evaluation.resume import FinishedBlocks
 from step3_rlhf.evaluation.scoring import Models, token_logps
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.regularizers import Regularizer
@@ -20,32 +20,6 @@ from training.data import encode_responses
 from training.runtime import ranks
 from training.statistics import estimate
 
-
-def exact_metrics(
-    models: Models,
-    sets: list[FiniteSet],
-    regularizer: Regularizer | None,
-    temperature: float,
-    config: EvaluationConfig,
-    blocks: Blocks | None = None,
-) -> dict[str, Any]:
-    """Distances between whole distributions on finite response sets, means over prompts.
-
-    Distances are between distributions conditional on the set; `outside_mass` is the policy's
-    probability of everything else.
-    """
-
-    def measure(rows: list[int]) -> list[dict[str, Any]]:
-        return [measure_set(models, sets[row], regularizer, temperature) for row in rows]
-
-    per_prompt = over_ranks(len(sets), 1, measure, "response sets", blocks)
-    report: dict[str, Any] = {"prompts": len(per_prompt)}
-    for name in EXACT_FIGURES:
-        values = [entry[name] for entry in per_prompt if entry.get(name) is not None]
-        report[name] = asdict(estimate(torch.tensor(values))) if values else None
-    return report | {"per_prompt": per_prompt}
-
-
 EXACT_FIGURES = (
     "tv_to_reward",
     "tv_to_population",
@@ -55,12 +29,38 @@ EXACT_FIGURES = (
     "kl_to_optimum",
     "outside_mass",
 )
+"""Keys of the means."""
+
+
+def exact_metrics(
+    models: Models,
+    sets: list[FiniteSet],
+    regularizer: Regularizer | None,
+    temperature: float,
+    config: EvaluationConfig,
+    finished: FinishedBlocks | None = None,
+) -> dict[str, Any]:
+    """The `exact` part of evaluation.json: means over prompts, and every prompt by itself.
+
+    Distances are between distributions conditional on the set; `outside_mass` is the policy's
+    probability of everything outside it. A figure that no prompt has is None.
+    """
+
+    def measure(rows: list[int]) -> list[dict[str, Any]]:
+        return [measure_set(models, sets[row], regularizer, temperature) for row in rows]
+
+    per_prompt = over_ranks(len(sets), 1, measure, "response sets", finished)
+    figures: dict[str, Any] = {"prompts": len(per_prompt)}
+    for name in EXACT_FIGURES:
+        values = [entry[name] for entry in per_prompt if entry.get(name) is not None]
+        figures[name] = asdict(estimate(torch.tensor(values))) if values else None
+    return figures | {"per_prompt": per_prompt}
 
 
 def measure_set(
     models: Models, finite: FiniteSet, regularizer: Regularizer | None, temperature: float
 ) -> dict[str, Any]:
-    """Everything exact about one prompt."""
+    """An entry of `per_prompt`: distributions over one prompt's responses, and distances."""
     count = len(finite.responses)
     rollout = assemble(
         encode_prompt_texts([finite.prompt], models.tokenizer) * count,
@@ -98,7 +98,7 @@ def measure_set(
 def optimum_on(
     rollout: Rollout, rewards: Tensor, ref_logp: Tensor, regularizer: Regularizer | None
 ) -> Tensor | None:
-    """log π* on the set, or None where there is no regularizer or it has no optimum there."""
+    """[K] log π* on the set; None without a regularizer or if it has no optimum there."""
     if regularizer is None:
         return None
     tokens = rollout.input_ids[:, rollout.prompt_length :].cpu()

@@ -1,4 +1,4 @@
-"""What a policy is measured on: prompts, texts that people wrote, and finite response sets."""
+"""The data a policy is measured on: prompts, texts that people wrote, and finite response sets."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from training.runtime.tracking import say
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Nothing of it has been trained on."""
+    """Data that no stage has trained on."""
 
     prompt_ids: list[list[int]]
     prompts: list[str]
@@ -26,16 +26,19 @@ class HeldOut:
 
     @property
     def digest(self) -> str:
-        """Differs wherever any of it does."""
+        """A hash of all of the data."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def load_held_out(
     config: EvaluationConfig, prompts: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> HeldOut:
-    """The evaluation prompts of stage 3's data, held-out texts, and the finite sets.
+    """Stage 3's evaluation prompts, held-out texts, and the finite response sets.
 
-    Where `max_prompts` leaves some out, the others are chosen at random, the same for every policy.
+    `max_prompts` selects prompts and texts at random, the same ones for every policy.
+
+    Args:
+        prompts: rows with `prompt` and `prompt_ids`.
     """
     with ranks.rank_zero_first():
         texts = held_out_texts(config, tokenizer)
@@ -50,7 +53,7 @@ def load_held_out(
 
 
 def chosen_rows(count: int, config: EvaluationConfig, what: str) -> list[int]:
-    """Those of 0 … count − 1 that `max_prompts` leaves, in their order."""
+    """The numbers among 0 … count − 1 that `max_prompts` selects, in ascending order."""
     limit = config.evaluation.max_prompts
     if limit is None or limit >= count:
         return list(range(count))
@@ -61,7 +64,7 @@ def chosen_rows(count: int, config: EvaluationConfig, what: str) -> list[int]:
 def held_out_texts(
     config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], list[int]]]:
-    """Prompt and response ids that people wrote and no stage trained on, where the data has any."""
+    """Token ids of prompts and responses that people wrote; empty if the data has none held out."""
     try:
         records = read_records(config.data, "sft")
         data = tokenize(replace(records, train=[]), tokenizer, config.data, "sft")

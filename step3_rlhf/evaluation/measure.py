@@ -7,7 +7,7 @@ from typing import Any
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.exact import exact_metrics
 from step3_rlhf.evaluation.held_out import HeldOut
-from step3_rlhf.evaluation.resume import Blocks
+from step3_rlhf.evaluation.resume import FinishedBlocks
 from step3_rlhf.evaluation.sampled import held_out_perplexity, respond, sampled_metrics
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.regularizers import Regularizer
@@ -19,46 +19,50 @@ def evaluate(
     held_out: HeldOut,
     regularizer: Regularizer | None,
     config: EvaluationConfig,
-    blocks: Blocks | None = None,
+    finished: FinishedBlocks | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Every metric, and the per-prompt values behind the sampled ones; the same on every rank.
+    """Measure everything.
 
     Args:
-        regularizer: whose optimum the policy is compared with on finite sets; None skips that.
-        blocks: where finished parts are kept and looked up; None keeps none.
+        regularizer: the policy is compared with its optimum on finite sets; None skips that.
+        finished: keeps finished blocks and gives back those of a stopped evaluation; None keeps
+            none.
+
+    Returns:
+        The figures of evaluation.json and the lines of instances.jsonl, the same on every rank.
     """
     temperature = regularizer.preference_temperature if regularizer else 1.0
     draws = range(2 * config.evaluation.pairs_per_prompt)
-    responses = [respond(models, held_out, config, draw, blocks) for draw in draws]
-    report, instances = sampled_metrics(held_out.prompts, responses, temperature)
+    responses = [respond(models, held_out, config, draw, finished) for draw in draws]
+    figures, instances = sampled_metrics(held_out.prompts, responses, temperature)
     if held_out.texts:
-        report["held_out_text"] = held_out_perplexity(models, held_out, config, blocks)
+        figures["held_out_text"] = held_out_perplexity(models, held_out, config, finished)
     if held_out.sets:
-        report["exact"] = exact_metrics(
-            models, held_out.sets, regularizer, temperature, config, blocks
+        figures["exact"] = exact_metrics(
+            models, held_out.sets, regularizer, temperature, config, finished
         )
-    return report, instances
+    return figures, instances
 
 
 def write_evaluation(
-    report: dict[str, Any], instances: list[dict[str, Any]], directory: Path
+    figures: dict[str, Any], instances: list[dict[str, Any]], directory: Path
 ) -> None:
-    """`evaluation.json` and `instances.jsonl`, by rank 0."""
+    """Write `evaluation.json` and `instances.jsonl`; rank 0 does."""
     if ranks.rank() == 0:
-        (directory / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        (directory / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in instances)
         (directory / "instances.jsonl").write_text(lines, encoding="utf-8")
     ranks.barrier()
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The headline figures, one line each."""
+def summary(figures: dict[str, Any]) -> str:
+    """The main figures, one line each."""
     lines = [
-        f"  {name + ':':<24}{report[name]['mean']:10.4f} ± {report[name]['ci95']:.4f}"
+        f"  {name + ':':<24}{figures[name]['mean']:10.4f} ± {figures[name]['ci95']:.4f}"
         for name in ("pm_divergence", "length", "perplexity", "entropy", "kl")
     ]
     for name in ("tv_to_reward", "tv_to_population", "tv_to_optimum", "outside_mass"):
-        figure = report.get("exact", {}).get(name)
+        figure = figures.get("exact", {}).get(name)
         if figure:
             lines.append(f"  {name + ':':<24}{figure['mean']:10.4f} ± {figure['ci95']:.4f}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The paper's metrics (section 6.1) and exact distances on finite sets: pure functions.
+"""The paper's metrics (section 6.1) and exact distances on finite sets, as pure functions.
 
 Log-probabilities are natural logarithms; π(y|x) = exp(Σ_t log π_t), EOS included.
 """
@@ -14,11 +14,11 @@ def pm_divergence(
     """Instance preference matching divergence (section 6.1), in nats.
 
     KL(Bernoulli(p_llm) ‖ Bernoulli(p_reward)) with p_llm = σ(log π(y1) − log π(y2)) and
-    p_reward = σ((r1 − r2) / β), in log space: finite wherever its arguments are.
+    p_reward = σ((r1 − r2) / β). It is computed in log space and finite if its arguments are.
 
     Args:
         logp_1, logp_2: [prompts] log π of two independent responses to each prompt.
-        reward_1, reward_2: [prompts].
+        reward_1, reward_2: [prompts] their rewards.
         temperature: β.
 
     Returns:
@@ -32,7 +32,7 @@ def pm_divergence(
 
 
 def response_perplexity(logp: Tensor, lengths: Tensor) -> Tensor:
-    """[p_1 · … · p_L]^{−1/L} of each response (section 6.1); the metric is its mean.
+    """[p_1 · … · p_L]^{−1/L} of each response (section 6.1); the metric is the mean of these.
 
     Args:
         logp: [responses] log π(y|x).
@@ -42,7 +42,7 @@ def response_perplexity(logp: Tensor, lengths: Tensor) -> Tensor:
 
 
 def text_perplexity(logp: Tensor, lengths: Tensor) -> float:
-    """exp(−Σ log π / Σ tokens) of given texts."""
+    """exp(−Σ log π / Σ tokens) over all texts."""
     return torch.exp(-logp.double().sum() / lengths.sum()).item()
 
 
@@ -63,11 +63,11 @@ def text_perplexity_ci95(logp: Tensor, lengths: Tensor) -> float:
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """½ Σ |p − q| of distributions given as normalized log-probabilities [..., K]."""
+    """½ Σ |p − q| of two distributions, given as normalized log-probabilities [..., K]."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Σ p (log p − log q) in nats, of normalized log-probabilities [..., K]; 0 log 0 = 0."""
+    """Σ p (log p − log q) in nats, from normalized log-probabilities [..., K]; 0 log 0 = 0."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)

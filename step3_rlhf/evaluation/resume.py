@@ -1,4 +1,4 @@
-"""The finished parts of a long evaluation, on disk: one that was stopped goes on from them."""
+"""Keeps the finished blocks of a long evaluation on disk, so that a stopped one can resume."""
 
 import json
 import os
@@ -14,46 +14,45 @@ from training.runtime.ranks import barrier, gather_objects, rank
 from training.runtime.tracking import say
 
 DIRECTORY = "evaluation.unfinished"
-
-
 SETTINGS, BLOCKS = "settings.json", "blocks.jsonl"
-
 
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
 """Weights, config, tokenizer and chat template."""
 
 
-class Blocks:
-    """Results of blocks of prompts by name, in the order in which they were measured.
+class FinishedBlocks:
+    """The blocks of prompts that have been measured, by name, in the order of their measurement.
 
-    Every rank knows them all; rank 0 writes each one, whole, before the next is begun. JSON keeps
-    every digit, so an evaluation that was resumed gives the figures of one that was not.
+    Every rank knows all of them. Rank 0 writes each block to disk before the next one begins. JSON
+    keeps every digit, so a resumed evaluation gives the same figures as an uninterrupted one.
     """
 
-    def __init__(self, run_directory: Path, identity: dict[str, Any]) -> None:
-        """Go on with what is there, if it was made with the same `identity` (JSON).
+    def __init__(self, run_directory: Path, fingerprint: dict[str, Any]) -> None:
+        """Read the blocks that an earlier evaluation with the same fingerprint left.
+
+        Blocks of an evaluation with another fingerprint are deleted.
 
         Args:
-            identity: everything that the results depend on, the division over ranks included.
+            fingerprint: JSON that differs whenever the results would (see `fingerprint`).
         """
         self.directory = run_directory / DIRECTORY
         self._known: dict[str, list[Any]] = {}
-        identity = json.loads(json.dumps(identity))
-        found = self._read(identity) if rank() == 0 else {}
+        fingerprint = json.loads(json.dumps(fingerprint))
+        found = self._read(fingerprint) if rank() == 0 else {}
         for name, rows in gather_objects([found])[0].items():
             self._known[name] = rows
         if rank() == 0 and not self._known:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir(parents=True)
-            (self.directory / SETTINGS).write_text(json.dumps(identity, indent=2) + "\n")
+            (self.directory / SETTINGS).write_text(json.dumps(fingerprint, indent=2) + "\n")
         barrier()
 
-    def _read(self, identity: dict[str, Any]) -> dict[str, list[Any]]:
+    def _read(self, fingerprint: dict[str, Any]) -> dict[str, list[Any]]:
         settings, blocks = self.directory / SETTINGS, self.directory / BLOCKS
         if not settings.is_file() or not blocks.is_file():
             return {}
-        if json.loads(settings.read_text()) != identity:
-            say(f"{self.directory}: of another evaluation; it is started anew")
+        if json.loads(settings.read_text()) != fingerprint:
+            say(f"{self.directory} holds blocks of another evaluation; it is started anew")
             return {}
         lines = blocks.read_bytes().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b"\n")]  # a kill may leave half a line
@@ -63,10 +62,11 @@ class Blocks:
         return found
 
     def get(self, name: str) -> list[Any] | None:
+        """The rows of a block; None if it is not finished."""
         return self._known.get(name)
 
     def put(self, name: str, rows: list[Any]) -> None:
-        """Keep a block's rows (JSON); all ranks call with the same."""
+        """Keep the rows (JSON) of a finished block; every rank calls with the same rows."""
         if rank() == 0:
             with (self.directory / BLOCKS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps([name, rows]) + "\n")
@@ -74,23 +74,17 @@ class Blocks:
                 os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """The evaluation is finished and written."""
+        """Delete the blocks, once the whole evaluation is written."""
         if rank() == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
         barrier()
 
 
-def identity_of(path: str) -> list[Any]:
-    """Names, sizes and times of a local model's files; a Hub name stands for itself."""
-    place = Path(path)
-    files = [place] if place.is_file() else []
-    if place.is_dir():
-        files = sorted(file for suffix in MODEL_SUFFIXES for file in place.glob(f"*{suffix}"))
-    return [path, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+def fingerprint(config: EvaluationConfig, held_out: HeldOut) -> dict[str, Any]:
+    """Everything that the results depend on: settings, models, data and number of processes.
 
-
-def identity(config: EvaluationConfig, held_out: HeldOut) -> dict[str, Any]:
-    """All that the figures depend on, however its paths are spelt."""
+    Two spellings of one path have the same fingerprint.
+    """
     paths = [config.model_name_or_path, config.reference_model_name_or_path]
     paths += [member.model_name_or_path for member in config.reward.weighted_models]
     if config.reward.function:
@@ -98,14 +92,23 @@ def identity(config: EvaluationConfig, held_out: HeldOut) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude={"output_dir": True, "data": {"cache_dir"}})
     return {
         "config": resolved(settings),
-        "models": [identity_of(resolved(path)) for path in paths if path],
+        "models": [model_fingerprint(resolved(path)) for path in paths if path],
         "held_out": held_out.digest,
         "processes": ranks.world_size(),
     }
 
 
+def model_fingerprint(path: str) -> list[Any]:
+    """Names, sizes and times of a local model's files; a Hub name is its own fingerprint."""
+    place = Path(path)
+    files = [place] if place.is_file() else []
+    if place.is_dir():
+        files = sorted(file for suffix in MODEL_SUFFIXES for file in place.glob(f"*{suffix}"))
+    return [path, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
 def resolved(value: Any) -> Any:
-    """JSON with every text that is a path of this machine spelt in one way."""
+    """JSON in which every text that is an existing path is replaced by its absolute path."""
     if isinstance(value, dict):
         return {name: resolved(part) for name, part in value.items()}
     if isinstance(value, list):

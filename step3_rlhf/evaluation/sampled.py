@@ -1,4 +1,4 @@
-"""Metrics of sampled responses (section 6.1) and of held-out texts."""
+"""Metrics of sampled responses (section 6.1) and the perplexity of held-out texts."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from step3_rlhf.evaluation.metrics import (
     text_perplexity,
     text_perplexity_ci95,
 )
-from step3_rlhf.evaluation.resume import Blocks
+from step3_rlhf.evaluation.resume import FinishedBlocks
 from step3_rlhf.evaluation.scoring import Models, sequence_logps
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
@@ -26,24 +26,30 @@ from training.statistics import Estimate, estimate
 
 @dataclass(frozen=True)
 class Responses:
-    """One response to each prompt, as all three models see it; [prompts] each."""
+    """One response to each prompt and what the three models say of it; [prompts] each."""
 
     texts: list[str]
-    logp: Tensor
-    ref_logp: Tensor
+    logp: Tensor  # log π(y|x), nats
+    ref_logp: Tensor  # log π_ref(y|x), nats
     rewards: Tensor
-    lengths: Tensor
-    ended: Tensor
+    lengths: Tensor  # tokens, EOS included
+    ended: Tensor  # 1 if the response has its EOS, else 0
 
 
 def sampled_metrics(
     prompts: list[str], responses: list[Responses], temperature: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Section 6.1 from independent responses to each prompt; intervals are over prompts.
+    """The metrics of section 6.1 from independent responses to each prompt.
+
+    Each figure averages over a prompt's draws, then over prompts; intervals are over prompts.
 
     Args:
-        responses: an even number of draws; each two make a pair, and a prompt's PM divergence is
-            the mean over its pairs.
+        responses: an even number of draws. Consecutive draws make a pair, and a prompt's PM
+            divergence is the mean over its pairs.
+        temperature: T of the softmax(r/T) that a preference-matching policy reaches.
+
+    Returns:
+        The figures of evaluation.json and the lines of instances.jsonl.
     """
     pairs = list(zip(responses[::2], responses[1::2], strict=True))
     divergence = torch.stack(
@@ -53,7 +59,7 @@ def sampled_metrics(
     def mean(value: Callable[[Responses], Tensor]) -> Estimate:
         return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0))
 
-    figures = {
+    estimates = {
         "pm_divergence": estimate(divergence),
         "reward": mean(lambda y: y.rewards),
         "length": mean(lambda y: y.lengths),
@@ -65,12 +71,12 @@ def sampled_metrics(
         "kl": mean(lambda y: y.logp - y.ref_logp),
         "kl_per_token": mean(lambda y: (y.logp - y.ref_logp) / y.lengths),
     }
-    report: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "prompts": len(prompts),
         "pairs_per_prompt": len(pairs),
         "preference_temperature": temperature,
     }
-    report |= {name: asdict(figure) for name, figure in figures.items()}
+    figures |= {name: asdict(value) for name, value in estimates.items()}
     instances = [
         {
             "prompt": prompt,
@@ -89,7 +95,7 @@ def sampled_metrics(
         }
         for i, prompt in enumerate(prompts)
     ]
-    return report, instances
+    return figures, instances
 
 
 def respond(
@@ -97,11 +103,14 @@ def respond(
     held_out: HeldOut,
     config: EvaluationConfig,
     draw: int,
-    blocks: Blocks | None = None,
+    finished: FinishedBlocks | None = None,
 ) -> Responses:
-    """One seeded response to every prompt, the work divided over the ranks.
+    """Draw and score one response to every prompt, the work divided over the ranks.
 
-    Prompts of one length come together, since the shorter ones of a batch are padded.
+    Prompts are batched by length, so that few are padded.
+
+    Args:
+        draw: number of the draw; each has other seeds.
     """
     order = sorted(range(len(held_out.prompts)), key=lambda row: len(held_out.prompt_ids[row]))
 
@@ -123,7 +132,7 @@ def respond(
         return list(zip(rollout.responses, *(column.tolist() for column in columns), strict=True))
 
     measured = over_ranks(
-        len(order), config.sampling.rollout_batch_size, measure, f"draw {draw + 1}", blocks
+        len(order), config.sampling.rollout_batch_size, measure, f"draw {draw + 1}", finished
     )
     rows = [row for _, row in sorted(zip(order, measured, strict=True), key=lambda pair: pair[0])]
     texts, *columns = zip(*rows, strict=True)
@@ -131,9 +140,12 @@ def respond(
 
 
 def held_out_perplexity(
-    models: Models, held_out: HeldOut, config: EvaluationConfig, blocks: Blocks | None = None
+    models: Models,
+    held_out: HeldOut,
+    config: EvaluationConfig,
+    finished: FinishedBlocks | None = None,
 ) -> dict[str, float]:
-    """Perplexity per token of people's own texts under policy and reference."""
+    """Perplexity of texts that people wrote, under policy and reference."""
 
     def measure(rows: list[int]) -> list[tuple[float, float, int]]:
         texts = [held_out.texts[row] for row in rows]
@@ -152,7 +164,7 @@ def held_out_perplexity(
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     size = config.per_device_eval_batch_size
-    rows = over_ranks(len(held_out.texts), size, measure, "held-out texts", blocks)
+    rows = over_ranks(len(held_out.texts), size, measure, "held-out texts", finished)
     logp, ref_logp, lengths = (torch.tensor(column).double() for column in zip(*rows, strict=True))
     return {
         "texts": len(rows),

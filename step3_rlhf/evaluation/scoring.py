@@ -1,4 +1,4 @@
-"""The models that are compared, and what each says of given responses."""
+"""The models that are compared, and the log-probabilities they give to responses."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ Model = nn.Module | WithoutAdapter
 
 @dataclass(frozen=True)
 class Models:
-    """The triple that is measured, and the tokenizer of policy and reference."""
+    """Policy, reference and reward, and the tokenizer of policy and reference."""
 
     policy: nn.Module
     reference: Model
@@ -26,7 +26,7 @@ class Models:
 
 @torch.no_grad()
 def sequence_logps(model: Model, rollout: Rollout, config: EvaluationConfig) -> Tensor:
-    """[B] float64 log-probability of each whole response."""
+    """[B] float64 log π(y|x) of each whole response, nats."""
     size = config.per_device_eval_batch_size
     parts = []
     for first in range(0, len(rollout), size):
@@ -39,6 +39,6 @@ def sequence_logps(model: Model, rollout: Rollout, config: EvaluationConfig) -> 
 
 @torch.no_grad()
 def token_logps(model: Model, rollout: Rollout) -> Tensor:
-    """[B, R] float64 log-probability of each response token."""
+    """[B, R] float64 log-probability of each response token, nats, on the CPU."""
     logp, _ = model(rollout.input_ids, rollout.attention_mask, rollout.scored_mask)
     return rollout.response_part(logp).double().cpu()

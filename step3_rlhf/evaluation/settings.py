@@ -1,4 +1,4 @@
-"""The settings of an evaluation, as far as a run's directory knows them."""
+"""The settings of an evaluation, as far as the run directory determines them."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,11 @@ def evaluation_parser() -> SettingsParser:
 
 
 def run_settings(run_dir: str) -> dict[str, Any]:
-    """The evaluation's settings as far as RUN_DIR knows them."""
+    """The settings that RUN_DIR determines, as config data to which overrides are applied.
+
+    In a stage-3 run all of them, with `actor/` as the policy; in a stage-1 run the policy `model/`;
+    in any other directory only where the results go.
+    """
     directory = Path(run_dir)
     known: dict[str, Any] = {}
     saved: dict[str, Any] = {}
@@ -48,12 +52,12 @@ def run_settings(run_dir: str) -> dict[str, Any]:
 
 
 def settings_of_run(run_dir: str) -> EvaluationConfig:
-    """What `scripts/evaluate.sh RUN_DIR` uses where it is told nothing else."""
+    """The settings of `scripts/evaluate.sh RUN_DIR` without overrides, checked."""
     return check_config(EvaluationConfig, run_settings(run_dir), f"{run_dir} cannot be evaluated:")
 
 
 def missing_models(settings: dict[str, Any]) -> list[str]:
-    """What to pass where RUN_DIR is not a run of stage 3."""
+    """The overrides that are still needed if RUN_DIR is not a run of stage 3."""
     needed = {
         "model_name_or_path": "model_name_or_path=POLICY, a directory or a Hub name",
         "reward": "reward.model_name_or_path=REWARD_MODEL",
@@ -62,7 +66,7 @@ def missing_models(settings: dict[str, Any]) -> list[str]:
     missing = [f"pass {remedy}" for name, remedy in needed.items() if name not in settings]
     if not missing:
         return []
-    reason = "it is not what stage 3 wrote, so the command has to name the models"
+    reason = "it is not the output of stage 3, so the command has to name the models"
     reference = "pass reference_model_name_or_path=REFERENCE, unless it is the policy"
     return [reason, *missing, reference]
 

@@ -1,14 +1,15 @@
-"""What a regularizer R of the objective E_{y~π}[r(x, y) + R(π(y|x))] is.
+"""The interface of a regularizer R in the objective E_{y~π}[r(x, y) + R(π(y|x))].
 
-It states two things and keeps them apart:
+A regularizer has two values, which are kept apart:
 
-value     R itself, β included: what reports show.
-marginal  R + πR', eq. (3.6): what PPO adds to the reward. ∇E_π[R] = E_π[(R + πR')·∇log π], and
-          only for −log π does that differ from R by a mere constant.
+value     R itself, β included: what metrics report.
+marginal  R + πR', eq. (3.6): what PPO adds to the reward, because ∇E_π[R] = E_π[(R + πR')·∇log π].
+          It differs from R only by a constant if R is −β log π plus terms without π, and by more
+          otherwise.
 
-Shapes, everywhere: `logp` and `ref_logp` are [batch, length] natural log-probabilities of the
-sampled tokens under the policy and the reference; `mask` is the [batch, length] bool of the
-response's tokens, end-of-sequence included. Where `mask` is false they may hold anything.
+Shapes in this package: `logp` and `ref_logp` are [batch, length], the log-probabilities (nats) of
+the sampled tokens under the policy and the reference. `mask` is [batch, length] bool, true on the
+response's tokens, end-of-sequence included. Where it is false, the others may hold anything.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from training.config import Positive, StrictModel
 from training.errors import UserError
 
 LARGEST_EXPONENT = 80.0
-"""Reported values use e^x for |x| ≤ 80 only: finite in float32."""
+"""Reported values take e^x only for |x| ≤ 80, where it is finite in float32."""
 
 
 @dataclass(frozen=True)
 class Marginal:
     """R + πR' up to a constant, in units of reward.
 
-    per_token  [batch, length]  zero where the mask is false; its sum is the response's
+    per_token  [batch, length]  adds up to the response's marginal; zero where the mask is false
     bound      [batch] bool     responses on which a documented numerical bound took effect
     """
 
@@ -39,7 +40,7 @@ class Marginal:
 
 
 class Regularizer(StrictModel, ABC):
-    """Typed, validated parameters and the mathematics that they mean."""
+    """A regularizer: its parameters, which are validated, and its mathematics."""
 
     name: str = "custom"
     beta: Positive = 1.0
@@ -51,20 +52,20 @@ class Regularizer(StrictModel, ABC):
 
     @abstractmethod
     def marginal(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Marginal:
-        """R + πR' per token: what PPO adds to the reward."""
+        """R + πR' (eq. 3.6) on each token, in units of reward: what PPO adds to the reward."""
 
     def log_optimum(self, responses: ResponseSet) -> Tensor:
-        """[K] float64 log-probabilities of the optimum on a finite set; see optimum.py."""
+        """[K] float64 log-probabilities (nats) of the optimum on a finite set; see optimum.py."""
         raise NoOptimumError(f"{self.name}: {type(self).__name__} does not state its optimum")
 
     @property
     def preference_temperature(self) -> float:
-        """T of the softmax(r/T) that matching the reward's preferences means."""
+        """T of softmax(r/T), the distribution that matches the reward's preferences."""
         return self.beta
 
 
 def response_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """[batch] sums over the response's tokens; what stands elsewhere, even NaN, does not count."""
+    """[batch] sums over the response's tokens; other entries, even NaN, are ignored."""
     return torch.where(mask, values, 0.0).sum(-1)
 
 
@@ -75,29 +76,29 @@ def on_last_token(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def unbound(mask: Tensor) -> Tensor:
-    """[batch] bool: no numerical bound took effect."""
+    """[batch] of false: no numerical bound took effect."""
     return torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
 
 
 def log1p_exp(x: Tensor) -> Tensor:
-    """log(1 + e^x) to full precision; torch's softplus drops e^{−x} beyond x = 20."""
+    """log(1 + e^x) in full precision; torch's softplus drops e^{−x} beyond x = 20."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
 class NoOptimumError(UserError):
-    """The optimum does not exist, is not known, or was not found to the stated precision."""
+    """The optimum does not exist, is not known, or was not found with the required precision."""
 
 
 @dataclass(frozen=True)
 class ResponseSet:
-    """All responses to one prompt that count, K of them, right-padded to T tokens.
+    """The K responses to one prompt over which an optimum is sought, right-padded to T tokens.
 
     tokens    [K, T] int64    token ids; anything where mask is false
     ref_logp  [K, T] float64  log π_ref(token | prefix), nats; anything where mask is false
-    mask      [K, T] bool     the response's tokens, its end-of-sequence token included
+    mask      [K, T] bool     true on the response's tokens, end-of-sequence included
     rewards   [K]    float64  r(x, y)
 
-    Example, "a" and "b" as one token each: tokens [[7], [9]], ref_logp [[-0.1], [-2.4]],
+    Example with two responses of one token: tokens [[7], [9]], ref_logp [[-0.1], [-2.4]],
     mask [[True], [True]], rewards [0.0, 1.0].
     """
 

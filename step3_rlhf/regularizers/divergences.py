@@ -1,12 +1,12 @@
 """f-divergences D_f(π ‖ π_ref) = E_{y~π_ref} f(u), u = π/π_ref, in log space (section 5.1).
 
-Each class is one convex generator f, given by three functions of log u (nats, any shape):
-`per_sample` = f(u)/u, whose mean under π is D_f; `slope` = f'(u), shifted so that f'(1) = 0;
-`log_ratio`, the inverse of the slope. The generators are those of Wang et al. (2023).
+Each class is one convex generator f of Wang et al. (2023). It has three functions of log u (nats,
+any shape): `per_sample` = f(u)/u, whose mean under π is D_f; `slope` = f'(u), shifted so that
+f'(1) = 0; and `log_ratio`, the inverse of the slope.
 
 Because f'(1) = 0, the multiplier λ of the optimum π_ref·(f')^{-1}((r − λ)/β) lies between the
-smallest and the largest reward. At the optimum β|f'(u)| = |r − λ| is therefore never larger than
-the spread of the rewards: a bound on it that exceeds the spread leaves the optimum untouched.
+smallest and the largest reward. At the optimum, β|f'(u)| = |r − λ| is thus at most the spread of
+the rewards, and a bound above the spread does not change the optimum.
 """
 
 import math
@@ -21,7 +21,11 @@ from step3_rlhf.regularizers.solvers import decreasing_root
 
 
 class Divergence(ABC):
-    """One generator f. `ceiling` is sup f' = f'(∞); `grows` says that f' grows as a power of u."""
+    """One generator f.
+
+    ceiling  sup f' = f'(∞)
+    grows    |f'| diverges as a power of u (u → ∞) or of 1/u (u → 0)
+    """
 
     ceiling: float = math.inf
     grows: bool = False
@@ -38,19 +42,19 @@ class Divergence(ABC):
     def log_ratio(self, slack: Tensor) -> Tensor:
         """log u with f'(u) − f'(1) = ceiling − slack, or −slack where the ceiling is infinite.
 
-        The distance to the ceiling, not the slope itself, is the argument: near the ceiling
-        u runs to infinity, and the slope has no digits left to say how far.
+        The argument is the distance to the ceiling because the slope itself, rounded, no longer
+        determines u near the ceiling, where u tends to infinity.
         """
 
     def optimum(self, scores: Tensor, log_ref: Tensor) -> tuple[Tensor, float]:
-        """Maximizer of Σ π·scores − D_f(π ‖ π_ref) over distributions, eq. (5.3) with its λ.
+        """The distribution π that maximizes Σ π·scores − D_f(π ‖ π_ref): eq. (5.3) with its λ.
 
         Args:
             scores: [K] float64 rewards over β.
             log_ref: [K] float64 reference log-probabilities, normalized over the set.
 
         Returns:
-            [K] log π (nats; −inf where the optimum is zero) and λ/β.
+            [K] log π (nats; −inf where π is zero) and λ/β.
         """
         best = scores.max()
         if len(scores) == 1:
@@ -127,11 +131,11 @@ class Alpha(Divergence):
 
     @property
     def ceiling(self) -> float:  # type: ignore[override]
-        # Far from a distant ceiling the slope itself is the better argument.
+        # If the ceiling is far away, the slope itself keeps more digits than the distance to it.
         return 1.0 / self.coefficient if self.coefficient > 0.05 else math.inf
 
     def per_sample(self, log_u: Tensor) -> Tensor:
-        # Two forms of one function, so that neither limit loses its digits.
+        # Two forms of one function, so that digits are lost neither at α → 0 nor at α → 1.
         alpha = self.coefficient
         inverse = torch.exp(-log_u)
         if alpha < 0.5:
@@ -165,11 +169,12 @@ class ChiSquared(Divergence):
 
 
 class TotalVariation(Divergence):
-    """f(u) = |u − 1|/2. Its slope is ±1/2: a step, not a pull of the right size.
+    """f(u) = |u − 1|/2. Its slope is ±1/2, a step that does not grow with the distance.
 
-    Moving mass from a response to the best one costs β, so the optimum empties every response
-    that is worse than the best by more than β, and leaves the others at π_ref. Where the
-    optimum is not unique (several best responses), they keep the reference's proportions.
+    Moving a unit of mass from a response to the best one costs β. The optimum therefore empties
+    every response that is worse than the best by more than β and leaves the others at π_ref.
+    Several best responses share the moved mass in the reference's proportions, which is one choice
+    of many.
     """
 
     def per_sample(self, log_u: Tensor) -> Tensor:
@@ -182,7 +187,7 @@ class TotalVariation(Divergence):
         raise NoOptimumError("total_variation: its slope is a step function and has no inverse")
 
     def optimum(self, scores: Tensor, log_ref: Tensor) -> tuple[Tensor, float]:
-        """The closed form of the class's docstring; λ/β is that of the responses that gain."""
+        """The closed form in the class docstring; λ/β is that of the responses that gain."""
         gap = scores.max() - scores
         moved = log_ref.exp()[gap > 1.0].sum()
         best = torch.logsumexp(log_ref[gap == 0.0], 0)

@@ -21,19 +21,19 @@ from training.config import Fraction, Positive
 
 
 class FDivergence(Regularizer):
-    """−β D_f(π ‖ π_ref) of section 5.1, u = π(y|x)/π_ref(y|x); generators in divergences.py.
+    """R = −β f(u)/u, u = π(y|x)/π_ref(y|x) (section 5.1); the generators f are in divergences.py.
 
     objective  E_π[r − β f(u)/u] = E_π[r] − β D_f(π ‖ π_ref)
     marginal   −β (f'(u) − f'(1)) on the last token
-    optimum    π_ref·(f')^{-1}((r − λ)/β), λ from Σπ = 1. Eq. (5.3) omits λ, which only cancels
+    optimum    π_ref·(f')^{-1}((r − λ)/β), λ from Σπ = 1. Eq. (5.3) omits λ, which cancels only
                for reverse KL. π_ref is taken conditional on the response set.
 
-    level "token" is an approximation: the sum over steps of the same terms, u being the ratio of
-    one token's probabilities. Its value is the sum of the per-step divergences. Its marginal is
-    exact for the token on which it stands; to earlier tokens it credits −βf'(u_t) where the
-    summed divergence would have −βf(u_t)/u_t, which no function of the sampled token can do at
-    once. `log_optimum` is where policy gradients with this marginal come to rest, which is not
-    where the expected value is largest, except for reverse KL.
+    level "token" is an approximation: u is the ratio of one token's probabilities, and the terms
+    are summed over the tokens, so that the value is a sum of per-step divergences. The marginal
+    −βf'(u_t) is exact for token t itself. Earlier tokens, too, are credited with it, whereas the
+    summed divergence would credit them with −βf(u_t)/u_t; no function of the sampled token gives
+    both. `log_optimum` is therefore the distribution at which policy gradients with this marginal
+    come to rest. Except for reverse KL, it does not maximize the expected value.
     """
 
     name: Literal["f_divergence"] = "f_divergence"
@@ -61,7 +61,7 @@ class FDivergence(Regularizer):
     @model_validator(mode="after")
     def _alpha_where_it_belongs(self) -> "FDivergence":
         if (self.divergence == "alpha_divergence") != (self.alpha is not None):
-            raise ValueError("alpha: the coefficient of alpha_divergence, there and only there")
+            raise ValueError("alpha: the coefficient of alpha_divergence; set it there only")
         return self
 
     @property
@@ -85,7 +85,10 @@ class FDivergence(Regularizer):
         return Marginal(marginal, bound)
 
     def _log_ratio(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
-        """log u, [batch, 1] of responses or [batch, length] of tokens; a masked 0 adds no term."""
+        """log u in nats: [batch, 1] of responses or [batch, length] of tokens, 0 where masked.
+
+        `per_sample` and `slope` are 0 at log u = 0, so masked tokens add nothing.
+        """
         log_u = torch.where(mask, logp - ref_logp, 0.0)
         return log_u if self.level == "token" else log_u.sum(-1, keepdim=True)
 

@@ -1,4 +1,4 @@
-"""The regularizer of the generalized Plackett–Luce model: Theorem 3."""
+"""The regularizer of the generalized Plackett–Luce model (Theorem 3)."""
 
 from typing import Literal
 
@@ -18,17 +18,18 @@ from training.config import Positive
 
 
 class GeneralizedPL(Regularizer):
-    """Theorem 3, R = β·eq. (3.14) with C_1 = C_2 = 0; link functions g in links.py.
+    """R = β·eq. (3.14) of Theorem 3 with C_1 = C_2 = 0; the link functions g are in links.py.
 
     objective  E[r − β g^{-1}(π) + β G(g^{-1}(π))/π]
     marginal   −β g^{-1}(π(y|x)) on the last token
     optimum    π_i = g((r_i + λ)/β), λ from Σπ = 1
 
-    The proof of Theorem 3 writes r_i = g^{-1}(π_i) + c. That holds for the shifted optimum above,
-    not for π_i = g(r_i)/Σg unless g is exponential; only then is the generalized preference
-    matched, and R is pm's plus the constant β. `power` lives on r + λ > 0 and gives exactly zero
-    to responses below it. π → 1 sends `sigmoid`'s marginal to −∞. Where π is tiny, as on long
-    responses, softplus and sigmoid are indistinguishable from pm and power's marginal vanishes.
+    The proof of Theorem 3 uses r_i = g^{-1}(π_i) + c. This holds for the shifted optimum above but
+    not for π_i = g(r_i)/Σg, unless g is exponential. Only then is the generalized preference
+    matched, and R is that of pm plus the constant β. `power` gives probability exactly 0 to
+    responses with r + λ ≤ 0. The marginal of `sigmoid` tends to −∞ as π → 1. If π is tiny, as it is
+    for long responses, softplus and sigmoid cannot be told from pm, and the marginal of power
+    vanishes.
     """
 
     name: Literal["generalized_pl"] = "generalized_pl"
@@ -43,7 +44,7 @@ class GeneralizedPL(Regularizer):
     @model_validator(mode="after")
     def _exponent_where_it_belongs(self) -> "GeneralizedPL":
         if (self.g == "power") != (self.exponent is not None):
-            raise ValueError("exponent: the power link's, there and only there")
+            raise ValueError("exponent: the power link's; set it there only")
         return self
 
     @property

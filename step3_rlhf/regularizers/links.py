@@ -1,7 +1,7 @@
-"""The generalized Plackett–Luce model, P(y) ∝ g(r(y)): Theorem 3 and its link functions g.
+"""Link functions g of the generalized Plackett–Luce model, P(y) ∝ g(r(y)) (Theorem 3).
 
 Each g is positive and increasing. Arguments are log π (nats, any shape), so that the probability
-of a long response never underflows.
+of a long response does not underflow.
 """
 
 import math
@@ -17,7 +17,7 @@ from step3_rlhf.regularizers.solvers import decreasing_root
 
 
 class Link(ABC):
-    """One g, with G its integral from where g begins: −∞, or 0 for a power."""
+    """One g and its integral G from the start of its domain: from −∞, or from 0 for a power."""
 
     @abstractmethod
     def inverse(self, log_pi: Tensor) -> Tensor:
@@ -29,14 +29,15 @@ class Link(ABC):
 
     @abstractmethod
     def log_link(self, score: Tensor) -> Tensor:
-        """log g(score), −inf where g has no more to give (score outside its domain)."""
+        """log g(score), −inf where the score is outside the domain of g."""
 
     def optimum(self, scores: Tensor) -> Tensor:
-        """log of π_i = g(scores_i + λ), λ such that Σπ = 1; `scores` is [K] float64, r/β."""
+        """[K] log π_i of π_i = g(scores_i + λ), λ such that Σπ = 1; `scores` is [K] float64 r/β."""
         if len(scores) == 1:
             return torch.zeros_like(scores)
         gap = scores.max() - scores
-        # At `equal` no response exceeds 1/K; `gap.max()` later none falls short of it.
+        # The largest score + λ lies between `equal`, where every response has at most 1/K, and
+        # `equal + gap.max()`, where every response has at least 1/K.
         equal = self.inverse(torch.tensor(-math.log(len(scores)), dtype=scores.dtype)).item()
 
         def deficit(shift: float) -> float:
@@ -69,7 +70,7 @@ def _softplus_coefficients(terms: int = 12) -> list[float]:
 
 
 class Softplus(Link):
-    """g(r) = log(1 + e^r). Close to e^r, hence to preference matching, where π is small."""
+    """g(r) = log(1 + e^r). Close to e^r, and so to preference matching, where π is small."""
 
     coefficients = _softplus_coefficients(20)
 
@@ -95,7 +96,7 @@ class Softplus(Link):
 
 @dataclass(frozen=True)
 class Power(Link):
-    """g(r) = r^k for r > 0. Its optimum is max(0, r + λ)^k: bad responses get exactly zero."""
+    """g(r) = r^k for r > 0. Its optimum max(0, r + λ)^k is exactly zero for bad responses."""
 
     exponent: float
 
@@ -126,7 +127,7 @@ class Sigmoid(Link):
 
 
 def _log_complement(log_pi: Tensor) -> Tensor:
-    """log(1 − π), finite also where π rounds to 1."""
+    """log(1 − π), finite even where π rounds to 1."""
     log_pi = log_pi.clamp(max=-torch.finfo(log_pi.dtype).tiny)
     near_one = log_pi > -math.log(2.0)
     high = torch.where(near_one, log_pi, torch.full_like(log_pi, -1.0))

@@ -1,6 +1,6 @@
-"""Regularizers −β Σ_t (log π_t − log w_t): each says what the weight w is.
+"""Regularizers of the form −β Σ_t (log π_t − log w_t), which differ in the weight w.
 
-Their optimum is w(y|x)·e^{r/β}, so each is one answer to "what biases the policy?".
+Their optimum is proportional to w(y|x)·e^{r/β}: w is the bias that the policy keeps.
 """
 
 import math
@@ -24,7 +24,7 @@ from training.config import Fraction, NonNegative, Positive
 
 
 class LogLinear(Regularizer):
-    """R = −β Σ_t (log π_t − log w_t); a subclass says what w is, and w does not depend on π.
+    """R = −β Σ_t (log π_t − log w_t); a subclass defines w, which must not depend on π.
 
     objective  E[r − β Σ_t (log π_t − log w_t)]
     marginal   −β (log π_t − log w_t) on token t
@@ -53,7 +53,7 @@ class LogLinear(Regularizer):
 
 
 class KL(LogLinear):
-    """w = π_ref, eq. (2.3); optimum π_ref·e^{r/β}, eq. (5.1): it inherits the reference's bias."""
+    """w = π_ref, eq. (2.3); optimum ∝ π_ref·e^{r/β}, eq. (5.1), with the bias of the reference."""
 
     name: Literal["kl"] = "kl"
 
@@ -64,9 +64,9 @@ class KL(LogLinear):
 class PreferenceMatching(LogLinear):
     """w = 1, eq. (3.9), Theorem 1: R = −β log π + C_2/π; optimum softmax(r/β), eq. (3.2).
 
-    C_2/π has zero gradient in expectation, so `c2` enters the value and nothing else. A sample's
-    1/π is reported up to e^80. With C_1 = log(1/k), k the number of responses, this is the KL
-    penalty to the uniform distribution (Example 3).
+    C_2/π has zero gradient in expectation, so `c2` enters only the reported value, in which 1/π is
+    at most e^80. With C_1 = log(1/k), k the number of responses, this is the KL penalty to the
+    uniform distribution (Example 3).
     """
 
     name: Literal["pm"] = "pm"
@@ -84,9 +84,10 @@ class PreferenceMatching(LogLinear):
 
 
 class MaximumEntropy(LogLinear):
-    """w = 1 with a free coefficient τ and the reward as it is (section 3.2, Example 1).
+    """w = 1 with a free coefficient τ; the reward is not rescaled (section 3.2, Example 1).
 
-    objective E[r − τ log π]; optimum softmax(r/τ): preference matching at τ = 1 only (Table 1).
+    Objective E[r − τ log π]; optimum softmax(r/τ), which matches preferences only at τ = 1
+    (Table 1).
     """
 
     name: Literal["maximum_entropy"] = "maximum_entropy"
@@ -108,13 +109,13 @@ class MaximumEntropy(LogLinear):
 
 
 class ConditionalPM(LogLinear):
-    """Preference matching on M(x), the responses that the reference finds regular (Def. 4.1).
+    """Preference matching on M(x), the responses that are regular under the reference (Def. 4.1).
 
-    level "token" (what the published code does): w_t = π_ref,t where π_ref,t < α, else 1. It
-    matches preferences, softmax(r/β), among responses of which every token has π_ref,t ≥ α.
-    level "sequence" (Def. 4.1, Theorem 4): M(x) = {y: π_ref(y|x) ≥ α}; w = 1 on M(x) and, outside
-    it, π_ref(y|x), or the fixed ε of eq. (4.1). log w stands on the last token, where the whole
-    response is known. It matches preferences within M(x).
+    level "token" (the published code): w_t = π_ref,t where π_ref,t < α, else 1. Preferences are
+    matched, softmax(r/β), among the responses whose tokens all have π_ref,t ≥ α.
+    level "sequence" (Def. 4.1, Theorem 4): M(x) = {y: π_ref(y|x) ≥ α}; w = 1 on M(x), and outside
+    it w = π_ref(y|x) or the fixed ε of eq. (4.1). Preferences are matched within M(x). log w is
+    placed on the last token, at which the whole response is known.
     α → 0 is pm; α > 1 is kl (unless ε is given).
     """
 
@@ -167,13 +168,13 @@ class ConditionalPM(LogLinear):
 
 
 class KLInterpolation(LogLinear):
-    """w = π_ref^κ; optimum π_ref^κ·e^{r/β}: κ = 0 is pm, κ = 1 is kl."""
+    """w = π_ref^κ; optimum ∝ π_ref^κ·e^{r/β}: κ = 0 is pm, κ = 1 is kl."""
 
     name: Literal["kl_interpolation"] = "kl_interpolation"
     kappa: Fraction
     """Exponent of the reference: 0 is pm, 1 is kl."""
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
-        if self.kappa == 0.0:  # where π_ref = 0 as well
+        if self.kappa == 0.0:  # π_ref^0 = 1, also where π_ref = 0
             return torch.zeros_like(ref_logp)
         return self.kappa * torch.where(mask, ref_logp, 0.0)

@@ -1,4 +1,4 @@
-"""No regularizer: what the others are compared with."""
+"""The absence of a regularizer, for comparison."""
 
 import math
 from typing import Literal
@@ -10,9 +10,9 @@ from step3_rlhf.regularizers.base import Marginal, Regularizer, ResponseSet, unb
 
 
 class NoRegularizer(Regularizer):
-    """objective E[r]; marginal 0; optimum: all mass on the responses of highest reward (Prop. 3.1).
+    """Objective E[r]; marginal 0; optimum: all mass on the response of highest reward (Prop. 3.1).
 
-    Where several share it, `log_optimum` is uniform over them.
+    If several responses share the highest reward, `log_optimum` is uniform over them.
     """
 
     name: Literal["none"] = "none"

@@ -2,10 +2,10 @@
 
     π* = argmax_π E_{y~π}[r(y) + R(π(y))],   π a distribution over the set
 
-On a finite set the optimum exists for every sequence-level regularizer of this package: the
-objective is concave and the set of distributions compact. A token-level f-divergence, which is an
-approximation, has the distribution at which PPO with its marginal comes to rest in place of the
-argmax (divergences.py). Everything here is float64.
+On a finite set the optimum exists for every sequence-level regularizer of this package, because
+the objective is concave and the set of distributions is compact. For a token-level f-divergence,
+which is an approximation, it is instead the distribution at which PPO with its marginal comes to
+rest (f_divergence.py). All computations are in float64.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 
 TOLERANCE = 1e-10
-"""Largest |Σπ − 1| with which a solution is accepted."""
+"""Largest |Σπ − 1| of an accepted solution."""
 
 
 def optimum(regularizer: Regularizer, responses: ResponseSet) -> Tensor:
-    """The optimal distribution over the set.
+    """The optimal distribution over a response set.
 
     Returns:
         [K] float64 log-probabilities (nats), normalized over the set; −inf where π* is zero.
 
     Raises:
-        NoOptimumError: if it is not known or its equations were not solved to |Σπ − 1| ≤ 1e-10.
+        NoOptimumError: it is not known, or its equations were not solved to |Σπ − 1| ≤ 1e-10.
     """
     log_pi = regularizer.log_optimum(responses)
     residual = torch.logsumexp(log_pi, 0).expm1().abs().item()
@@ -42,7 +42,7 @@ def optimum(regularizer: Regularizer, responses: ResponseSet) -> Tensor:
 
 
 def optimum_of(regularizer: Regularizer, rewards: Tensor, ref_logp: Tensor) -> Tensor:
-    """`optimum` for plain vectors [K]: each response is one token."""
+    """`optimum` from vectors [K], each response being one token."""
     count = len(rewards)
     return optimum(
         regularizer,

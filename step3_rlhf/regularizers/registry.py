@@ -1,8 +1,7 @@
 """The registry of regularizers, and their form in a config.
 
-base.py states the contract; the classes are in log_linear.py (kl, pm, conditional_pm, …),
-f_divergence.py, generalized_pl.py and none.py. One more is one class and one line here, or
-none: `{"class": "my_package.my_module:MyRegularizer", ...}` names a subclass from anywhere.
+A regularizer of your own needs no line here: {"class": "my_package.my_module:MyRegularizer", ...}
+names any subclass of Regularizer.
 """
 
 import inspect
@@ -37,11 +36,11 @@ REGULARIZERS: dict[str, type[Regularizer]] = {
 
 
 def parse_regularizer(value: Any) -> Regularizer:
-    """From config data: {"name": ..., parameters} or {"class": "package.module:Class", ...}.
+    """Build a regularizer from {"name": ..., parameters} or {"class": "package.module:Class", ...}.
 
     Raises:
-        ValueError: for a name or class that cannot be found.
-        pydantic.ValidationError: for parameters that do not fit, as a config section's own.
+        ValueError: the name or class cannot be found.
+        pydantic.ValidationError: the parameters do not fit; a config reports this as its own fault.
     """
     if isinstance(value, Regularizer):
         return value
@@ -57,7 +56,7 @@ def parse_regularizer(value: Any) -> Regularizer:
 
 
 def _imported(path: Any) -> type[Regularizer]:
-    """The subclass of Regularizer that `package.module:Class` names."""
+    """Import the subclass of Regularizer that `package.module:Class` names."""
     try:
         found = import_object(str(path), form="package.module:Class")
     except ValueError as error:
@@ -71,7 +70,7 @@ def _imported(path: Any) -> type[Regularizer]:
 
 
 def dump_regularizer(regularizer: Regularizer) -> dict[str, Any]:
-    """What `parse_regularizer` turns back: JSON data, with "class" if not from the registry."""
+    """JSON data that `parse_regularizer` reads back; it has "class" if not from the registry."""
     data = regularizer.model_dump(mode="json")
     kind = type(regularizer)
     if REGULARIZERS.get(regularizer.name) is kind:
@@ -82,4 +81,4 @@ def dump_regularizer(regularizer: Regularizer) -> dict[str, Any]:
 RegularizerField = Annotated[
     Regularizer, BeforeValidator(parse_regularizer), PlainSerializer(dump_regularizer)
 ]
-"""For a config: any regularizer, by name or by class; survives `model_dump(mode="json")`."""
+"""Type of a config field that holds any regularizer; `model_dump(mode="json")` keeps it."""

@@ -1,4 +1,4 @@
-"""Solvers behind the exact optima."""
+"""Solvers for the exact optima."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from step3_rlhf.regularizers.base import NoOptimumError, ResponseSet
 
 
 def decreasing_root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a decreasing function changes its sign in [low, high], as exactly as float64 says."""
-    for _ in range(64):  # each halves the bracket; 64 are more than a float64 has digits
+    """Where a decreasing function changes its sign in [low, high], to float64 precision."""
+    for _ in range(64):  # each halves the bracket, and a float64 has 53 binary digits
         middle = low + (high - low) / 2.0
         if function(middle) > 0.0:
             low = middle
@@ -24,13 +24,13 @@ def decreasing_root(function: Callable[[float], float], low: float, high: float)
 def backward_induction(
     responses: ResponseSet, step: Callable[[Tensor, Tensor], tuple[Tensor, float]]
 ) -> Tensor:
-    """Solve a per-token problem from the ends of the responses to their common beginning.
+    """Solve a per-token problem backward, from the ends of the responses to the empty prefix.
 
     Args:
-        step: from the values [C] of the tokens that may follow a prefix and their reference
-            log-probabilities [C], normalized over them, to their log π [C] and the prefix's value.
-            The reference is taken conditional on the set: a token weighs what the responses
-            through it weigh together.
+        step: solves one prefix. From the values [C] of the C tokens that may follow and their
+            reference log-probabilities [C], normalized over these tokens, it returns their log π
+            [C] and the value of the prefix. The reference is taken conditional on the set: the
+            weight of a token is that of all responses through it.
 
     Returns:
         [K] log π(y) = Σ_t log π_t.
@@ -39,7 +39,7 @@ def backward_induction(
     positions = [row.nonzero().flatten().tolist() for row in responses.mask]
 
     def value_and_mass(rows: list[int], depth: int) -> tuple[float, float]:
-        """Of the prefix that `rows` share: its value; log of its reference mass in the set."""
+        """Value of the prefix that `rows` share, and log of its reference mass within the set."""
         ended = [row for row in rows if len(positions[row]) == depth]
         if ended:
             if len(rows) > 1:

@@ -1,1 +1,1 @@
-"""Where rewards come from, and how reward models read the texts."""
+"""Sources of rewards, and how reward models read prompts and responses."""

@@ -11,7 +11,7 @@ from training.runtime import ranks
 
 
 class ModelReward:
-    """The scalar of a reward model after the response's last token, or of the whole text."""
+    """The scalar of a reward model, after the response's last token or for the whole text."""
 
     def __init__(self, model: nn.Module, read: Reading, batch_size: int) -> None:
         self.model = model
@@ -24,10 +24,11 @@ class ModelReward:
         forwards = ranks.max_over_ranks(wanted) if is_partitioned(self.model) else wanted
         parts = []
         for number in range(forwards):
-            first = number * self.batch_size if number < wanted else 0  # the rest keep step
+            # Under ZeRO-3 a forward pass is a collective, so all ranks make equally many.
+            first = number * self.batch_size if number < wanted else 0
             inputs = self.read(rollout.rows(first, first + self.batch_size))
             values = self.model(**inputs)
-            if values.dim() == 2:  # one after each token
+            if values.dim() == 2:  # [B, T], one value after each token
                 values = last_token(values, inputs["attention_mask"])
             parts.append(values)
         return torch.cat(parts[:wanted])

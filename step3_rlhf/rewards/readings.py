@@ -1,4 +1,4 @@
-"""How a reward model reads the texts: in the policy's tokens, in its own, or as pairs."""
+"""How a reward model reads responses: in the policy's tokens, in its own, or as pairs of texts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,23 +22,22 @@ from training.models.pretrained import Pretrained, reads_pairs
 from training.runtime.tracking import say
 
 Inputs = dict[str, Tensor]
-
+"""Keyword arguments of the model: `input_ids` and `attention_mask`, [B, T] each."""
 
 Reading = Callable[[Rollout], Inputs]
-"""What a model is given of some responses: `input_ids` and `attention_mask`, [B, T] each."""
-
+"""Turns B prompts and responses into the inputs of one reward model."""
 
 NO_LIMIT = 10**6
-"""Tokenizers that know no limit name one beyond this."""
+"""A tokenizer without a length limit states one larger than this."""
 
 
 def reading(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> Reading:
-    """How a reward model reads what the policy wrote; any other way than token by token is said."""
+    """How a reward model reads the policy's responses; says so if not as the policy's tokens."""
     tokenizer = reward.tokenizer
     if reads_policy_tokens(reward, policy_tokenizer):
-        # Hugging Face's own heads look for the last token at the right.
+        # Hugging Face's other heads look for the last token at the right end.
         if reward.has_linear_score:
-            return as_it_stands
+            return policy_tokens
         return partial(right_padded, tokenizer=tokenizer)
     limit = known_positions(reward)
     if reads_pairs(tokenizer) and not reward.has_linear_score:
@@ -46,15 +45,15 @@ def reading(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> Re
         return TextPairs(tokenizer, limit)
     by_template = bool(tokenizer.chat_template) and not reward.learned_eos
     form = "chat template" if tokenizer.chat_template else "plain dialogue format"
-    say(f"{reward} reads prompts and responses anew, by its own tokenizer, in its {form}")
+    say(f"{reward} reads prompts and responses anew, with its own tokenizer and in its {form}")
     return OwnTokens(tokenizer, limit, by_template)
 
 
 def reads_policy_tokens(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the reward model would read the texts as the policy's token ids with EOS at the end.
+    """Whether the reward model would turn the texts into the policy's token ids, EOS at the end.
 
-    A model of stage 2 says in its config that it learned responses that end with EOS; others
-    learned what their chat template writes after a response.
+    A model from stage 2 states in its config that it learned responses that end with EOS. Any other
+    model learned what its chat template writes after a response.
     """
     tokenizer = reward.tokenizer
     same = (
@@ -68,11 +67,13 @@ def reads_policy_tokens(reward: Pretrained, policy_tokenizer: PreTrainedTokenize
     return bool(after == tokenizer.eos_token)
 
 
-def as_it_stands(rollout: Rollout) -> Inputs:
+def policy_tokens(rollout: Rollout) -> Inputs:
+    """The policy's own token ids, prompts padded on the left and responses on the right."""
     return {"input_ids": rollout.input_ids, "attention_mask": rollout.attention_mask}
 
 
 def right_padded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+    """The policy's own token ids, all padding moved to the right."""
     rows = zip(rollout.input_ids, rollout.attention_mask.bool(), strict=True)
     return _padded([ids[mask].tolist() for ids, mask in rows], tokenizer, rollout)
 
@@ -84,10 +85,10 @@ def _padded(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase, rollout:
 
 
 class OwnTokens:
-    """The texts in the model's own format and tokens, prompt and response one sequence.
+    """Prompt and response as one sequence, in the model's own format and tokens.
 
-    Prompts are read whole; what exceeds the model's positions is lost at the beginning. A response
-    that was cut has no end in other tokens either.
+    A sequence longer than the model's positions loses its beginning. A response that was cut before
+    its EOS gets no end in these tokens either.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class OwnTokens:
     ) -> None:
         """
         Args:
-            positions: that the model knows; None is any number.
-            by_template: all that the chat template writes, also after a response; otherwise the
-                prompt in stage 2's format and EOS after the response.
+            positions: the most tokens that the model can read; None is no limit.
+            by_template: write the whole dialogue with the chat template, including what it writes
+                after a response. Otherwise write the prompt as stage 2 does, and EOS after the
+                response.
         """
         self.tokenizer = tokenizer
         self.positions = positions
@@ -123,10 +125,10 @@ class OwnTokens:
 
 
 class TextPairs:
-    """As BERT and its kin read: [CLS] prompt [SEP] response [SEP], with types of their own.
+    """[CLS] prompt [SEP] response [SEP] with token types, as BERT and its relatives read.
 
-    Where there is too little room the prompt loses its beginning, then the response its end. Text
-    that looks like a special token stays text.
+    If the model has too few positions, the prompt loses its beginning first, then the response its
+    end. Text that spells a special token stays text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> None:
@@ -136,7 +138,7 @@ class TextPairs:
 
     def __call__(self, rollout: Rollout) -> Inputs:
         pairs = list(zip(rollout.prompts, rollout.responses, strict=True))
-        if self.positions is not None and self.tokenizer.is_fast:  # others cannot say what is where
+        if self.positions is not None and self.tokenizer.is_fast:  # only these know offsets
             pairs = [self._fitting(*pair, self.positions) for pair in pairs]
         encoded = self.tokenizer(
             [prompt for prompt, _ in pairs],
@@ -150,18 +152,19 @@ class TextPairs:
         return dict(encoded.to(rollout.input_ids.device))
 
     def _fitting(self, prompt: str, response: str, positions: int) -> tuple[str, str]:
+        """The two texts, cut so that their tokens fit; at least one token of the prompt stays."""
         room = positions - self.tokenizer.num_special_tokens_to_add(pair=True)
-        asked, answered = self._places(prompt), self._places(response)
-        kept = min(len(answered), room - 1)
+        prompt_spans, response_spans = self._spans(prompt), self._spans(response)
+        kept = min(len(response_spans), room - 1)
         left = max(1, room - kept)
-        if len(asked) > left:
-            prompt = prompt[asked[-left][0] :]
-        if len(answered) > kept:
-            response = response[: answered[kept - 1][1]]
+        if len(prompt_spans) > left:
+            prompt = prompt[prompt_spans[-left][0] :]
+        if len(response_spans) > kept:
+            response = response[: response_spans[kept - 1][1]]
         return prompt, response
 
-    def _places(self, text: str) -> list[tuple[int, int]]:
-        """Where in `text` each of its tokens stands."""
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """First and last character (exclusive) of each token in `text`."""
         encoded = self.tokenizer(
             text,
             add_special_tokens=False,
@@ -169,18 +172,18 @@ class TextPairs:
             return_offsets_mapping=True,
             verbose=False,
         )
-        places: list[tuple[int, int]] = encoded["offset_mapping"]
-        return places
+        spans: list[tuple[int, int]] = encoded["offset_mapping"]
+        return spans
 
 
 def known_positions(reward: Pretrained) -> int | None:
-    """Tokens that a classification model can read; None is any number."""
+    """The most tokens that a classification model can read; None is no limit."""
     limits = [
         reward.tokenizer.model_max_length,
         getattr(reward.config, "max_position_embeddings", None),
     ]
     for name, module in reward.on_meta(AutoModelForSequenceClassification).named_modules():
-        # RoBERTa and its relatives count positions from the one after padding's.
+        # RoBERTa and its relatives count positions from the one after the padding's.
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
             limits.append(int(module.num_embeddings - padding - 1))

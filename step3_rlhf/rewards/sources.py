@@ -1,4 +1,4 @@
-"""Where rewards come from: reward models, weighted sums of them, or a Python function."""
+"""Sources of rewards: reward models, weighted sums of them, or a Python function."""
 
 import math
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class RewardSource(Protocol):
 
 
 class FunctionReward:
-    """Rewards from `module:callable`, checked: one finite number per response."""
+    """Rewards from `module:callable`, which must give one finite number per response."""
 
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.function = function
@@ -39,13 +39,13 @@ class FunctionReward:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         try:
-            rewards, own = self._checked(list(rollout.prompts), list(rollout.responses)), None
+            rewards, fault = self._checked(list(rollout.prompts), list(rollout.responses)), None
         except UserError as error:
-            rewards, own = [], error
-        # A fault of one rank ends all of them, with its message.
-        faults = [fault for fault in ranks.gather_objects([own and str(own)]) if fault]
-        if faults:
-            raise UserError(faults[0]) from own
+            rewards, fault = [], error
+        # A fault on one rank ends all of them, with its message.
+        messages = [text for text in ranks.gather_objects([fault and str(fault)]) if text]
+        if messages:
+            raise UserError(messages[0]) from fault
         return torch.tensor(rewards, device=rollout.input_ids.device)
 
     def _checked(self, prompts: list[str], responses: list[str]) -> list[float]:
@@ -78,7 +78,7 @@ class WeightedSum:
 
 
 def import_function(path: str) -> RewardFunction:
-    """The callable that `module:callable` names.
+    """Import the callable that `module:callable` names.
 
     Raises:
         UserError: it cannot be imported, or is not callable.
@@ -94,13 +94,13 @@ def import_function(path: str) -> RewardFunction:
 
 
 def check_reward(settings: RewardSettings, roles: Roles, untrained: str | None = None) -> None:
-    """Find what is wrong with the source without loading any weights.
+    """Check the reward source without loading any weights.
 
     Args:
-        untrained: a model that need not be a reward model, since it stands for one.
+        untrained: a model that need not be a reward model, because it stands in for one.
 
     Raises:
-        UserError: a function that cannot be imported, or a model that is no reward model.
+        UserError: the function cannot be imported, or a model is not a reward model.
     """
     if settings.function:
         import_function(settings.function)
@@ -109,7 +109,7 @@ def check_reward(settings: RewardSettings, roles: Roles, untrained: str | None =
 
 
 def load_reward(config: AlignmentConfig, roles: Roles) -> RewardSource:
-    """The configured source; its models are frozen."""
+    """Load the configured source; its models are frozen."""
     if config.reward.function:
         return FunctionReward(import_function(config.reward.function), config.reward.function)
     sources: list[tuple[float, RewardSource]] = [
@@ -122,7 +122,7 @@ def load_reward(config: AlignmentConfig, roles: Roles) -> RewardSource:
 def load_model_reward(
     reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase, config: AlignmentConfig
 ) -> ModelReward:
-    """One frozen reward model, and how it reads what the policy wrote."""
+    """Load one frozen reward model, and choose how it reads the policy's responses."""
     read = reading(reward, policy_tokenizer)
     options = LoadOptions.frozen(config)
     model = engine.frozen(

@@ -14,79 +14,17 @@ from step3_rlhf import ppo
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.experience import Judged
 from step3_rlhf.iteration_metrics import IterationMetrics
-from step3_rlhf.main import flattened
-from step3_rlhf.prompts import Prompts
+from step3_rlhf.main import means_of
 from step3_rlhf.regularizers.registry import parse_regularizer
-from step3_rlhf.rewards.sources import FunctionReward
 from step3_rlhf.roles import training_roles_of
 from step3_rlhf.rollout import sample
 from step3_rlhf.trainer import PPOTrainer
-from training.config import check_config
-from training.data import read_records, tokenize
-from training.models.loading import load_policy, load_scalar_model
 from training.models.policy import Policy
-from training.models.pretrained import Pretrained
 from training.models.scalar import ScalarModel
-from training.runtime import engine
-from training.runtime.engine import TrainedModule
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
 Build = Callable[..., PPOTrainer]
-
-
-def length_reward(prompts: list[str], responses: list[str]) -> list[float]:
-    return [len(response) / 10 for response in responses]
-
-
-@pytest.fixture
-def configured(stage_settings) -> Callable[..., PPOConfig]:
-    """Adam's first step is nearly linear in the gradient, so that equal steps mean equal ones."""
-
-    def config(**changes: Any) -> PPOConfig:
-        optimizer = {
-            "learning_rate": 0.1,
-            "adam_epsilon": 1.0,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-        }
-        settings = stage_settings("ppo") | {
-            "actor": optimizer,
-            "critic": optimizer,
-            "reward": {"function": "operator:add"},
-            "regularizer": {"name": "kl", "beta": 0.5},
-            "per_device_train_batch_size": 8,
-        }
-        return check_config(PPOConfig, settings | changes, "config:")
-
-    return config
-
-
-@pytest.fixture
-def build(configured, world_tokenizer) -> Build:
-    """A trainer with the same random models each time; the reference differs from the actor."""
-
-    def trainer(**changes: Any) -> PPOTrainer:
-        config = configured(**changes)
-        records = read_records(config.data, "ppo")
-        data = tokenize(records, world_tokenizer, config.data, "ppo").train
-        path = config.model_name_or_path
-        actor, reference = (load_policy(Pretrained(path), world_tokenizer) for _ in range(2))
-        critic = load_scalar_model(Pretrained(path), world_tokenizer, new_head=True)
-        torch.manual_seed(0)
-        for head in (actor.model.lm_head, reference.model.lm_head, critic.model.score):
-            torch.nn.init.normal_(head.weight, std=0.2)
-        return PPOTrainer(
-            config,
-            TrainedModule(actor, config, config.actor, 10),
-            TrainedModule(critic, config, config.critic, 10),
-            engine.frozen(reference, {}, torch.float32),
-            FunctionReward(length_reward, "m:f"),
-            Prompts(data, config),
-            world_tokenizer,
-        )
-
-    return trainer
 
 
 def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
@@ -179,7 +117,7 @@ def experience(build: Build) -> tuple[PPOTrainer, Judged, torch.Tensor]:
     batch = trainer.prompts.of_iteration(0)
     rollout = sample(trainer.actor.engine, trainer.tokenizer, *batch, trainer.config.sampling)
     rewards = trainer.reward(rollout)
-    (part,) = trainer.micro_batches(rollout, rewards, trainer.score_reference(rollout))
+    (part,) = trainer.micro_batches(rollout, rewards, trainer.reference_logp(rollout))
     return trainer, part, rewards
 
 
@@ -235,7 +173,7 @@ def test_the_first_step_is_reinforce_with_a_baseline(experience) -> None:
     wanted_policy = -(advantages * logp)[mask].sum() / tokens
     wanted_value = 0.5 * 0.5 * ((values - returns)[mask] ** 2).sum() / tokens  # vf_coef = ½
 
-    scores = trainer.scored(part)
+    scores = trainer.old_scores(part)
     torch.testing.assert_close(scores.logp[mask], logp[mask].detach(), rtol=0, atol=1e-5)
     (placed,) = trainer.with_advantages([part], [scores])
     torch.testing.assert_close(placed.advantages, advantages, rtol=1e-4, atol=1e-4)
@@ -301,7 +239,7 @@ def test_how_often_a_bound_takes_effect_is_logged(experience) -> None:
 
 def test_explained_variance_by_hand(experience) -> None:
     trainer, part, _ = experience
-    (placed,) = trainer.with_advantages([part], [trainer.scored(part)])
+    (placed,) = trainer.with_advantages([part], [trainer.old_scores(part)])
     mask = part.rollout.response_mask
     returns, errors = placed.returns[mask], (placed.returns - placed.old.values)[mask]
     expected = 1 - errors.double().var(unbiased=False) / returns.double().var(unbiased=False)
@@ -314,7 +252,7 @@ def test_reference_scores_do_not_depend_on_the_batch(experience) -> None:
     own = own_logp(trainer.reference, part) * part.rollout.response_mask
     for size in (1, 3, 8):
         trainer.config = trainer.config.model_copy(update={"per_device_eval_batch_size": size})
-        found = trainer.score_reference(part.rollout)
+        found = trainer.reference_logp(part.rollout)
         torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
 
 
@@ -329,7 +267,7 @@ def test_rewards_as_ppo_gets_them(build: Build, experience) -> None:
     def shaped(center: float = 0.0, **changes: Any) -> torch.Tensor:
         trainer = build(**changes)
         trainer.reward_center = center
-        return trainer.shaped(rewards, rollout)
+        return trainer.shape_rewards(rewards, rollout)
 
     assert torch.equal(shaped(), rewards)
     torch.testing.assert_close(shaped(center=0.5), rewards - 0.5)
@@ -344,7 +282,7 @@ def test_the_center_is_the_references_mean_reward(build: Build) -> None:
     trainer.center_rewards()
     batch = trainer.prompts.for_centering(12)
     rollout = sample(trainer.reference, trainer.tokenizer, *batch, trainer.config.sampling)
-    expected = sum(length_reward(list(rollout.prompts), list(rollout.responses))) / 12
+    expected = sum(len(response) / 10 for response in rollout.responses) / 12
     assert trainer.reward_center == pytest.approx(expected, rel=1e-6)
 
 
@@ -396,12 +334,12 @@ def test_where_the_critic_starts(configured, tiny_world, tmp_path, world_tokeniz
 
 
 def test_an_evaluations_means_are_logged() -> None:
-    report = {
+    figures = {
         "prompts": 3,
         "kl": {"mean": 0.5, "ci95": 0.1, "count": 3},
         "exact": {"tv_to_reward": {"mean": 0.2}, "tv_to_optimum": None, "per_prompt": []},
     }
-    assert flattened(report) == {"eval/kl": 0.5, "eval/tv_to_reward": 0.2}
+    assert means_of(figures) == {"eval/kl": 0.5, "eval/tv_to_reward": 0.2}
 
 
 def test_statistics_add_up_over_micro_batches(experience) -> None:
@@ -412,7 +350,7 @@ def test_statistics_add_up_over_micro_batches(experience) -> None:
         columns = rows.response_mask.shape[1]
         chosen = slice(first, first + 4)
         half = Judged(rows, part.rewards[chosen], part.ref_logp[chosen, :columns])
-        trainer.losses_at_once(half, metrics)
+        trainer.losses_in_one_pass(half, metrics)
     assert metrics.sums["responses"] == 8
     assert metrics.sums["tokens"] == part.rollout.response_mask.sum()
     assert math.isfinite(metrics.sums["policy_loss"])

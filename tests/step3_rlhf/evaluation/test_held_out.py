@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import HeldOut, chosen_rows, load_held_out
-from step3_rlhf.evaluation.resume import identity
+from step3_rlhf.evaluation.resume import fingerprint
 from step3_rlhf.response_sets import FiniteSet
 from training.config import check_config
 
@@ -60,7 +60,7 @@ def test_chosen_prompts_keep_their_ids_and_texts(
 
 
 def test_other_data_are_another_evaluation(stage_settings) -> None:
-    """All that is measured counts; what counted before, weights and settings, is in test_blocks."""
+    """All that is measured counts; what counted before, weights and settings, is in test_resume."""
     held_out = HeldOut([[1, 2]], ["a"], [([1], [2])], [FiniteSet("q", ("x", "y"), None, None)])
     same = HeldOut([[1, 2]], ["a"], [([1], [2])], [FiniteSet("q", ("x", "y"), None, None)])
     assert held_out.digest == same.digest
@@ -72,9 +72,9 @@ def test_other_data_are_another_evaluation(stage_settings) -> None:
         {"sets": [FiniteSet("q", ("x", "y"), (0.5, 0.5), None)]},
     ]
     settings = config(stage_settings("ppo"))
-    identities = [identity(settings, replace(held_out, **change)) for change in [{}, *changes]]
-    assert len({entry["held_out"] for entry in identities}) == 6
-    assert identities[0]["held_out"] == held_out.digest
+    fingerprints = [fingerprint(settings, replace(held_out, **change)) for change in [{}, *changes]]
+    assert len({entry["held_out"] for entry in fingerprints}) == 6
+    assert fingerprints[0]["held_out"] == held_out.digest
 
 
 def test_another_spelling_of_a_path_is_the_same_evaluation(
@@ -86,10 +86,10 @@ def test_another_spelling_of_a_path_is_the_same_evaluation(
     spellings = [str(model), model.name, f"./{model.name}/", f"{model}/../{model.name}"]
     # A bare name of one part may be one of the Hub's.
     found = [
-        identity(config(settings, model_name_or_path=path, output_dir=f"runs/{n}"), held_out)
+        fingerprint(config(settings, model_name_or_path=path, output_dir=f"runs/{n}"), held_out)
         for n, path in enumerate(spellings)
         if "/" in path
     ]
     assert len(found) == 3
     assert found[0] == found[1] == found[2]
-    assert identity(config(settings, seed=7), held_out) != found[0]
+    assert fingerprint(config(settings, seed=7), held_out) != found[0]

@@ -50,16 +50,16 @@ def test_sampled_metrics_by_hand() -> None:
         ["c", "d"], tensor(-3.0, -2.0), tensor(-3.0, -4.0), tensor(1.0, 2.0), tensor(3, 1),
         tensor(1, 1),
     )  # fmt: skip
-    report, instances = sampled_metrics(["x", "y"], [first, second], temperature=2.0)
+    figures, instances = sampled_metrics(["x", "y"], [first, second], temperature=2.0)
 
     def kl(p: float, q: float) -> float:
         return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     divergences = [kl(sigmoid(2.0), 0.5), kl(0.5, sigmoid(-1.0))]
-    assert report["prompts"] == 2
-    assert report["preference_temperature"] == 2.0
-    means = {name: value["mean"] for name, value in report.items() if isinstance(value, dict)}
+    assert figures["prompts"] == 2
+    assert figures["preference_temperature"] == 2.0
+    means = {name: value["mean"] for name, value in figures.items() if isinstance(value, dict)}
     assert means == pytest.approx(
         {
             "pm_divergence": sum(divergences) / 2,
@@ -75,8 +75,8 @@ def test_sampled_metrics_by_hand() -> None:
         }
     )
     # Intervals are over prompts: two means per figure, 1.96 · |a − b| / √2 / √2.
-    assert report["entropy"]["ci95"] == pytest.approx(0.0)
-    assert report["length"]["ci95"] == pytest.approx(1.96 * 1.5 / 2)
+    assert figures["entropy"]["ci95"] == pytest.approx(0.0)
+    assert figures["length"]["ci95"] == pytest.approx(1.96 * 1.5 / 2)
     assert [entry["pm_divergence"] for entry in instances] == pytest.approx(divergences)
     assert instances[1]["prompt"] == "y"
     assert instances[1]["responses"][1] == {
@@ -93,14 +93,14 @@ def test_several_pairs_are_averaged_within_a_prompt() -> None:
 
     draws = [drawn(-1.0, -1.0), drawn(-2.0, -1.0), drawn(-4.0, -1.0), drawn(-1.0, -3.0)]
     single = [sampled_metrics(["x", "y"], draws[k : k + 2], 1.0)[0] for k in (0, 2)]
-    report, instances = sampled_metrics(["x", "y"], draws, 1.0)
+    figures, instances = sampled_metrics(["x", "y"], draws, 1.0)
     assert [[y["logp"] for y in entry["responses"]] for entry in instances] == [
         [-1.0, -2.0, -4.0, -1.0], [-1.0, -1.0, -1.0, -3.0],
     ]  # fmt: skip
     expected = sum(part["pm_divergence"]["mean"] for part in single) / 2
-    assert report["pm_divergence"]["mean"] == pytest.approx(expected)
-    assert (report["pairs_per_prompt"], report["pm_divergence"]["count"]) == (2, 2)
-    assert report["entropy"]["mean"] == pytest.approx((8.0 + 6.0) / 8)
+    assert figures["pm_divergence"]["mean"] == pytest.approx(expected)
+    assert (figures["pairs_per_prompt"], figures["pm_divergence"]["count"]) == (2, 2)
+    assert figures["entropy"]["mean"] == pytest.approx((8.0 + 6.0) / 8)
 
 
 @pytest.mark.parametrize("count", [1, 4, 7])
@@ -242,20 +242,20 @@ def test_perplexity_of_held_out_text_is_per_token(models: Models, held_out, conf
     assert found["texts"] == 2
 
 
-def test_the_whole_report(models: Models, held_out: HeldOut, config, tmp_path: Path) -> None:
+def test_the_whole_evaluation(models: Models, held_out: HeldOut, config, tmp_path: Path) -> None:
     data = HeldOut(held_out.prompt_ids, held_out.prompts, [], [SET])
     pm = parse_regularizer({"name": "pm", "beta": 2.0})
-    report, instances = evaluate(models, data, pm, config)
-    assert report["preference_temperature"] == 2.0
-    assert set(EXACT_FIGURES) <= report["exact"].keys()
-    (entry,) = report["exact"]["per_prompt"]
-    assert report["exact"]["tv_to_reward"]["mean"] == pytest.approx(entry["tv_to_reward"])
-    write_evaluation(report, instances, tmp_path)
+    figures, instances = evaluate(models, data, pm, config)
+    assert figures["preference_temperature"] == 2.0
+    assert set(EXACT_FIGURES) <= figures["exact"].keys()
+    (entry,) = figures["exact"]["per_prompt"]
+    assert figures["exact"]["tv_to_reward"]["mean"] == pytest.approx(entry["tv_to_reward"])
+    write_evaluation(figures, instances, tmp_path)
     written = json.loads((tmp_path / "evaluation.json").read_text())
-    assert written["pm_divergence"]["mean"] == report["pm_divergence"]["mean"]
+    assert written["pm_divergence"]["mean"] == figures["pm_divergence"]["mean"]
     lines = (tmp_path / "instances.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == list(PROMPTS)
-    assert "tv_to_optimum" in summary(report)
+    assert "tv_to_optimum" in summary(figures)
 
 
 # RUN_DIR
@@ -349,9 +349,9 @@ def test_any_triple_can_be_evaluated(
             "response_length=4",
         ]
     )
-    report = json.loads((output / "evaluation.json").read_text())
-    assert report["prompts"] == 3
-    assert report["kl"]["mean"] == 0.0  # the reference is the policy
-    assert report["reward"]["mean"] != 0.0
+    figures = json.loads((output / "evaluation.json").read_text())
+    assert figures["prompts"] == 3
+    assert figures["kl"]["mean"] == 0.0  # the reference is the policy
+    assert figures["reward"]["mean"] != 0.0
     assert len((output / "instances.jsonl").read_text().splitlines()) == 3
     assert not (output / "evaluation.unfinished").exists()

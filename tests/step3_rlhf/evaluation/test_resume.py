@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 
-from step3_rlhf.evaluation.resume import BLOCKS, DIRECTORY, Blocks, identity_of
+from step3_rlhf.evaluation.resume import BLOCKS, DIRECTORY, FinishedBlocks, model_fingerprint
 from step3_rlhf.evaluation.shared_work import over_ranks
 
 pytestmark = pytest.mark.usefixtures("process_group")
-IDENTITY = {"config": {"seed": 1}, "processes": 1}
+FINGERPRINT = {"config": {"seed": 1}, "processes": 1}
 
 
 class Killed(Exception):
     pass
 
 
-def measured(blocks: Blocks, calls: list[list[int]], dies_at: int | None = None) -> list[Any]:
+def measured(
+    finished: FinishedBlocks, calls: list[list[int]], dies_at: int | None = None
+) -> list[Any]:
     """Thirds of 7 rows in batches of 3; numbers that need all their digits."""
 
     def measure(rows: list[int]) -> list[Any]:
@@ -26,17 +28,17 @@ def measured(blocks: Blocks, calls: list[list[int]], dies_at: int | None = None)
         calls.append(rows)
         return [[row / 3, "text"] for row in rows]
 
-    return over_ranks(7, 3, measure, "rows", blocks)
+    return over_ranks(7, 3, measure, "rows", finished)
 
 
 def test_finished_blocks_are_not_measured_again(tmp_path: Path) -> None:
-    whole = measured(Blocks(tmp_path / "whole", IDENTITY), [])
+    whole = measured(FinishedBlocks(tmp_path / "whole", FINGERPRINT), [])
     calls: list[list[int]] = []
     with pytest.raises(Killed):
-        measured(Blocks(tmp_path / "run", IDENTITY), calls, dies_at=6)
+        measured(FinishedBlocks(tmp_path / "run", FINGERPRINT), calls, dies_at=6)
     assert calls == [[0, 1, 2], [3, 4, 5]]
     calls.clear()
-    resumed = Blocks(tmp_path / "run", IDENTITY)
+    resumed = FinishedBlocks(tmp_path / "run", FINGERPRINT)
     assert measured(resumed, calls) == whole
     assert calls == [[6]]
     resumed.remove()
@@ -44,19 +46,19 @@ def test_finished_blocks_are_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_half_a_line_is_measured_again(tmp_path: Path) -> None:
-    whole = measured(Blocks(tmp_path, IDENTITY), [])
+    whole = measured(FinishedBlocks(tmp_path, FINGERPRINT), [])
     file = tmp_path / DIRECTORY / BLOCKS
     file.write_bytes(file.read_bytes()[:-9])
     calls: list[list[int]] = []
-    assert measured(Blocks(tmp_path, IDENTITY), calls) == whole
+    assert measured(FinishedBlocks(tmp_path, FINGERPRINT), calls) == whole
     assert calls == [[6]]
     assert len(file.read_text().splitlines()) == 3
 
 
 def test_other_settings_start_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    measured(Blocks(tmp_path, IDENTITY), [])
+    measured(FinishedBlocks(tmp_path, FINGERPRINT), [])
     calls: list[list[int]] = []
-    measured(Blocks(tmp_path, IDENTITY | {"processes": 2}), calls)
+    measured(FinishedBlocks(tmp_path, FINGERPRINT | {"processes": 2}), calls)
     assert len(calls) == 3
     assert "of another evaluation; it is started anew" in capsys.readouterr().out
 
@@ -64,12 +66,12 @@ def test_other_settings_start_anew(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_weights_that_were_written_anew_are_others(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"1234")
-    before = identity_of(str(tmp_path))
-    assert identity_of(str(tmp_path)) == before
+    before = model_fingerprint(str(tmp_path))
+    assert model_fingerprint(str(tmp_path)) == before
     weights.write_bytes(b"12345")
-    assert identity_of(str(tmp_path)) != before
+    assert model_fingerprint(str(tmp_path)) != before
     assert json.loads(json.dumps(before)) == before
-    assert identity_of("owner/model") == ["owner/model"]
+    assert model_fingerprint("owner/model") == ["owner/model"]
 
 
 def test_a_gguf_file_and_a_tokenizer_that_were_written_anew_are_others(tmp_path: Path) -> None:
@@ -77,6 +79,6 @@ def test_a_gguf_file_and_a_tokenizer_that_were_written_anew_are_others(tmp_path:
         file = tmp_path / name
         file.write_bytes(b"1234")
         path = str(file if name.endswith(".gguf") else tmp_path)
-        before = identity_of(path)
+        before = model_fingerprint(path)
         file.write_bytes(b"12345")
-        assert identity_of(path) != before
+        assert model_fingerprint(path) != before

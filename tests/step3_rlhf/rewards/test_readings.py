@@ -26,8 +26,8 @@ from step3_rlhf.rewards.model import ModelReward
 from step3_rlhf.rewards.readings import (
     OwnTokens,
     TextPairs,
-    as_it_stands,
     known_positions,
+    policy_tokens,
     reading,
     reads_policy_tokens,
     right_padded,
@@ -108,7 +108,7 @@ def test_a_models_reward_does_not_depend_on_the_batch(
     rollout: Rollout, scalar: ScalarModel, world_tokenizer, batch_size: int
 ) -> None:
     own = own_rewards(scalar, world_tokenizer)
-    found = ModelReward(scalar, as_it_stands, batch_size)(rollout)
+    found = ModelReward(scalar, policy_tokens, batch_size)(rollout)
     torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
     assert own.std() > 1e-3
 
@@ -130,7 +130,7 @@ def test_another_chat_template_is_the_models_own(
     assert dialogues[0].endswith("tea<|end|>\n")
     own = rewards_of(scalar, templated(dialogues, add_special_tokens=False)["input_ids"])
     torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
-    for wrong in (as_it_stands, OwnTokens(templated, None, by_template=False)):
+    for wrong in (policy_tokens, OwnTokens(templated, None, by_template=False)):
         assert (ModelReward(scalar, wrong, batch_size)(rollout) - own).abs().max() > 1e-2
 
 
@@ -161,7 +161,7 @@ def test_who_reads_the_policys_tokens_as_they_stand(
     longer.add_tokens(["qqqq"])
     assert not reads_policy_tokens(named(made, longer), world_tokenizer)
     assert not reads_policy_tokens(named(made, world_tokenizer), longer)
-    assert reading(named(foreign, world_tokenizer), world_tokenizer) is as_it_stands
+    assert reading(named(foreign, world_tokenizer), world_tokenizer) is policy_tokens
     assert isinstance(reading(named(foreign, longer), world_tokenizer), OwnTokens)
     assert "in its plain dialogue format" in capsys.readouterr().out
 
