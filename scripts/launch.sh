@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced: `launch MODULE ARGUMENTS...` starts a stage with the DeepSpeed launcher; with --dry-run
 # among the arguments the config is checked, for as many processes as there would be.
 #   NUM_PROCESSES=2   processes per node (default: every visible GPU; one on a CPU)

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch.sh: several nodes, which DeepSpeed starts through pdsh and ssh.
 
 # The lines of HOSTFILE that name a node.

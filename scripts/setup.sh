@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: an environment with the pinned packages, made once and reused.
 # Uses the active virtual environment, otherwise .venv in the repository's root.
 set -euo pipefail
