@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced: `launch MODULE ARGUMENTS...` starts a stage with the DeepSpeed launcher; with --dry-run
-# among the arguments the config is checked, for as many processes as there would be.
+# Sourced: `launch MODULE ARGUMENTS...` starts a stage with the DeepSpeed launcher. With --dry-run
+# among the arguments it checks the config instead, for the number of processes that would start.
 #   NUM_PROCESSES=2   processes per node (default: every visible GPU; one on a CPU)
-#   HOSTFILE=path     several nodes, in DeepSpeed's hostfile format, reached by pdsh over ssh; or,
-#   NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=port    with HOSTFILE: this node's part only, without
-#                     ssh; start the same on every node, each with its number
+#   HOSTFILE=path     several nodes, in DeepSpeed's hostfile format, reached by pdsh over ssh
+#   NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=port    with HOSTFILE: only this node's processes,
+#                     without ssh; start the same command on every node, each with its own number
 #   MASTER_PORT=port  the port at which the processes meet (default: a free one)
 #   DEEPSPEED_ARGS=…  anything else for the launcher
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -43,21 +43,21 @@ launch() {
             by_pdsh=yes
         fi
     else
-        # DeepSpeed would read a hostfile of the machine's own accord; one node is meant here.
+        # Without this, DeepSpeed would use a hostfile that it finds on the machine.
         arguments+=(--hostfile /dev/null)
         if [[ "$gpus" == 0 ]]; then
             local processes="${NUM_PROCESSES:-1}"
-            # Processes that each take all cores slow one another down.
+            # Processes that each use all cores slow one another down.
             export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}"
             arguments+=(--num_gpus "$processes")
         elif [[ -n "${NUM_PROCESSES:-}" && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-            # With --num_gpus DeepSpeed would forget which GPUs are visible.
+            # With --num_gpus DeepSpeed would ignore which GPUs are visible.
             arguments+=(--include "localhost:$(cut -d, -f"-$NUM_PROCESSES" <<<"$CUDA_VISIBLE_DEVICES")")
         elif [[ -n "${NUM_PROCESSES:-}" ]]; then
             arguments+=(--num_gpus "$NUM_PROCESSES")
         fi
     fi
-    # In a session of its own: Ctrl-C reaches this script alone, which passes it on to the ranks.
+    # The launcher gets its own session, so that Ctrl-C reaches this script alone, which passes it on.
     RANK_PIDS="$(mktemp -d)"
     export RANK_PIDS
     launcher="" signals=0
@@ -70,7 +70,7 @@ launch() {
     trap 'pass_on TERM 129' HUP
     trap 'pass_on INT 130' INT
     trap 'pass_on USR1 138' USR1
-    # The launcher knows nothing of SIGUSR1, which would end it: it inherits that it is ignored.
+    # SIGUSR1 would end the launcher, so it inherits a handler that ignores the signal.
     # shellcheck disable=SC2086
     (trap '' USR1 && exec setsid deepspeed "${arguments[@]}" ${DEEPSPEED_ARGS:-} --module "${words[@]}") &
     launcher=$!
@@ -78,14 +78,14 @@ launch() {
     while :; do
         interrupted="$signals" code=0
         wait "$launcher" || code=$?
-        [[ "$signals" != "$interrupted" ]] || break # else the signal, not the launcher, ended wait
+        [[ "$signals" != "$interrupted" ]] || break # otherwise a signal, not the launcher, ended wait
     done
     trap - TERM HUP INT USR1
     tidy
     return "$code"
 }
 
-# Over all nodes.
+# The number of processes over all nodes.
 processes_in_all() {
     if [[ -z "${HOSTFILE:-}" ]]; then
         echo "${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
@@ -96,8 +96,9 @@ processes_in_all() {
     fi
 }
 
-# SIGNAL CODE: the first one goes to the ranks, which save a checkpoint and end; not to the launcher,
-# which would kill them after 30 s. Where no rank is ready, and the second time, all end at once.
+# SIGNAL CODE: the first signal goes to the ranks, which save a checkpoint and end. The launcher does
+# not get it, since it would kill them after 30 s. If no rank is ready yet, or the second time, all
+# processes end at once.
 pass_on() {
     signals=$((signals + 1))
     launcher="${launcher:-${!:-}}"
@@ -114,8 +115,8 @@ pass_on() {
     exit "$2"
 }
 
-# SIGNAL: to the ranks; fails where none has said that it is ready. Without a plain `return`, which in
-# a trap's function has the status of what was running before the trap.
+# SIGNAL: sends it to the ranks; fails if none has reported that it is ready. There is no plain
+# `return`, which in a trap's function has the status of the command before the trap.
 send_ranks() {
     if [[ -n "$by_pdsh" ]]; then
         on_nodes "kill -s $1 \$(ls $RANK_PIDS/%n)"

@@ -4,13 +4,13 @@
 # The lines of HOSTFILE that name a node.
 hosts() { grep -v '^ *#' "$HOSTFILE" | grep slots= || true; }
 
-# COMMAND, in which %n is the node's number, on every node; fails where it fails on one.
+# COMMAND: runs it on every node, with %n as the node's number; fails if it fails on one of them.
 on_nodes() {
     PDSH_RCMD_TYPE=ssh pdsh -S -w "$(hosts | awk '{ print $1 }' | paste -sd,)" "$1" >/dev/null 2>&1
 }
 
-# pdsh replaces %h and its like, and gives the words to a shell on each node. DeepSpeed puts those
-# with spaces between double quotes, and the others there as they are.
+# pdsh replaces %h and the like, and hands the words to a shell on each node. DeepSpeed puts double
+# quotes around words with spaces and leaves the others as they are.
 quote_for_nodes() {
     local index word
     for index in "${!words[@]}"; do
@@ -24,8 +24,8 @@ quote_for_nodes() {
     done
 }
 
-# What was set here, or in DeepSpeed's own file, for the processes of all nodes; no secrets, which
-# would be seen there in the list of processes.
+# The variables that are set here, or in DeepSpeed's own file, for the processes of all nodes. Secrets
+# are left out, since they would show in the nodes' lists of processes.
 own_variables() {
     local file="${DS_ENV_FILE:-.deepspeed_env}"
     awk '/=/' ~/"$file" "$file" 2>/dev/null || true

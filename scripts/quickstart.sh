@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Set-up, then the bundled world, all three stages, evaluation and the report:
+# Sets up the environment, then runs the bundled world, all three stages, evaluation and the report:
 #   bash scripts/quickstart.sh [--full] [--seed N] [--output DIR] [--overwrite] [--only PHASE]
 #   --full        also maximum entropy and three f-divergences, for the report's Table 1
-#   --seed N      of the world and of every stage (42)
-#   --output DIR  where everything goes (runs/quickstart)
+#   --seed N      seed of the world and of every stage (42)
+#   --output DIR  folder for everything (runs/quickstart)
 #   --overwrite   replace what an earlier quickstart left in DIR
-#   --only PHASE  run this phase anew, on what the others left in DIR; PHASE is one of
+#   --only PHASE  run this phase again, on what the others left in DIR; PHASE is one of
 #                 world sft reward kl pm conditional_pm sft_evaluation report
 #                 maximum_entropy js_divergence forward_kl chi_squared
 set -euo pipefail
@@ -47,16 +47,16 @@ else
     if [[ "$overwrite" == false && -n "$(ls -A "$directory" 2>/dev/null)" ]]; then
         usage "$directory exists and is not empty; pass --overwrite or another --output DIR"
     fi
-    # Nothing else is deleted: DIR may be any folder, and may hold further runs.
+    # Nothing else is deleted: DIR may be any folder, with further runs in it.
     earlier=("${PHASES[@]}" "${FURTHER[@]}" token_ids phases.json report.json report.html shares.png)
 fi
 
 source scripts/setup.sh
-export NUM_PROCESSES="${NUM_PROCESSES:-1}" # the settings are for one process, on a GPU as well
+export NUM_PROCESSES="${NUM_PROCESSES:-1}" # the settings are for one process, also on a GPU
 mkdir -p "$directory"
 (cd "$directory" && rm -rf -- "${earlier[@]}")
 
-# PHASE COMMAND...: run it, say how long it took, add it to phases.json.
+# PHASE COMMAND...: runs it, prints how long it took, and adds that to phases.json.
 phase() {
     local name="$1" code=0 start
     shift
@@ -83,7 +83,7 @@ print(f"=== {name}: {seconds[name]:.0f} s, {record['seconds']['total']:.0f} s in
 EOF
 }
 
-# RUN MODEL DATA: where a stage reads and writes. The shipped configs say runs/quickstart.
+# RUN MODEL DATA: prints where a stage reads and writes. The shipped configs say runs/quickstart.
 places() {
     printf '%s\n' "seed=$seed" "output_dir=$directory/$1"
     [[ "$directory" == runs/quickstart ]] || printf '%s\n' \
@@ -101,7 +101,7 @@ ppo_places() {
         "evaluation.response_sets=$directory/world/response_sets.jsonl"
 }
 
-# RUN [OVERRIDE...]: align under the regularizer that the override names.
+# RUN [OVERRIDE...]: aligns the policy under the regularizer that the override names.
 ppo() {
     local overrides
     mapfile -t overrides < <(ppo_places "$1")
@@ -109,7 +109,7 @@ ppo() {
         "${overrides[@]}" "${@:2}"
 }
 
-# SFT is measured on what the aligned policies are measured on, with the same settings.
+# Measures SFT on the same prompts and with the same settings as the aligned policies.
 evaluate_sft() {
     local overrides
     mapfile -t overrides < <(

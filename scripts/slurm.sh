@@ -8,9 +8,9 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --signal=USR1@300
-# Five minutes before its time is over every process of the job is told so: the ranks save a
-# checkpoint, and DeepSpeed's launcher, which SIGTERM would make kill them, ignores it. Submitted
-# again with resume_from_checkpoint=latest the job goes on.
+# Five minutes before its time is over, every process of the job gets SIGUSR1. The ranks save a
+# checkpoint; DeepSpeed's launcher, which would kill them on SIGTERM, ignores it. Submit the job
+# again with resume_from_checkpoint=latest to resume it.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the root of the repository}"
 

@@ -3,8 +3,8 @@
 # on Anthropic's harmlessness comparisons, KL against conditional PM (alpha 0.1, 0.3, 0.5), beta 1.
 #   bash scripts/smollm2.sh [--data PATH] [--output DIR] [--seed N]
 #   --data PATH   harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; without it, the Hub's own
-#   --output DIR  where everything goes (runs/smollm2); what is finished there is not run again
-#   --seed N      of every stage (42)
+#   --output DIR  folder for everything (runs/smollm2); what is finished there is not run again
+#   --seed N      seed of every stage (42)
 set -euo pipefail
 called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -60,7 +60,7 @@ PYTHON
     rm -r "$package"
 }
 
-# STAGE MODEL: train on MODEL, unless an earlier call with this seed and data has done so to the end.
+# STAGE MODEL: trains from MODEL, unless an earlier call with this seed and data has finished that.
 stage() {
     [[ "$(cat "$directory/$1.finished" 2>/dev/null)" != "${common[*]}" ]] || return 0
     bash "scripts/step$1.sh" "step$1/configs/smollm2.json" "${common[@]}" overwrite_output_dir=true \
