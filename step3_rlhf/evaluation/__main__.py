@@ -64,10 +64,8 @@ def load_models(config: EvaluationConfig, roles: Roles) -> Models:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run_dir", help="output directory of a stage, where the results go as well")
-    parser.add_argument(
-        "overrides", nargs="*", help="key.path=value, in place of the run's own settings"
-    )
+    parser.add_argument("run_dir", help="what a stage wrote, and where the results go")
+    parser.add_argument("overrides", nargs="*", help="key.path=value, over the run's own settings")
     add_common_options(parser)
     options = parser.parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
