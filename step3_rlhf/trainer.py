@@ -124,7 +124,7 @@ class PPOTrainer:
 
     @torch.no_grad()
     def old_scores(self, part: Judged) -> Scores:
-        """Scores of a micro-batch before this iteration's first optimizer step, without gradients."""
+        """Scores before this iteration's first optimizer step, without gradients."""
         return self.forward(part.rollout)[0]
 
     def forward(self, rollout: Rollout) -> tuple[Scores, Tensor]:
