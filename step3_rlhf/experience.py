@@ -21,7 +21,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the actor and the critic say of each response token (step 6)."""
+    """The actor's and the critic's output at each response token (step 6)."""
 
     logp: Tensor  # [B, R] log π_t, nats
     values: Tensor  # [B, R] value of the state before token t

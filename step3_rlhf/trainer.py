@@ -124,7 +124,7 @@ class PPOTrainer:
 
     @torch.no_grad()
     def old_scores(self, part: Judged) -> Scores:
-        """What the actor and critic that drew the responses say of them."""
+        """Scores before this iteration's first optimizer step, without gradients."""
         return self.forward(part.rollout)[0]
 
     def forward(self, rollout: Rollout) -> tuple[Scores, Tensor]:

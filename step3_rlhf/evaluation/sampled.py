@@ -26,7 +26,7 @@ from training.statistics import Estimate, estimate
 
 @dataclass(frozen=True)
 class Responses:
-    """One response to each prompt and what the three models say of it; [prompts] each."""
+    """One response to each prompt, scored by policy, reference and reward; [prompts] each."""
 
     texts: list[str]
     logp: Tensor  # log π(y|x), nats

@@ -21,7 +21,7 @@ from training.config import Fraction, Positive
 
 
 class FDivergence(Regularizer):
-    """R = −β f(u)/u, u = π(y|x)/π_ref(y|x) (section 5.1); the generators f are in divergences.py.
+    """−β D_f(π ‖ π_ref) of section 5.1, u = π(y|x)/π_ref(y|x); generators in divergences.py.
 
     objective  E_π[r − β f(u)/u] = E_π[r] − β D_f(π ‖ π_ref)
     marginal   −β (f'(u) − f'(1)) on the last token

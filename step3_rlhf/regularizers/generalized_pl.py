@@ -18,7 +18,7 @@ from training.config import Positive
 
 
 class GeneralizedPL(Regularizer):
-    """R = β·eq. (3.14) of Theorem 3 with C_1 = C_2 = 0; the link functions g are in links.py.
+    """Theorem 3, R = β·eq. (3.14) with C_1 = C_2 = 0; link functions g in links.py.
 
     objective  E[r − β g^{-1}(π) + β G(g^{-1}(π))/π]
     marginal   −β g^{-1}(π(y|x)) on the last token

@@ -32,7 +32,7 @@ NO_LIMIT = 10**6
 
 
 def reading(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> Reading:
-    """How a reward model reads the policy's responses; says so if not as the policy's tokens."""
+    """Choose how a reward model reads responses; prints it unless it is in the policy's tokens."""
     tokenizer = reward.tokenizer
     if reads_policy_tokens(reward, policy_tokenizer):
         # Hugging Face's other heads look for the last token at the right end.

@@ -37,7 +37,7 @@ Build = Callable[..., PPOTrainer]
 
 
 def section(text: str, heading: str) -> str:
-    """What stands between a heading and the next one of any level."""
+    """The text between a heading and the next one of any level."""
     (found,) = re.findall(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, re.M | re.S)
     return found
 
@@ -61,7 +61,7 @@ def code(text: str, language: str) -> list[str]:
 
 @pytest.fixture
 def held_out(tiny_world: Path, world_tokenizer: PreTrainedTokenizerBase) -> HeldOut:
-    """Prompts, a text and finite sets: every kind of figure has what it needs."""
+    """Prompts, texts and response sets, so that an evaluation has every kind of figure."""
     prompts = ["Please suggest a drink.", "What is a good pet?"]
     ids = encode_prompt_texts(prompts, world_tokenizer)
     texts = list(zip(ids, encode_responses(["tea", "a cat"], world_tokenizer), strict=True))

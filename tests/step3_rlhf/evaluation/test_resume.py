@@ -1,4 +1,4 @@
-"""An evaluation that was stopped goes on, and ends with the figures of one that was not."""
+"""An evaluation that was stopped resumes and ends with the figures of an uninterrupted one."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,9 @@ def test_half_a_line_is_measured_again(tmp_path: Path) -> None:
     assert len(file.read_text().splitlines()) == 3
 
 
-def test_other_settings_start_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_start_from_scratch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     measured(FinishedBlocks(tmp_path, FINGERPRINT), [])
     calls: list[list[int]] = []
     measured(FinishedBlocks(tmp_path, FINGERPRINT | {"processes": 2}), calls)
@@ -63,7 +65,7 @@ def test_other_settings_start_anew(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "of another evaluation; it is started anew" in capsys.readouterr().out
 
 
-def test_weights_that_were_written_anew_are_others(tmp_path: Path) -> None:
+def test_weights_that_were_written_again_are_others(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"1234")
     before = model_fingerprint(str(tmp_path))
@@ -74,7 +76,7 @@ def test_weights_that_were_written_anew_are_others(tmp_path: Path) -> None:
     assert model_fingerprint("owner/model") == ["owner/model"]
 
 
-def test_a_gguf_file_and_a_tokenizer_that_were_written_anew_are_others(tmp_path: Path) -> None:
+def test_a_gguf_file_and_a_tokenizer_that_were_written_again_are_others(tmp_path: Path) -> None:
     for name in ("model.gguf", "tokenizer.json"):
         file = tmp_path / name
         file.write_bytes(b"1234")
