@@ -1,4 +1,4 @@
-"""Stage 1: fine-tune a causal language model on the responses of the data's first part.
+"""Stage 1: supervised fine-tuning (SFT) of a causal language model on responses.
 
     bash scripts/step1_sft.sh CONFIG.json [key.path=value ...]
 
@@ -27,7 +27,7 @@ from training.runtime.tracking import say
 
 
 class ResponseModelling:
-    """Cross-entropy of the response's tokens, EOS included, in nats per token."""
+    """Learns responses by the cross-entropy of their tokens, EOS included, in nats per token."""
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class ResponseModelling:
 
 
 def main(config: SFTConfig) -> None:
+    """Run the stage."""
     pretrained, data = fitting.prepare(config, "sft")
     tokenizer = pretrained.tokenizer
     policy = load_policy(pretrained, tokenizer, LoadOptions.trained(config, dropout=True))
@@ -86,7 +87,7 @@ def main(config: SFTConfig) -> None:
 
 
 def dry_run(config: SFTConfig, run: DryRun) -> None:
-    """What a run would do and need."""
+    """Add what a run would do and need to `run`."""
     data = config.data
     policy = run.pretrained(config.model_name_or_path)
     check_positions(policy, data.lengths())

@@ -1,7 +1,7 @@
-"""How well a reward model's probabilities agree with the choices that people made.
+"""Agreement between a reward model's probabilities and the choices that people made.
 
 Preference matching reproduces the reward model's probabilities, so a miscalibrated reward model is
-a wrong target. All functions take margins m = r(x, y_w) − r(x, y_l) of the recorded choices.
+a wrong target. All functions take the margins m = r(x, y_w) − r(x, y_l) of the recorded choices.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from training.statistics import mean_ci95
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs whose predicted probability for the preferred response lies in [low, high), or at 1."""
+    """The pairs whose confidence lies in [low, high), or is 1 in the last bin."""
 
     low: float
     high: float
@@ -28,7 +28,7 @@ class Bin:
 
 
 def correct(margins: Tensor) -> Tensor:
-    """1 where m > 0, one half at a tie (m = 0), 0 elsewhere."""
+    """1 for m > 0, one half for a tie (m = 0), 0 otherwise."""
     return (margins > 0).double() + 0.5 * (margins == 0).double()
 
 
@@ -48,7 +48,7 @@ def log_loss(margins: Tensor) -> float:
 
 
 def reliability(margins: Tensor, bins: int) -> list[Bin]:
-    """Equally wide bins of confidence σ(|m|) over [1/2, 1]; empty bins are left out."""
+    """Sort pairs by confidence σ(|m|) into equally wide bins over [1/2, 1]; omit empty bins."""
     confidence = margins.double().abs().sigmoid()
     right = correct(margins)
     width = 0.5 / bins
@@ -73,16 +73,16 @@ def reliability(margins: Tensor, bins: int) -> list[Bin]:
 def expected_calibration_error(bins: list[Bin]) -> float:
     """Σ_b (n_b / n) · |accuracy_b − confidence_b| (Guo et al., 2017).
 
-    Without an interval: chance alone makes it positive, the more so with few pairs in a bin, and a
-    bootstrap adds that bias once more; where the model is calibrated it is not even consistent, as
-    |·| has a kink there.
+    It has no interval: chance alone makes it positive, the more so the fewer pairs a bin has, and a
+    bootstrap would add this bias once more. For a calibrated model the bootstrap is not even
+    consistent, because |·| has a kink at 0.
     """
     pairs = sum(b.pairs for b in bins)
     return sum(b.pairs / pairs * abs(b.accuracy - b.confidence) for b in bins)
 
 
 def calibration_figures(margins: Tensor, prompts: Tensor, bins: int) -> dict[str, Any]:
-    """Accuracy and log-loss with their intervals, ECE and the reliability diagram's bins.
+    """Compute accuracy and log-loss with their intervals, ECE, and the reliability diagram's bins.
 
     Args:
         margins: [pairs].

@@ -1,4 +1,4 @@
-"""Stage 2: a reward model from comparisons or rankings of the data's second part.
+"""Stage 2: train a reward model on comparisons or rankings.
 
     bash scripts/step2_reward.sh CONFIG.json [key.path=value ...]
 
@@ -35,11 +35,11 @@ from training.runtime.signals import stop_requests
 from training.runtime.tracking import say
 
 FIGURES = ("accuracy", "accuracy_ci95", "log_loss", "log_loss_ci95", "ece")
-"""Of the calibration figures, those that metrics.jsonl has too."""
+"""The calibration figures that metrics.jsonl records too."""
 
 
 class PreferenceModelling:
-    """Negative log-likelihood of the recorded choices, in nats per comparison."""
+    """Learns rewards by the negative log-likelihood of the choices, in nats per comparison."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class PreferenceModelling:
         self.config = config
         self.pad_token_id = pad_token_id
         self.calibration: dict[str, Any] = {}
-        """That of the last evaluation."""
+        """The calibration figures of the last evaluation."""
         numbers: dict[tuple[int, ...], int] = {}
         self._prompt_numbers = [
             numbers.setdefault(tuple(ids), len(numbers)) for ids in held_out["prompt_ids"][:]
@@ -96,14 +96,14 @@ class PreferenceModelling:
         return {"eval/loss": loss} | {f"eval/{name}": value for name, value in figures.items()}
 
     def _rewards(self, batch: GroupedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """[groups, responses] rewards, best response first, and which of them there are."""
+        """Rewards [groups, responses], best response first, and which entries are present."""
         sequences = batch.sequences
         values = self.model(sequences.input_ids, sequences.attention_mask)
         return by_group(last_token(values, sequences.attention_mask), batch)
 
 
 def by_group(rewards: torch.Tensor, batch: GroupedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards [rows] as [groups, responses], and which entries count; filler groups do not."""
+    """Arrange rewards [rows] as [groups, responses]; entries of filler groups are not present."""
     sizes = batch.group_sizes
     starts = sizes.cumsum(0) - sizes
     place = torch.arange(len(rewards), device=rewards.device) - starts[batch.group_index]
@@ -114,7 +114,7 @@ def by_group(rewards: torch.Tensor, batch: GroupedBatch) -> tuple[torch.Tensor, 
 
 
 def pair_margins(rewards: torch.Tensor, present: torch.Tensor) -> list[tuple[float, int]]:
-    """r(better) − r(worse) of every pair that a ranking (best first) implies, and its group."""
+    """r(better) − r(worse) and the group of every pair that the rankings (best first) imply."""
     better, worse = torch.triu_indices(present.shape[1], present.shape[1], offset=1)
     both = present[:, better] & present[:, worse]
     margins = (rewards[:, better] - rewards[:, worse])[both].double()
@@ -123,6 +123,7 @@ def pair_margins(rewards: torch.Tensor, present: torch.Tensor) -> list[tuple[flo
 
 
 def main(config: RewardConfig) -> None:
+    """Run the stage."""
     pretrained, data = fitting.prepare(config, "reward")
     tokenizer = pretrained.tokenizer
     model = load_scalar_model(pretrained, tokenizer, LoadOptions.trained(config), new_head=True)
@@ -134,7 +135,7 @@ def main(config: RewardConfig) -> None:
         recover(output / "model")
     stopping = fitting.EarlyStopping(config.early_stopping_patience)
 
-    # Stage 3 gives this model EOS after a response, whatever its chat template writes there.
+    # Tells stage 3 to end responses with EOS for this model, whatever its chat template says.
     model.model.config.update({RESPONSE_END: "eos"})
 
     def save_best(metrics: dict[str, float]) -> None:
@@ -153,7 +154,7 @@ def main(config: RewardConfig) -> None:
 
 
 def summary(metrics: dict[str, float]) -> str:
-    """An evaluation's headline figures, with 95 % confidence intervals where there are any."""
+    """The headline figures of an evaluation, with their 95 % confidence intervals, if known."""
 
     def figure(name: str, digits: int) -> str:
         value, interval = metrics[f"eval/{name}"], metrics.get(f"eval/{name}_ci95")
@@ -167,14 +168,14 @@ def summary(metrics: dict[str, float]) -> str:
 
 
 def write_evaluation(calibration: dict[str, Any], output: Path) -> None:
-    """`evaluation.json` and, where matplotlib is installed, `reliability.png`."""
+    """Write `evaluation.json` and, if matplotlib is installed, `reliability.png`."""
     (output / "evaluation.json").write_text(json.dumps(calibration, indent=2) + "\n")
     if importlib.util.find_spec("matplotlib"):
         draw_reliability(calibration, output / "reliability.png")
 
 
 def dry_run(config: RewardConfig, run: DryRun) -> None:
-    """What a run would do and need; comparisons have two responses."""
+    """Add what a run would do and need to `run`, for comparisons of two responses."""
     data = config.data
     model = run.pretrained(config.model_name_or_path)
     check_positions(model, data.lengths())

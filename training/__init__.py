@@ -1,4 +1,4 @@
-"""What every stage shares: configs, data, models, engines, checkpoints, tracking.
+"""What all stages share: configs, data, models, engines, checkpoints, tracking.
 
-Nothing in this package imports a stage; the stages never import one another.
+This package imports no stage, and no stage imports another.
 """

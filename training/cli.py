@@ -58,7 +58,8 @@ def run_stage(
     options = parser.parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
         if options.dry_run and dry_run is not None:
-            from training.dry_run import print_dry_run, replace_missing_models
+            from training.dry_run import replace_missing_models
+            from training.dry_run_text import print_dry_run
 
             data = read_mapping(options.config)
             faults = apply_overrides(data, options.overrides)

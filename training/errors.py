@@ -1,11 +1,11 @@
-"""Errors that end in one message, without a traceback."""
+"""Errors that end a program with one message and no traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A fault in what the user gave: a config, a data file, a path, a reward function. Exit 2."""
+    """A fault in the user's input: config, data file, path, reward function. Exit code 2."""
 
     def __init__(self, faults: str | Iterable[str], heading: str = "") -> None:
         self.faults = [faults] if isinstance(faults, str) else list(faults)
@@ -15,13 +15,14 @@ class UserError(Exception):
 
 
 class UnreachableError(UserError):
-    """The Hub has what was named, or does not; it cannot be asked from here."""
+    """Something named on the Hub could not be checked, because the Hub cannot be reached."""
 
 
 class RunError(Exception):
-    """A sound run that cannot go on: no memory, no disk, figures that are not finite. Exit 1.
+    """A valid run cannot continue: out of memory or disk, or a value is not finite. Exit code 1.
 
-    everywhere: all ranks raise it, so rank 0 says it; otherwise the one that found it does.
+    everywhere: all ranks raise the error, so only rank 0 prints it; otherwise the rank that found
+        it does.
     """
 
     def __init__(self, message: str, everywhere: bool = True) -> None:
@@ -30,11 +31,11 @@ class RunError(Exception):
 
 
 class NotFiniteError(Exception):
-    """A loss, reward or gradient that is NaN or infinite, found before it reached the weights."""
+    """A loss, reward or gradient is NaN or infinite; found before it reached the weights."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest known name, or the known names themselves."""
+    """`"; did you mean 'x'?"` for the nearest known name; if none is near, all known names."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if nearest:

@@ -1,4 +1,4 @@
-"""The loop that the supervised stages share: steps, evaluations, the best weights, metrics."""
+"""The training loop of the supervised stages: steps, evaluations, best weights, metrics."""
 
 import math
 from collections.abc import Callable
@@ -32,12 +32,12 @@ Batch = TypeVar("Batch")
 
 
 class Task(Protocol[Batch]):
-    """What is learned. Losses are sums over items; `fit` divides by the global number of items."""
+    """What a stage learns. Its losses are sums over items; `fit` divides by their global number."""
 
     train: Dataset
 
     def collate(self, rows: list[int], training: bool) -> Batch:
-        """The micro-batch of these rows of the data; a row of -1 carries no loss."""
+        """Collate these rows of the data into a micro-batch; row -1 is filler without loss."""
         ...
 
     def items(self, batch: Batch) -> int: ...
@@ -45,13 +45,13 @@ class Task(Protocol[Batch]):
     def loss_sum(self, batch: Batch) -> torch.Tensor: ...
 
     def evaluate(self) -> dict[str, float]:
-        """Figures over the whole evaluation data, the same on every rank; has `eval/loss`."""
+        """Compute metrics on all evaluation data, `eval/loss` included, the same on every rank."""
         ...
 
 
 @dataclass
 class EarlyStopping:
-    """Remembers the best evaluation loss; `patience` evaluations without a better one end a run."""
+    """Keeps the best evaluation loss; `patience` evaluations without improvement end the run."""
 
     patience: int | None = None
     best_loss: float = math.inf
@@ -67,7 +67,7 @@ class EarlyStopping:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to know; JSON."""
+        """The state that a resumed run needs, as JSON."""
         best_loss = self.best_loss if self.best else None
         return {"best_loss": best_loss, "best": self.best, "worse_in_a_row": self.worse_in_a_row}
 
@@ -82,7 +82,7 @@ class EarlyStopping:
 
 
 def require_evaluation(records: StageRecords) -> None:
-    """Refuse data of which nothing is held out: the stage could not say how good its model is."""
+    """Refuse data without evaluation records: the stage could not measure its model."""
     if not records.eval:
         raise UserError(
             [*records.tally.lines(), "set data.eval_fraction above 0 or give data.eval_sources"],
@@ -91,10 +91,10 @@ def require_evaluation(records: StageRecords) -> None:
 
 
 def prepare(config: SupervisedConfig, stage: Stage) -> tuple[Pretrained, TokenizedData]:
-    """The model that a supervised stage starts from and its data, checked, no weights loaded.
+    """Check the initial model of a supervised stage and read its data; loads no weights.
 
     Raises:
-        UserError: data, tokenizer, lengths or checkpoint are at fault.
+        UserError: the data, the tokenizer, a length or the checkpoint is at fault.
     """
     check_resumable(config)
     records = read_records(config.data, stage)
@@ -109,7 +109,7 @@ def prepare(config: SupervisedConfig, stage: Stage) -> tuple[Pretrained, Tokeniz
 
 
 def total_steps(config: SupervisedConfig, examples: int, processes: int | None = None) -> int:
-    """Optimizer steps of the run on so many processes; by default those that there are."""
+    """Optimizer steps of a run on `processes` processes (default: this run's)."""
     batches = GlobalBatches(examples, global_batch_size(config, processes), config.seed)
     return config.max_steps or math.ceil(config.num_train_epochs * batches.steps_per_epoch)
 
@@ -128,14 +128,14 @@ def fit(
     on_improvement: Callable[[dict[str, float]], None] = lambda metrics: None,
     description: str = "training",
 ) -> dict[str, float]:
-    """Train for the configured steps; evaluate each epoch, every `eval_steps`, and at the end.
+    """Train for the configured steps; evaluate every epoch, every `eval_steps`, and at the end.
 
     Returns:
         The metrics of the last evaluation.
 
     Raises:
-        Stopped: by SIGTERM or SIGINT, after the step in which it came.
-        RunError: a figure is not finite.
+        Stopped: a signal asked the run to stop; raised after the step in which it arrived.
+        RunError: a loss or a gradient is not finite.
     """
     order = GlobalBatches(examples, global_batch_size(config), config.seed)
     steps = total_steps(config, examples)
@@ -196,7 +196,7 @@ def fit(
 
 
 def texts_of(data: Dataset, micro_batches: list[list[int]]) -> list[list[dict[str, Any]]]:
-    """The rows of each micro-batch as the data has them: prompts as text, and all token ids."""
+    """The rows of each micro-batch: prompts as text, and all token ids."""
     return [[{"row": row, **data[row]} for row in rows if row >= 0] for rows in micro_batches]
 
 
@@ -205,13 +205,13 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def mean_over_ranks(total: float, count: float) -> float:
-    """total / count with both summed over all ranks."""
+    """total / count, each summed over all ranks."""
     both = sum_over_ranks(torch.tensor([total, count], dtype=torch.float64))
     return (both[0] / both[1].clamp(min=1)).item()
 
 
 def evaluation_batches(examples: int, batch_size: int) -> list[list[int]]:
-    """This rank's micro-batches of rows 0 … examples − 1; the same number on every rank."""
+    """This rank's micro-batches of all rows in order; every rank gets the same number."""
     order = GlobalBatches(examples, batch_size * world_size(), seed=0, shuffle=False)
     return [
         shard(order.indices(step), rank(), world_size(), batch_size, 1)[0]

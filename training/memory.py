@@ -1,8 +1,8 @@
-"""How much memory a GPU needs: formulae in bytes, from shapes alone.
+"""The memory that a GPU needs: formulae in bytes, from shapes alone.
 
-Model states follow the accounting of Rajbhandari et al. 2020 (ZeRO, section 3.1) and DeepSpeed's
-own estimators; activations count the tensors that a decoder layer keeps for its backward pass, as
-Korthikanti et al. 2022 do, with an attention that keeps no [length, length] matrix.
+Model states follow Rajbhandari et al. 2020 (ZeRO, section 3.1) and DeepSpeed's own estimators.
+Activations count the tensors that a decoder layer keeps for its backward pass, as in Korthikanti et
+al. 2022, for an attention that keeps no [length, length] matrix.
 """
 
 from dataclasses import dataclass, replace
@@ -16,31 +16,34 @@ ADAM = 8
 """Bytes per trained parameter: two float32 moments."""
 FLOAT32 = 4
 RESIDUAL_DROPOUT = ("dropout", "hidden_dropout", "resid_pdrop")
-"""How models name the dropout before each of a layer's two residual additions."""
+"""Names that configs give the dropout before each of a layer's two residual additions."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the formulae need to know of a model."""
+    """What the formulae need to know about a model."""
 
     parameters: int
     trained: int
-    largest_layer: int  # parameters of the largest single module
+    largest_layer: int
+    """Parameters of the largest single module."""
     layers: int = 0
     hidden: int = 0
-    query: int = 0  # heads x head size
-    key: int = 0  # key-value heads x head size
+    query: int = 0
+    """Heads x head size."""
+    key: int = 0
+    """Key-value heads x head size."""
     intermediate: int = 0
-    gated: bool = (
-        False  # as Llama: a gate beside the up-projection, and norms that compute in float32
-    )
-    inner: int = 0  # vectors of the intermediate size that a layer keeps for its backward pass
+    gated: bool = False
+    """As in Llama: a gate beside the up-projection, and norms that compute in float32."""
+    inner: int = 0
+    """Vectors of the intermediate size that a layer keeps for its backward pass."""
     dropout: bool = False
     vocabulary: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Shape":
-        """`model` may be on the meta device."""
+        """Read the shape from `model`, which may be on the meta device."""
         config = model.config.get_text_config()
         gated = any(name.endswith("gate_proj") for name, _ in model.named_modules())
         return replace(
@@ -58,7 +61,7 @@ class Shape:
 
     @classmethod
     def of_weights(cls, model: PreTrainedModel) -> "Shape":
-        """Of a model that is built in no way that the formulae know: its parameters only."""
+        """Count the parameters only, for a model whose architecture the formulae do not know."""
         parameters = list(model.parameters())
         return cls(
             parameters=sum(p.numel() for p in parameters),
@@ -87,10 +90,11 @@ def _intermediate(config: PretrainedConfig) -> int:
 
 
 def _activation_vectors(config: PretrainedConfig) -> int:
-    """How many inner vectors the activation function keeps.
+    """The number of inner vectors that the activation function keeps.
 
-    ReLU its output; one kernel its input, which the output joins for the next matrix; and what is
-    written out in single operations, as GPT-2's, one for each of them.
+    ReLU keeps its output. A function computed by one kernel keeps its input, and the next matrix
+    keeps its output. A function composed of single operations, such as GPT-2's, keeps one vector
+    for each of them.
     """
     name = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
     return {"relu": 1, "silu": 2, "gelu": 2, "gelu_pytorch_tanh": 2}.get(name, 5)
@@ -98,26 +102,26 @@ def _activation_vectors(config: PretrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How DeepSpeed divides a model's states."""
+    """How DeepSpeed partitions and offloads a model's states."""
 
     zero_stage: int = 0
     processes: int = 1
     offload_optimizer: bool = False
     offload_parameters: bool = False
     bucket: int = 0
-    """Gradients that DeepSpeed gathers before it reduces them, all buffers together."""
+    """Gradients that DeepSpeed gathers before reducing them, in all buffers together."""
 
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes on one GPU that stay for the whole run."""
+    """Bytes on one GPU that are held for the whole run."""
 
     weights: int
     gradients: int
     optimizer: int
     buckets: int = 0
     host: int = 0
-    """In the memory of the hosts of all processes together, where DeepSpeed offloads."""
+    """Offloaded to the hosts' memory, over all processes together."""
 
     @property
     def total(self) -> int:
@@ -125,14 +129,15 @@ class ModelStates:
 
 
 def trained_states(shape: Shape, precision: torch.dtype, sharding: Sharding) -> ModelStates:
-    """Weights, gradients and AdamW of a model that is trained.
+    """Weights, gradients and AdamW states of a model that is trained.
 
-    In 16 bit: 2 bytes of weights, 2 of gradients, and 4 + 4 + 8 of float32 weights, gradients and
-    moments. In float32 ZeRO keeps such copies too; without ZeRO there are none. Stage 1 divides the
-    optimizer, 2 the gradients as well, 3 the weights as well, of which it holds one layer whole
-    (weights and gradients) and counts no other gradients but the float32 ones. All trained, this
-    is `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs`, which
-    leave out the buckets; stage 1 has these in float32.
+    In 16 bit each parameter takes 2 bytes of weights, 2 of gradients, and 4 + 4 + 8 of float32
+    weights, gradients and moments. In float32, ZeRO keeps these copies too; without ZeRO there are
+    none. Stage 1 partitions the optimizer, stage 2 also the gradients, and stage 3 also the
+    weights, of which it holds one whole layer (weights and gradients) and whose only other
+    gradients are the float32 ones. If all parameters are trained, the result equals DeepSpeed's
+    `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs`, plus the
+    buckets, which those leave out; stage 1 has buckets in float32.
     """
     size, n = precision.itemsize, sharding.processes
     copies = 2 * FLOAT32 if size < FLOAT32 or sharding.zero_stage > 0 else 0
@@ -145,7 +150,7 @@ def trained_states(shape: Shape, precision: torch.dtype, sharding: Sharding) -> 
     if sharding.zero_stage == 3:
         gradients = 0
     host = offloaded_weights(shape, precision, sharding)
-    if sharding.offload_optimizer:  # float32 weights, gradients and moments, once in all
+    if sharding.offload_optimizer:  # float32 weights, gradients, moments: once in all
         optimizer = gradients = 0
         host += (2 * FLOAT32 + ADAM) * shape.trained
     weights = frozen_weights(shape, precision, sharding, True)
@@ -156,7 +161,7 @@ def trained_states(shape: Shape, precision: torch.dtype, sharding: Sharding) -> 
 def frozen_weights(
     shape: Shape, precision: torch.dtype, sharding: Sharding, with_gradients: bool = False
 ) -> int:
-    """Whole weights, or ZeRO-3's part and one whole layer (and, if asked for, its gradients)."""
+    """All weights, or ZeRO-3's share plus one whole layer (and, if asked for, its gradients)."""
     size = precision.itemsize
     if sharding.zero_stage < 3:
         return size * shape.parameters
@@ -165,7 +170,7 @@ def frozen_weights(
 
 
 def offloaded_weights(shape: Shape, precision: torch.dtype, sharding: Sharding) -> int:
-    """Weights in the memory of the hosts, once in all processes; ZeRO-3 only can offload them."""
+    """Weights in the hosts' memory, once over all processes; only ZeRO-3 can offload them."""
     offloads = sharding.zero_stage == 3 and sharding.offload_parameters
     return precision.itemsize * shape.parameters if offloads else 0
 
@@ -175,13 +180,14 @@ def activations(
 ) -> int:
     """What a forward pass over `tokens` (padding included) keeps for the backward pass.
 
-    A layer keeps the inputs and outputs of its two norms (Llama's also two vectors in float32);
-    queries, keys, values and the attention's output, keys and values once for each query head, as
-    attention with a padding mask has them; and the feed-forward part's inner vectors. Checkpointing
-    keeps each layer's input, and one layer whole while it is recomputed.
+    A layer keeps the inputs and outputs of its two norms (Llama's also two float32 vectors); the
+    queries, keys, values and output of the attention, with keys and values repeated for each query
+    head, as attention with a padding mask does; and the inner vectors of the feed-forward part.
+    Checkpointing keeps the input of every layer, and everything in the layer being recomputed.
 
     Args:
-        dropout: the model's own is on; two masks, as wide as the vectors (on a GPU one byte).
+        dropout: whether the model's dropout is on; it adds two masks, counted as wide as the
+            vectors (a GPU needs one byte per entry).
     """
     masks = 2 * shape.hidden if dropout and shape.dropout else 0
     vectors = 4 * shape.hidden + masks + 4 * shape.query + shape.inner * shape.intermediate
@@ -193,24 +199,25 @@ def activations(
 
 
 def forward(shape: Shape, tokens: int, precision: torch.dtype) -> int:
-    """What a forward pass without gradients holds: one layer's vectors."""
+    """What a forward pass without gradients holds: the vectors of one layer."""
     one = replace(shape, layers=1)
     return activations(one, tokens, precision, checkpointing=False)
 
 
 def logits(shape: Shape, scored_tokens: int) -> int:
-    """The logits of one chunk (logprobs.py) when its backward pass has most of them.
+    """The logits of one chunk (logprobs.py) at the peak of its backward pass.
 
-    In the model's own precision and in float32, their log-softmax, and the gradients of these.
+    They exist in the model's own precision and in float32, together with their log-softmax and the
+    gradients.
     """
     return 5 * FLOAT32 * min(scored_tokens, ROWS_PER_CHUNK) * shape.vocabulary
 
 
 def key_value_cache(shape: Shape, sequences: int, length: int, precision: torch.dtype) -> int:
-    """Keys and values of every layer for all tokens of the sequences drawn at one time."""
+    """Keys and values of every layer for all tokens of the sequences drawn together."""
     return 2 * shape.layers * shape.key * sequences * length * precision.itemsize
 
 
 def drawing(shape: Shape, sequences: int) -> int:
-    """The sampler's float64 distribution over the vocabulary, summed up, beside float32 logits."""
+    """The sampler's float64 distribution and its cumulative sum, beside float32 logits."""
     return (2 * 8 + FLOAT32) * sequences * shape.vocabulary

@@ -1,4 +1,4 @@
-"""Users' own code by name: the only place that imports what a config says."""
+"""Import of users' own code by name; no other module imports what a config names."""
 
 import importlib
 from typing import Any
@@ -7,13 +7,13 @@ from training.errors import did_you_mean
 
 
 def import_object(path: str, form: str = "package.module:name") -> Any:
-    """The object that `package.module:name` (or `package.module:Outer.inner`) names.
+    """Import the object that `package.module:name` (or `package.module:Outer.inner`) names.
 
     Args:
-        form: how the message asks for the path to be written.
+        form: the form of the path that the error message asks for.
 
     Raises:
-        ValueError: the path has another form, or there is no such module or name.
+        ValueError: the path is malformed, or there is no such module or name.
     """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
@@ -32,5 +32,5 @@ def import_object(path: str, form: str = "package.module:name") -> Any:
 
 
 def module_file(path: str) -> str | None:
-    """The file of the module that `package.module:name` names; None if it has no file."""
+    """The file of the module in `package.module:name`; None if the module has no file."""
     return getattr(importlib.import_module(path.partition(":")[0]), "__file__", None)

@@ -1,9 +1,13 @@
-"""Means and their 95 % confidence intervals."""
+"""Means, ratios of sums, and their 95 % confidence intervals: pure functions."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Z95 = 1.96
+"""Half the width of a 95 % confidence interval, in standard errors of a normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -17,33 +21,58 @@ class Estimate:
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Mean of [n] values with its confidence interval (infinite for a single value)."""
+    """The mean of [n] independent values with its interval, which is infinite for a single one.
+
+    One value per cluster and denominators of 1 turn `ratio_standard_error` into s/√n, with
+    s² = Σ (x − x̄)² / (n − 1).
+    """
     values = values.double()
-    n = values.numel()
-    spread = values.std(unbiased=True).item() if n > 1 else float("inf")
-    return Estimate(values.mean().item(), 1.96 * spread / n**0.5, n)
+    error = ratio_standard_error(values, torch.ones_like(values))
+    return Estimate(values.mean().item(), Z95 * error, values.numel())
 
 
 def mean_ci95(values: Tensor, prompts: Tensor) -> float | None:
     """Half the width of the 95 % confidence interval of a mean over pairs.
 
-    Prompts are independent; the pairs of one prompt (of a ranking, or of several comparisons) are
-    not. The mean is the ratio of two sums over the G prompts, of values and of pairs, so with e_g
-    the sum of a prompt's residuals x − x̄ it is 1.96 · sqrt(G/(G − 1) · Σ_g e_g²) / n (Cochran
-    1977, section 6.5). With one pair to a prompt this is 1.96 · s/√n.
+    Prompts are independent; the pairs of one prompt (those of a ranking, or several comparisons)
+    are not, so each prompt is one cluster. The mean is a ratio of sums over prompts: of the values
+    and of the numbers of pairs. With one pair per prompt the result is 1.96 · s/√n.
 
     Args:
         values: [n].
         prompts: [n] long, the number of the prompt that each pair belongs to.
 
     Returns:
-        None where there is a single prompt, which says nothing about others.
+        None for a single prompt, which says nothing about other prompts.
     """
-    _, group = prompts.unique(return_inverse=True)
-    count = int(group.max()) + 1
+    error = ratio_standard_error(values, torch.ones_like(values), clusters=prompts)
+    return None if error == math.inf else Z95 * error
+
+
+def ratio_standard_error(
+    numerators: Tensor, denominators: Tensor, clusters: Tensor | None = None
+) -> float:
+    """Standard error of the ratio R = Σ y_i / Σ x_i over independent clusters of items.
+
+    With the residuals z_i = y_i − R x_i and their sum e_g over each of the G clusters:
+
+        SE(R) = sqrt(G/(G − 1) · Σ_g e_g²) / Σ_i x_i        (Cochran 1977, section 6.5)
+
+    Args:
+        numerators: [n], the y_i.
+        denominators: [n], the x_i; their sum is not 0.
+        clusters: [n] long, the cluster of each item; without it every item is its own cluster.
+
+    Returns:
+        The standard error; infinity for a single cluster.
+    """
+    y, x = numerators.double(), denominators.double()
+    total = x.sum()
+    sums = y - y.sum() / total * x
+    if clusters is not None:
+        present, group = clusters.unique(return_inverse=True)
+        sums = sums.new_zeros(len(present)).index_add(0, group, sums)
+    count = len(sums)
     if count < 2:
-        return None
-    residuals = values.double() - values.double().mean()
-    sums = torch.zeros(count, dtype=torch.float64).index_add(0, group, residuals)
-    deviation = (count / (count - 1) * sums.square().sum()).sqrt() / len(values)
-    return (1.96 * deviation).item()
+        return math.inf
+    return ((count / (count - 1) * sums.square().sum()).sqrt() / total).item()

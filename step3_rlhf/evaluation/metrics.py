@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from training.statistics import Z95, ratio_standard_error
+
 
 def pm_divergence(
     logp_1: Tensor, logp_2: Tensor, reward_1: Tensor, reward_2: Tensor, temperature: float
@@ -49,17 +51,13 @@ def text_perplexity(logp: Tensor, lengths: Tensor) -> float:
 def text_perplexity_ci95(logp: Tensor, lengths: Tensor) -> float:
     """Half the width of `text_perplexity`'s 95 % confidence interval over texts.
 
-    H = −Σ log π / Σ tokens is a ratio of sums: with residuals z_i = −log π_i − H · tokens_i its
-    variance is n/(n − 1) · Σ z_i² / (Σ tokens)² (Cochran 1977, section 6.5), and that of exp H is
-    exp(2H) times as large (delta method). 0 for a single text.
+    H = −Σ log π / Σ tokens is a ratio of sums over texts, and the standard error of exp H is exp H
+    times that of H (delta method). 0 for a single text.
     """
-    n, tokens = len(logp), lengths.double().sum()
-    if n < 2:
+    if len(logp) < 2:
         return 0.0
-    entropy = -logp.double().sum() / tokens
-    residuals = -logp.double() - entropy * lengths.double()
-    deviation = (n / (n - 1) * residuals.square().sum()).sqrt() / tokens
-    return (1.96 * deviation * entropy.exp()).item()
+    error = ratio_standard_error(-logp, lengths)
+    return Z95 * text_perplexity(logp, lengths) * error
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sources -> records -> stage split -> token ids -> padded batches."""
+"""The data pipeline: sources -> records -> split by stage -> token ids -> padded batches."""
 
 from training.data.batches import (
     FILLER,

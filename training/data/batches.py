@@ -1,4 +1,4 @@
-"""Token ids -> padded tensors, and the order in which the data are seen."""
+"""Token ids -> padded tensors, and the order in which a run sees its data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FILLER = -1
-"""The index of a row that is there for the shape only and carries no loss."""
+"""Index of a row that only fills a batch up to its shape and carries no loss."""
 
 IGNORED = -100
-"""The label that cross-entropy leaves out."""
+"""The label that cross-entropy ignores."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SequenceBatch:
 
     @property
     def last_positions(self) -> torch.Tensor:
-        """[B] long: where each row's last token is, filler rows included."""
+        """[B] long: the column of each row's last token, filler rows included."""
         return self.attention_mask.sum(dim=1) - 1
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
@@ -47,13 +47,13 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class GroupedBatch:
-    """Several responses per prompt, best first, one sequence after the other.
+    """Several responses per prompt, best first, one sequence per row.
 
     Example: two groups, of 2 and 3 responses: group_index [0, 0, 1, 1, 1], group_sizes [2, 3].
     """
 
     sequences: SequenceBatch
-    """B rows, the responses of all groups."""
+    """B rows: the responses of all groups."""
     group_index: torch.Tensor
     """[B] long: the group of each row."""
     group_sizes: torch.Tensor
@@ -72,7 +72,7 @@ def pad_sequences(
     """Join each prompt with its response and pad on the right to the longest row.
 
     Raises:
-        ValueError: no rows, or as many prompts as responses are not given.
+        ValueError: there are no rows, or the numbers of prompts and responses differ.
     """
     if not prompt_ids or len(prompt_ids) != len(response_ids):
         raise ValueError(f"{len(prompt_ids)} prompts with {len(response_ids)} responses")
@@ -93,10 +93,10 @@ def pad_sequences(
 def pad_prompts(
     prompt_ids: Sequence[Sequence[int]], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts padded on the left to the longest: input_ids and attention_mask, [B, T] long.
+    """Pad prompts on the left to the longest: input_ids and attention_mask, [B, T] long.
 
     Raises:
-        ValueError: no rows.
+        ValueError: there are no rows.
     """
     if not prompt_ids:
         raise ValueError("no prompts")
@@ -111,12 +111,12 @@ def pad_prompts(
 
 
 def response_labels(batch: SequenceBatch) -> torch.Tensor:
-    """[B, T] long: the input ids on response tokens, -100 elsewhere; not shifted."""
+    """[B, T] long: the input ids at response tokens, -100 elsewhere; not shifted."""
     return batch.input_ids.masked_fill(~batch.response_mask, IGNORED)
 
 
 def collate_texts(dataset: "Dataset", indices: Sequence[int], pad_token_id: int) -> SequenceBatch:
-    """A micro-batch of SFT rows; filler rows have no response tokens."""
+    """Collate SFT rows into a micro-batch; filler rows have no response tokens."""
     rows = _rows(dataset, indices)
     batch = pad_sequences(
         [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows], pad_token_id
@@ -128,7 +128,7 @@ def collate_texts(dataset: "Dataset", indices: Sequence[int], pad_token_id: int)
 
 
 def collate_groups(dataset: "Dataset", indices: Sequence[int], pad_token_id: int) -> GroupedBatch:
-    """A micro-batch of preference rows: the responses of all groups in one batch."""
+    """Collate preference rows into a micro-batch with the responses of all groups."""
     rows = _rows(dataset, indices)
     sizes = torch.tensor([len(row["responses_ids"]) for row in rows])
     group_mask = torch.tensor([index != FILLER for index in indices])
@@ -144,18 +144,18 @@ def collate_groups(dataset: "Dataset", indices: Sequence[int], pad_token_id: int
 
 
 def _rows(dataset: "Dataset", indices: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows; a filler borrows a real one's tokens, the first of its batch where there is one."""
+    """Read the rows; a filler borrows the tokens of the first real row (or of row 0)."""
     stand_in = next((index for index in indices if index != FILLER), 0)
-    # The columns that are needed are read at once: one row at a time is slow in Arrow.
+    # All rows in one read: Arrow is slow one row at a time.
     columns = dataset[[stand_in if index == FILLER else index for index in indices]]
     return [{name: values[k] for name, values in columns.items()} for k in range(len(indices))]
 
 
 class GlobalBatches:
-    """The order of the data: the same on any number of ranks, resumable at any step.
+    """The order of the data, which is the same on any number of ranks and can resume at any step.
 
-    Epoch e is a permutation seeded by (seed, e), cut into global batches; the last one of an epoch
-    may be shorter, and no row is dropped or repeated.
+    Epoch e is a permutation seeded by (seed, e) and cut into global batches. The last batch of an
+    epoch may be shorter; no row is dropped or repeated.
     """
 
     def __init__(self, size: int, global_batch_size: int, seed: int, shuffle: bool = True) -> None:
@@ -170,20 +170,16 @@ class GlobalBatches:
         self._order: list[int] = []
 
     def indices(self, step: int) -> list[int]:
-        """The rows of optimizer step `step`, counted from 0 and on through the epochs."""
+        """The rows of optimizer step `step`, counted from 0 across all epochs."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._order = self._permutation(epoch)
-            self._epoch = epoch
+            rng = np.random.default_rng([self.seed, epoch])
+            order = rng.permutation(self.size).tolist() if self.shuffle else range(self.size)
+            self._order, self._epoch = list(order), epoch
         start = position * self.global_batch_size
         return self._order[start : start + self.global_batch_size]
-
-    def _permutation(self, epoch: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(self.size))
-        return np.random.default_rng([self.seed, epoch]).permutation(self.size).tolist()
 
 
 def shard(
@@ -191,18 +187,18 @@ def shard(
 ) -> list[list[int]]:
     """This rank's micro-batches of a global batch.
 
-    Every rank gets `accumulation` micro-batches of `micro_batch_size`, so that all of them reach
-    every collective; where the batch is shorter, FILLER entries make up the number.
+    Every rank gets `accumulation` micro-batches of `micro_batch_size` rows, so that all ranks take
+    part in every collective operation; FILLER entries pad a shorter batch.
 
     Raises:
-        ValueError: the ranks' micro-batches cannot hold the batch, or there is no such rank.
+        ValueError: the batch is too large for the ranks' micro-batches, or `rank` is out of range.
     """
     capacity = world_size * micro_batch_size * accumulation
     if len(indices) > capacity:
         raise ValueError(f"{len(indices)} rows do not fit into a global batch of {capacity}")
     if not 0 <= rank < world_size:
         raise ValueError(f"no rank {rank} among {world_size}")
-    # Strided, so that a short batch is spread evenly over the ranks.
+    # A stride spreads a short batch evenly over the ranks.
     mine = list(indices[rank::world_size])
     mine += [FILLER] * (micro_batch_size * accumulation - len(mine))
     return [

@@ -1,4 +1,4 @@
-"""Sources -> raw records, each with the place it came from."""
+"""Sources -> raw records, each with its origin."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class RawRecord:
-    """A JSON object and its place, or what is wrong at that place."""
+    """A JSON object and where it came from, or the fault found there."""
 
     origin: str
     value: dict[str, Any]
@@ -29,13 +29,13 @@ class RawRecord:
 
 
 def raw_records(source: Source, count: CountUp) -> Iterator[RawRecord]:
-    """Every record of a source; malformed ones carry a fault instead of a value.
+    """Yield every record of a source; a malformed one carries a fault instead of a value.
 
     Args:
-        count: is told of what had to be changed.
+        count: counts the records that had to be changed.
 
     Raises:
-        UserError: when the source as a whole cannot be read.
+        UserError: the source as a whole cannot be read.
     """
     try:
         if Path(source.path).is_file():
@@ -77,7 +77,7 @@ def _from_lines(path: str, lines: Iterable[bytes], count: CountUp) -> Iterator[R
 
 
 def _from_array(path: str, content: bytes, count: CountUp) -> Iterator[RawRecord]:
-    """One JSON array; its elements are decoded one by one, so that each knows its line."""
+    """Yield the elements of one JSON array, decoded one by one to know the line of each."""
     text, replaced = _decoded(content)
     if replaced:
         count(BAD_UNICODE)
@@ -123,7 +123,7 @@ def _from_datasets(source: Source) -> Iterator[RawRecord]:
         loaded = datasets.load_dataset(
             source.path, name=source.name, data_dir=source.data_dir, split=source.split
         )
-    # The hub, the network, its builders: many exceptions, all of which the user must mend.
+    # The Hub, the network and dataset builders raise many exceptions; all are for the user to fix.
     except Exception as error:
         kind = UnreachableError if isinstance(error, ConnectionError) else UserError
         raise kind(f"{source.path}: cannot be loaded: {_one_line(error)}") from None
@@ -132,7 +132,7 @@ def _from_datasets(source: Source) -> Iterator[RawRecord]:
 
 
 def _decoded(content: bytes) -> tuple[str, bool]:
-    """Text, and whether bytes that are not UTF-8 had to be replaced."""
+    """The text, and whether bytes that are not UTF-8 had to be replaced."""
     try:
         return content.decode("utf-8-sig"), False
     except UnicodeDecodeError:
@@ -151,7 +151,7 @@ def _checked(origin: str, value: Any, text: str, replaced: bool, count: CountUp)
 
 
 def _without_lone_surrogates(value: Any) -> tuple[Any, bool]:
-    """Half an escaped pair decodes to a character that no tokenizer can encode."""
+    """Replace lone surrogates (half of an escaped pair), which no tokenizer can encode."""
     if isinstance(value, str):
         sound = _SURROGATE.sub("\ufffd", value)
         return sound, sound != value

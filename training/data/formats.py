@@ -1,16 +1,16 @@
-r"""Raw records in the formats that preference data comes in -> one typed Record.
+r"""Raw records in any of the formats of preference data -> one typed Record.
 
     preference        {"prompt", "chosen", "rejected"}, Dahoas/full-hh-rlhf among them
-    ranking           {"prompt", "responses", "ranking"}; `ranking` lists the indices of
-                      `responses`, best first, each once
+    ranking           {"prompt", "responses", "ranking"}; `ranking` lists every index of
+                      `responses` once, best first
     completion        {"prompt", "response"} or {"prompt", "completion"}: SFT only
-    transcript        {"chosen", "rejected"}: whole \n\nHuman: / \n\nAssistant: dialogues
-                      (Anthropic), or lists of messages, that differ in their last turn
+    transcript        {"chosen", "rejected"}: two whole dialogues that differ in their last turn,
+                      as \n\nHuman: / \n\nAssistant: texts (Anthropic) or lists of messages
     tldr_comparison   {"info", "summaries", "choice"} (openai/summarize_from_feedback)
     tldr_post         {"subreddit", "title", "post", "summary"}: SFT only
 
-A prompt is a text, a `\n\nHuman:` dialogue, or a list of {"role", "content"}. Where only prompts
-are needed (PPO), a record needs nothing else.
+A prompt is a text, a `\n\nHuman:` dialogue, or a list of {"role", "content"}. PPO needs prompts
+only, so its records need no other field.
 """
 
 import re
@@ -29,11 +29,11 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 class RecordFault(Exception):
-    """A record that is not in its format: the user's to mend."""
+    """A record that violates its format; the user has to fix it."""
 
 
 class Unusable(Exception):
-    """A well-formed record that cannot be learned from: counted and dropped."""
+    """A well-formed record that cannot be learned from; it is counted and dropped."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Record:
     """A prompt and its responses.
 
     prompt: messages {"role": "system" | "user" | "assistant", "content"}; the last is the user's.
-    responses: best first; 2 of a comparison, 1 of an SFT text, none of a mere prompt.
+    responses: best first; two for a comparison, one for an SFT text, none for a bare prompt.
     origin: "file:line".
     """
 
@@ -51,7 +51,7 @@ class Record:
 
     @property
     def prompt_text(self) -> str:
-        """The text of a single user turn, or the transcript of a dialogue (System: … first)."""
+        """The text of a single turn, or the transcript of a dialogue (a system message first)."""
         if len(self.prompt) == 1:
             return self.prompt[0]["content"]
         start = SYSTEM if self.prompt[0]["role"] == "system" else ""
@@ -59,13 +59,13 @@ class Record:
 
 
 def transcript(messages: tuple[Message, ...] | list[Message]) -> str:
-    r"""`\n\nHuman: ...\n\nAssistant: ...`; a system message stands before it as it is."""
+    r"""Write a dialogue as `\n\nHuman: ...\n\nAssistant: ...`, a system message without a label."""
     names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
     return "".join(names[message["role"]] + message["content"] for message in messages)
 
 
 def prompt_messages(text: str) -> tuple[Message, ...]:
-    r"""The messages of a prompt given as text: one user turn, or a `\n\nHuman:` dialogue.
+    r"""Parse a prompt given as text: a single user turn, or a `\n\nHuman:` dialogue.
 
     The inverse of `Record.prompt_text`.
     """
@@ -80,18 +80,18 @@ def prompt_messages(text: str) -> tuple[Message, ...]:
 
 def _asked(text: str) -> tuple[Message, ...]:
     turns = _turns(text)
-    # "...\n\nAssistant:" at the end asks for the answer; the template puts it there again.
+    # A final "\n\nAssistant:" asks for the answer; the template adds it again.
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def parse_record(
     raw: Mapping[str, Any], origin: str, stage: Stage, source_format: SourceFormat = "auto"
 ) -> Record:
-    """The record that `raw` holds.
+    """Parse a raw record.
 
     Raises:
-        RecordFault: it lacks a needed field, or a field has the wrong type.
-        Unusable: it is well-formed, but its stage cannot learn from it.
+        RecordFault: a required field is missing, or a field has the wrong type.
+        Unusable: the record is well-formed, but the stage cannot learn from it.
     """
     found = _format_of(raw, stage) if source_format == "auto" else source_format
     if stage == "ppo" and "prompt" in raw:
@@ -113,10 +113,10 @@ def parse_record(
 
 
 def check_usable(record: Record, stage: Stage) -> Record:
-    """The record as `stage` learns from it: SFT keeps the best response, PPO none.
+    """Reduce a record to what `stage` uses: SFT keeps the best response, PPO none.
 
     Raises:
-        Unusable: with the reason.
+        Unusable: the stage cannot learn from the record; the message is the reason.
     """
     if not all(
         message["content"].strip() for message in record.prompt if message["role"] == "user"
@@ -184,7 +184,7 @@ def _text(raw: Mapping[str, Any], name: str) -> str:
 
 
 def _response(raw: Mapping[str, Any], name: str) -> Any:
-    """A field that may be empty; null is what Arrow makes of a missing one."""
+    """A response, which may be empty; Arrow turns a missing field into null."""
     value = _field(raw, name)
     if value == "":
         raise Unusable("dropped: an empty response")
@@ -244,7 +244,7 @@ def _from_transcripts(raw: Mapping[str, Any], origin: str) -> Record:
 
 
 def _last_answer(raw: Mapping[str, Any], name: str, prompt: tuple[Message, ...]) -> str:
-    """A response given as a text, or as messages that may repeat the prompt."""
+    """The response, given as a text or as messages that may repeat the prompt."""
     value = _response(raw, name)
     if not isinstance(value, list):
         return _text(raw, name)
@@ -289,7 +289,7 @@ def _from_tldr_comparison(raw: Mapping[str, Any], origin: str) -> Record:
 
 
 def _tldr_prompt(info: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The prompt of trl-lib/tldr, so that both data sets share their prompts."""
+    """The prompt in the format of trl-lib/tldr, so that the data sets share their prompts."""
     if info.get("post") is None and info.get("article") is not None:
         return ({"role": "user", "content": f"ARTICLE: {_text(info, 'article')}\n\nTL;DR:"},)
     subreddit, title, post = (_text(info, name) for name in ("subreddit", "title", "post"))

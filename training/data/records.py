@@ -1,4 +1,4 @@
-"""Sources -> the records that one stage trains and evaluates on."""
+"""Sources -> the records that a stage trains and evaluates on."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from training.data.tally import CountUp, Tally
 from training.errors import UnreachableError, UserError
 
 MAX_FAULTS = 20
-"""So many faults are listed; the rest is counted."""
+"""Faults that are listed; the rest are only counted."""
 
 
 @dataclass(frozen=True)
 class StageRecords:
-    """What a stage sees, and the counts of everything that was dropped or changed."""
+    """The records of a stage, and the counts of everything that was dropped or changed."""
 
     train: list[Record]
     eval: list[Record]
@@ -26,13 +26,13 @@ class StageRecords:
 
 @dataclass
 class Faults:
-    """What is wrong with the data, and what of it could not be looked at."""
+    """The faults in the data, and the sources that could not be reached."""
 
     found: list[str] = field(default_factory=list)
     unreachable: list[str] = field(default_factory=list)
 
     def end(self) -> None:
-        """Raise all of them, if there are any: an UnreachableError if all are of that kind."""
+        """Raise all faults together, if any: an UnreachableError if none is of another kind."""
         kind = UserError if self.found else UnreachableError
         if faults := self.found + self.unreachable:
             more = [f"... and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
@@ -40,11 +40,11 @@ class Faults:
 
 
 def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
-    """The records of `stage`, training and evaluation disjoint by prompt.
+    """Read the records of `stage`; training and evaluation share no prompt.
 
     Raises:
-        UserError: unreadable files, malformed lines and missing fields (each with file and line),
-            an empty split.
+        UserError: files are unreadable, lines malformed or fields missing (each fault with file and
+            line), or no records are left.
     """
     tally = Tally()
     faults = Faults()
@@ -86,7 +86,7 @@ def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
 
 
 def headings(settings: DataSettings) -> list[str]:
-    """What the tally calls the sources and, after them, the evaluation sources: no two alike."""
+    """Distinct names for the tally: those of the sources, then of the evaluation sources."""
     names = [source.label for source in settings.sources]
     names += [f"{source.label}, for evaluation" for source in settings.eval_sources]
     taken: Counter[str] = Counter()
@@ -133,7 +133,7 @@ def _usable(source: Source, stage: Stage, count: CountUp, faults: Faults) -> lis
 
 
 def _held_out(records: list[Record], settings: DataSettings) -> set[str]:
-    """eval_fraction of the distinct prompts, at least one and never all of them."""
+    """The share `eval_fraction` of the distinct prompts: at least one, but never all."""
     keys = {_key(record) for record in records}
     if not settings.eval_fraction or len(keys) < 2:
         return set()
@@ -153,7 +153,7 @@ def _distinct(records: list[Record], count: CountUp, seen: set[str]) -> list[Rec
 
 
 def _weighted(records: list[Record], source: Source, seed: int) -> list[Record]:
-    """Every record floor(weight) times, and a random weight - floor(weight) of them once more."""
+    """Repeat every record floor(weight) times, and a random remaining fraction once more."""
     copies = int(source.weight)
     extra = round((source.weight - copies) * len(records))
     if copies == 1 and not extra:

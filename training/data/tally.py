@@ -1,21 +1,21 @@
-"""What happened to the data: every record dropped or changed is counted, none in silence."""
+"""Counts of what happened to the data: no record is dropped or changed silently."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 
 CountUp = Callable[..., None]
-"""Adds to a tally under one heading; called with what is counted, and how many if not one."""
+"""Adds to a tally under one heading; called with what is counted and, unless 1, how many."""
 
 
 class Tally:
-    """Ordered counts under a heading (a source, a stage), printable one line per heading."""
+    """Ordered counts under headings (sources, stages), printable as one line per heading."""
 
     def __init__(self) -> None:
         self._counts: dict[str, Counter[str]] = {}
 
     def add(self, heading: str, what: str, count: int = 1) -> None:
-        """Count `count` more of `what`; zero leaves no trace."""
+        """Add `count` to `what`; zero adds no entry."""
         if count:
             self._counts.setdefault(heading, Counter())[what] += count
 
@@ -23,7 +23,7 @@ class Tally:
         return partial(self.add, heading)
 
     def count(self, what: str) -> int:
-        """How many of `what` there were, over all headings."""
+        """The count of `what` over all headings."""
         return sum(counts[what] for counts in self._counts.values())
 
     @property

@@ -1,8 +1,9 @@
 r"""Prompts and responses as the model sees them.
 
-The tokenizer's chat template where it has one, `\n\nHuman: ...\n\nAssistant:` otherwise. Prompt and
-response are encoded apart, so the ids of a response are the same after every prompt, and what was
-scored in training is what a rollout produces. A response ends with EOS, and it is learned.
+Prompts are written with the tokenizer's chat template or, if it has none, as
+`\n\nHuman: ...\n\nAssistant:`. Prompt and response are encoded separately, so the ids of a response
+are the same after every prompt, and rollouts produce exactly what training scores. A response ends
+with EOS, which is learned.
 """
 
 import re
@@ -14,13 +15,13 @@ from training.data.formats import Message, transcript
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Some templates print today's date unless one is given: the same data must give the same ids.
+# Some templates print today's date unless given one; the same data must give the same ids.
 _FIXED_DATE = "26 Jul 2024"
 _ANSWER = "ThisIsTheAnswer"
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The prompt's text up to the place where the response begins."""
+    """Render the prompt up to where the response begins."""
     if not tokenizer.chat_template:
         return transcript(list(messages)) + "\n\nAssistant:"
     rendered: Any = tokenizer.apply_chat_template(
@@ -33,16 +34,16 @@ def render_prompt(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBa
 
 
 def response_text(response: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What is appended to the rendered prompt; the plain template wants a space before it."""
+    """The text to append to the rendered prompt; the plain format needs a space before it."""
     return response if tokenizer.chat_template else f" {response}"
 
 
 def response_frame(
     messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[str, str]:
-    """What the chat template puts before and after the answer to `messages`.
+    """What the chat template writes before and after the answer to `messages`.
 
-    A template that knows no system message gets it with the first user's.
+    If the template refuses system messages, the system message joins the first user message.
     """
     from jinja2 import TemplateError
 
@@ -72,10 +73,10 @@ def encode_dialogues(
     ended: Sequence[bool],
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[list[int]]:
-    """Token ids of whole dialogues as the tokenizer's chat template writes them.
+    """Encode whole dialogues as the tokenizer's chat template writes them.
 
-    A response that was cut has nothing after it. What spells a special token in a response is left
-    out: it would be one.
+    Nothing follows a response that was cut off. Text in a response that spells a special token is
+    removed, since it would be encoded as that token.
     """
     special = _special_tokens(tokenizer)
     texts = []
@@ -92,7 +93,7 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
 
 
 def encode_prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids of rendered prompts, with BOS exactly once where the tokenizer has one."""
+    """Encode rendered prompts, with exactly one BOS if the tokenizer has one."""
     bos = tokenizer.bos_token_id
     encoded = _encode(texts, tokenizer)
     if bos is None:
@@ -103,11 +104,11 @@ def encode_prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -
 def encode_responses(
     responses: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[list[int]]:
-    """Token ids of responses, EOS at the end.
+    """Encode responses, each with EOS at the end.
 
-    Text that looks like a special token stays text: a response has one EOS.
+    Text that spells a special token is encoded as text, so that a response has exactly one EOS.
     """
-    # Sentencepiece tokenizers put a space before any text; one is enough.
+    # Sentencepiece tokenizers already put a space before any text.
     adds_space = "".join(tokenizer.tokenize("a")).startswith("\u2581")
     texts = [text if adds_space else response_text(text, tokenizer) for text in responses]
     eos = tokenizer.eos_token_id
@@ -117,7 +118,7 @@ def encode_responses(
 def decode_responses(
     response_ids: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[str]:
-    """The responses' texts, without special tokens and without the template's space."""
+    """Decode responses, without special tokens and without the plain format's space."""
     decoded: Any = [
         tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for ids in response_ids
@@ -126,7 +127,7 @@ def decode_responses(
 
 
 def truncate_prompt(ids: list[int], max_length: int, bos_token_id: int | None) -> list[int]:
-    """The last `max_length` ids; BOS stays in front."""
+    """Keep the last `max_length` ids and a BOS at the front."""
     if len(ids) <= max_length:
         return ids
     if bos_token_id is not None and ids[0] == bos_token_id:

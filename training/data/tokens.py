@@ -1,7 +1,7 @@
-"""Records -> token ids, in batches, cached.
+"""Records -> token ids, encoded in batches and cached on disk.
 
-Columns: "prompt" (text) and "prompt_ids"; for sft "response_ids"; for reward "responses_ids", a
-list of lists, best first.
+Columns: "prompt" (text) and "prompt_ids"; for sft also "response_ids"; for reward also
+"responses_ids", a list of lists, best first.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ WORTH_A_PROGRESS_BAR = 50_000
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """Token ids of a stage's records, and the counts of what was cut or dropped."""
+    """The token ids of a stage's records, and the counts of what was cut or dropped."""
 
     train: "Dataset"
     eval: "Dataset"
@@ -56,7 +56,7 @@ def tokenize(
     """Encode the records, or read them from the cache of an earlier run.
 
     Raises:
-        UserError: nothing is left to train on, or to evaluate on where there was something.
+        UserError: none of the training records, or none of the evaluation records, can be used.
     """
     tally = Tally()
     parts = {}
@@ -84,18 +84,18 @@ def _cached(
             counts = json.loads((entry / "counts.json").read_text(encoding="utf-8"))
             return datasets.load_from_disk(str(entry)), counts
         except (OSError, ValueError):
-            # Damaged from outside: made anew.
+            # Damaged from outside; encode again.
             shutil.rmtree(entry, ignore_errors=True)
     with _progress_bars(shown=len(records) >= WORTH_A_PROGRESS_BAR):
         dataset, counts = _encoded(records, tokenizer, settings, stage, entry.name)
-        if len(dataset):  # an empty one cannot be read back
+        if len(dataset):  # an empty data set cannot be read back
             _save(dataset, counts, entry)
     return dataset, counts
 
 
 @contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
-    """datasets' own bars: of use for minutes, noise for seconds."""
+    """Hide the progress bars of `datasets` unless `shown`: short work needs none."""
     import datasets
 
     if shown or datasets.are_progress_bars_disabled():
@@ -114,7 +114,7 @@ def cache_key(
     settings: DataSettings,
     stage: Stage,
 ) -> str:
-    """A digest of all that the token ids depend on."""
+    """A digest of everything that the token ids depend on."""
     digest = hashlib.sha256()
     for part in (
         code_version(),
@@ -134,7 +134,7 @@ def cache_key(
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """A digest of the code that turns records into ids, and of the libraries it calls."""
+    """A digest of the code that turns records into ids and of the libraries that it calls."""
     import tokenizers
     import transformers
 
@@ -145,13 +145,13 @@ def code_version() -> str:
 
 
 def tokenizer_content(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Everything of a tokenizer that its ids depend on, as text."""
+    """Everything in a tokenizer that the ids depend on, as text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: Any = sorted(tokenizer.get_vocab().items())
     else:
         content = json.loads(backend.to_str())
-        # State that calls leave behind, of no effect here.
+        # State left behind by calls, which has no effect here.
         for transient in ("padding", "truncation"):
             content.pop(transient, None)
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
@@ -177,7 +177,7 @@ def _encoded(
     features = _features(stage)
     if not records:
         return Dataset.from_dict({name: [] for name in features}, features=features), {}
-    # A fingerprint of our own: datasets' would pickle the tokenizer.
+    # With a given fingerprint, `datasets` need not pickle the tokenizer to compute one.
     dataset = Dataset.from_dict({"row": list(range(len(records)))}).map(
         encode,
         batched=True,
@@ -199,7 +199,7 @@ def _encode_batch(
     stage: Stage,
     tally: Tally,
 ) -> dict[str, list[Any]]:
-    """Columns of the records that survive; the others are counted under the empty heading."""
+    """The columns of the records that are kept; the rest are tallied under an empty heading."""
     from jinja2 import TemplateError
 
     rendered, kept = [], []
@@ -241,7 +241,7 @@ def _encode_batch(
 
 
 def _room(prompt_length: int, settings: DataSettings) -> tuple[int, str]:
-    """Tokens that a response to such a prompt may have, and the setting that says so."""
+    """The tokens left for a response to a prompt of this length, and the limiting setting."""
     if settings.max_length is not None:
         room = settings.max_length - prompt_length
         if room < settings.max_response_length:
@@ -262,7 +262,7 @@ def _features(stage: Stage) -> "Features":
 
 
 def _save(dataset: "Dataset", counts: dict[str, int], entry: Path) -> None:
-    """Whole or not at all: other processes may be writing the same entry."""
+    """Write the entry atomically: other processes may be writing the same one."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}."))
@@ -275,5 +275,5 @@ def _save(dataset: "Dataset", counts: dict[str, int], entry: Path) -> None:
         draft.chmod(0o755)
         os.rename(draft, entry)
     except OSError:
-        # Another process was first, or the disk is full: the data in memory are sound.
+        # Another process was first, or the disk is full; the data in memory are sound.
         shutil.rmtree(draft, ignore_errors=True)

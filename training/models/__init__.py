@@ -1,1 +1,1 @@
-"""Policy and scalar models on top of Hugging Face's: loading, log-probabilities, packing, LoRA."""
+"""Policy and scalar models built on Hugging Face's: loading, log-probs, packing, LoRA."""

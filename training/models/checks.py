@@ -1,4 +1,4 @@
-"""What is wrong with a model for its role, found before its weights are loaded."""
+"""Checks of whether a model suits its role, made before its weights are loaded."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -6,17 +6,17 @@ from training.errors import UserError
 from training.models.pretrained import Pretrained, has_linear_score
 
 RESCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields of models whose logits are not `head(hidden)`."""
+"""Config fields that rescale a model's logits, which are then not `head(hidden)`."""
 
 
 def check_positions(model: Pretrained, needs: dict[str, int]) -> None:
-    """Refuse sequences longer than the model has positions for.
+    """Refuse sequences that are longer than the model's number of positions.
 
     Args:
-        needs: the longest sequences in tokens, by the settings that allow them.
+        needs: maps the settings that allow sequences to the longest length in tokens.
 
     Raises:
-        UserError: with every setting that allows too long a sequence.
+        UserError: a setting allows too long a sequence; the message lists every such setting.
     """
     known = getattr(model.config, "max_position_embeddings", None)
     faults = [f"{what} is {need} tokens" for what, need in needs.items() if known and need > known]
@@ -28,7 +28,7 @@ def check_policy(model: Pretrained) -> None:
     """Refuse anything but a causal language model whose logits are `head(hidden)`.
 
     Raises:
-        UserError: a sequence-classification model, or one that rescales its logits.
+        UserError: the model is a sequence-classification model or rescales its logits.
     """
     if any("SequenceClassification" in name for name in model.config.architectures or []):
         raise UserError(f"{model} is a sequence-classification model, not a language model")
@@ -41,10 +41,10 @@ def check_scalar(model: Pretrained, new_head: bool) -> bool:
     """Whether the model has a trained classification head.
 
     Args:
-        new_head: a language model is accepted as well, since it will be given a head.
+        new_head: also accept a language model, which will be given a new head.
 
     Raises:
-        UserError: the model cannot give one scalar for a sequence.
+        UserError: the model cannot give one scalar per sequence.
     """
     config = model.config
     trained = any("SequenceClassification" in name for name in config.architectures or [])
@@ -63,31 +63,31 @@ def check_scalar(model: Pretrained, new_head: bool) -> bool:
 
 
 def check_head(model: PreTrainedModel, name_or_path: str) -> None:
-    """Refuse a classification model whose scalar is not a linear function of its last states."""
+    """Refuse a classification model without a linear head on its last hidden states."""
     if not has_linear_score(model):
         raise UserError(f"{name_or_path}: {type(model).__name__} has no linear head named 'score'")
 
 
 def require_same_tokens(model: Pretrained, policy: Pretrained, setting: str) -> set[str]:
-    """Refuse a model that would read the policy's token ids as other words.
+    """Refuse a model that would read the policy's token ids as different words.
 
-    Special tokens (reserved ones, padding) may have other names, since both models are given the
-    same ids. BOS, EOS and the tokens that both know must have the same ids.
+    Special tokens (reserved ones, padding) may have different names, since both models are given
+    the same ids. BOS, EOS and the tokens that both models know must have the same ids.
 
     Args:
         setting: the setting that names the model.
 
     Returns:
-        The policy's tokens that the model has under another name or not at all.
+        The policy's tokens that the model knows by another name or not at all.
 
     Raises:
-        UserError: the words differ.
+        UserError: the vocabularies differ in words, or in BOS or EOS.
     """
     tokenizers = (policy.tokenizer, model.tokenizer)
     own, known = (tokenizer.get_vocab() for tokenizer in tokenizers)
     differing = {token for token, _ in own.items() ^ known.items()}
     words = differing - (_special(tokenizers[0]) | _special(tokenizers[1]))
-    # The same word under another id; padding is never looked at.
+    # The same word with another id; padding is never attended to.
     words |= (differing & own.keys() & known.keys()) - {t.pad_token for t in tokenizers}
     ends = [(tokenizer.bos_token_id, tokenizer.eos_token_id) for tokenizer in tokenizers]
     if words or ends[0] != ends[1]:

@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face directory."""
+"""Export of a trained model as a Hugging Face directory."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from training.runtime.ranks import barrier, rank
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write `model` and `tokenizer` as safetensors that `from_pretrained` loads.
 
-    An adapter is merged into the weights that are written; `model` keeps it.
-    Must be called on every rank; rank 0 writes. The directory appears whole or not at all.
+    An adapter is merged into the written weights; `model` itself keeps it. Every rank must call
+    this; rank 0 writes. The directory appears complete or not at all.
     """
     parameters = list(model.parameters()) if is_partitioned(model) else []
     with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):

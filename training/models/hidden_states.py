@@ -1,4 +1,4 @@
-"""The hidden states of a decoder after each token of a padded batch."""
+"""The hidden states that a decoder computes for each token of a padded batch."""
 
 import inspect
 
@@ -8,18 +8,24 @@ from training.models.logprobs import position_ids
 from training.models.packing import pack
 
 
-def _takes_positions(model: nn.Module) -> bool:
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model's forward pass accepts `position_ids`."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _hidden_states(
+def hidden_states(
     decoder: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
-    takes_positions: bool,
+    with_positions: bool,
     packing: bool,
 ) -> Tensor:
-    """[batch, length, hidden] states after each token; on padding, anything."""
+    """Compute the states [batch, length, hidden] after each token; on padding they are arbitrary.
+
+    Args:
+        with_positions: pass `position_ids` that padding does not shift.
+        packing: compute several short sequences in one row.
+    """
     if packing:
         packed = pack(input_ids, attention_mask)
         decoded = decoder(
@@ -29,7 +35,7 @@ def _hidden_states(
             use_cache=False,
         )
         return packed.unpacked(decoded.last_hidden_state)
-    positions = {"position_ids": position_ids(attention_mask)} if takes_positions else {}
+    positions = {"position_ids": position_ids(attention_mask)} if with_positions else {}
     decoded = decoder(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
     )

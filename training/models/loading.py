@@ -1,4 +1,4 @@
-"""Models from disk or Hub: checked, with all of their weights, ready to be trained or to score."""
+"""Load models from disk or the Hub: checked, complete, ready to be trained or to score."""
 
 import copy
 
@@ -36,10 +36,10 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase,
     options: LoadOptions = PLAIN,
 ) -> Policy:
-    """A causal language model as a Policy, with room for the tokenizer's pad token.
+    """Load a causal language model as a Policy, with an embedding for the tokenizer's pad token.
 
     Raises:
-        UserError: it is no causal language model, lacks weights, or cannot be packed.
+        UserError: it is not a causal language model, lacks weights, or cannot be packed.
     """
     check_policy(pretrained)
     if options.packing:
@@ -54,13 +54,13 @@ def load_scalar_model(
     options: LoadOptions = PLAIN,
     new_head: bool = False,
 ) -> ScalarModel:
-    """A sequence-classification model with one label and a linear head.
+    """Load a sequence-classification model with one label and a linear head.
 
     Args:
-        new_head: accept a causal language model as well, and give it a head that is 0.
+        new_head: also accept a causal language model, and give it a head of zeros.
 
     Raises:
-        UserError: another number of labels, or no trained head where `new_head` is false.
+        UserError: it has several labels, or has no trained head and `new_head` is false.
     """
     trained = check_scalar(pretrained, new_head)
     if options.packing:
@@ -74,19 +74,19 @@ def load_scalar_model(
     )
     check_head(model, str(pretrained))
     if not trained:
-        # A random head would start from arbitrary preferences; 0 says p(y1 ≻ y2) = 1/2.
+        # A random head would start with arbitrary preferences; 0 means p(y1 ≻ y2) = 1/2.
         nn.init.zeros_(model.score.weight)
     return ScalarModel(_ready(model, tokenizer, options), options.packing)
 
 
 def load_reward_model(pretrained: Pretrained, options: LoadOptions) -> ScalarModel | Classifier:
-    """A trained sequence-classification model with one label and any kind of head, to score with.
+    """Load a trained sequence-classification model with one label and any kind of head.
 
     Args:
-        options: packing applies to models with a linear head; others compute padded rows.
+        options: packing applies only to models with a linear head; others compute padded rows.
 
     Raises:
-        UserError: it has no trained head, another number of labels, or cannot be packed.
+        UserError: it has no trained head, has several labels, or cannot be packed.
     """
     check_scalar(pretrained, new_head=False)
     if pretrained.has_linear_score:
@@ -116,7 +116,7 @@ def _load(
     options: LoadOptions,
     new: tuple[str, ...] = (),
 ) -> PreTrainedModel:
-    """The model with all of its weights from disk, except those that `new` names."""
+    """Load the model with all of its weights, except those that `new` names."""
     config = copy.deepcopy(config)
     if not options.dropout:
         for field in DROPOUT_FIELDS:
@@ -124,7 +124,7 @@ def _load(
                 setattr(config, field, 0.0)
     gguf = "gguf_file" in pretrained.location
     verbosity = transformers_logging.get_verbosity()
-    # A causal model has no classification head: that is expected, and its head is set to 0.
+    # Silences the warning about a missing classification head, which load_scalar_model sets to 0.
     transformers_logging.set_verbosity_error()
     try:
         model, found = auto_class.from_pretrained(  # type: ignore[attr-defined]  # an Auto class
@@ -137,7 +137,7 @@ def _load(
             output_loading_info=True,
         )
     except (*UNREADABLE, SafetensorError, RuntimeError) as error:
-        if remedy(error):  # memory, not the model
+        if remedy(error):  # a lack of memory is not the model's fault
             raise
         raise UserError(f"no model could be loaded from {pretrained}: {error}") from error
     finally:
@@ -147,14 +147,14 @@ def _load(
             f"{pretrained} lacks weights, which would be random: {', '.join(missing[:5])}"
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         )
-    # A scalar model that starts from a language model has no place for its head.
+    # A scalar model that starts from a language model drops the language model's head.
     unexpected = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})
     if unexpected:
         names = ", ".join(unexpected[:5]) + (" …" if len(unexpected) > 5 else "")
         say(f"{pretrained}: {len(unexpected)} weights have no place in the model: {names}")
-    if gguf and hasattr(model, "hf_quantizer"):  # plain weights now, which can be saved
+    if gguf and hasattr(model, "hf_quantizer"):  # the weights are plain now and can be saved
         model.hf_quantizer.remove_quantization_config(model)
-    if not options.dropout:  # also where a config gives it another name
+    if not options.dropout:  # whatever name the config gives it
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -165,16 +165,16 @@ def _load(
 def _ready(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: LoadOptions
 ) -> PreTrainedModel:
-    """The model with room for the pad token, a float32 head and, if asked for, an adapter."""
+    """Give the model a pad token embedding, a float32 head and, if asked for, an adapter."""
     known = model.get_input_embeddings().num_embeddings
     if known < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        # Not random: actor, reference and the copies on all ranks must be the same model.
+        # Not random: actor, reference and the replicas on all ranks must be the same model.
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
                 layer.weight.data[known:] = layer.weight.data[:known].mean(0)
     model.config.pad_token_id = tokenizer.pad_token_id
-    # The padding row gets no gradient. Left at a model's own pad = EOS, EOS would learn nothing.
+    # The embedding at padding_idx gets no gradient; in a model with pad = EOS that would be EOS.
     model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
     if isinstance(getattr(model, "score", None), nn.Linear):
         model.score = Float32Head.like(model.score)

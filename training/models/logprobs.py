@@ -1,7 +1,7 @@
-"""Token log-probabilities from hidden states, and statistics over masks.
+"""Token log-probabilities from hidden states, and helpers for masks.
 
-The log-softmax runs in float32 over a few rows at a time, and only over rows that are scored: no
-[batch, length, vocabulary] tensor in float32 ever exists, in the backward pass either.
+The log-softmax runs in float32 over a few rows at a time, and only over rows that are scored. No
+float32 tensor [batch, length, vocabulary] ever exists, not even in the backward pass.
 """
 
 import torch
@@ -19,16 +19,16 @@ def token_logprobs(
     rows_per_chunk: int = ROWS_PER_CHUNK,
     chunks: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log π(target | hidden) for each row, in nats.
+    """Compute log π(target | hidden) for each row, in nats.
 
     Args:
-        hidden: [rows, hidden_size], the states from which each target is predicted.
+        hidden: [rows, hidden_size], the states from which the targets are predicted.
         targets: [rows] token ids.
         head: maps hidden states to logits.
         with_entropy: also return the entropy of each row's distribution.
         rows_per_chunk: rows whose logits exist at the same time.
-        chunks: calls of the head, at least as many as the rows need; some may be empty. Where the
-            head is a collective (ZeRO-3), every rank must make the same number.
+        chunks: number of calls of the head, at least as many as the rows need; some may be empty.
+            If the call is a collective operation (ZeRO-3), every rank must make the same number.
 
     Returns:
         log-probabilities [rows] float32, and entropies [rows] float32 (nats) or None.
@@ -49,7 +49,7 @@ def token_logprobs(
 
 
 def chunks_of(rows: int, rows_per_chunk: int = ROWS_PER_CHUNK) -> int:
-    """Chunks for so many rows; one even for none, so that there is a graph."""
+    """Number of chunks for `rows`; one for no rows at all, so that there is a graph."""
     return max(1, -(-rows // rows_per_chunk))
 
 
@@ -67,11 +67,11 @@ def _score_rows(
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of `values` where `mask` is true; what is masked cannot leak, not even as NaN."""
+    """Sum `values` where `mask` is true; masked values cannot leak, not even as NaN."""
     kept = torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype).to(values))
     return kept.sum() if dim is None else kept.sum(dim)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """[batch, length] positions that count attended tokens only, so that padding shifts nothing."""
+    """Positions [batch, length] that count attended tokens only, so padding does not shift them."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021) through peft: small matrices B·A are trained beside frozen weights."""
+"""LoRA (Hu et al. 2021) with peft: small matrices B·A are trained beside frozen weights."""
 
 import re
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from training.errors import UserError
 from training.stage_config import LoraSettings
 
 INITIALIZATION_SEED = 0
-"""A starts at random: the same on every rank, in every run. B starts at 0."""
+"""Seed of the random initial A, the same on every rank and in every run. B starts at 0."""
 
 
 def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> None:
-    """Put an adapter on `model`, in place, and freeze all else but a classification head.
+    """Add an adapter to `model` in place, and freeze everything else but a classification head.
 
-    At first the adapter adds 0.
+    Initially the adapter adds 0.
 
     Raises:
-        UserError: no layer has any of the names in `target_modules`.
+        UserError: `target_modules` matches no layer.
     """
     head = getattr(model, "score", None)
     config = LoraConfig(
@@ -47,9 +47,9 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> None:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before `add_adapter` and all training since."""
+    """Turn the adapter off: the model is as it was before `add_adapter` and any training."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    # peft's own switch would also make the adapter trainable or not: the optimizer has it.
+    # peft's own switch would also change requires_grad of parameters that the optimizer holds.
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -60,10 +60,10 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 class WithoutAdapter:
-    """A trained model as a frozen one of before: the reference policy without a second copy."""
+    """A trained model with its adapter off: the reference policy without a second copy."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        """`engine`: the DeepSpeed engine around the module that has the adapter."""
+        """`engine`: the DeepSpeed engine of the module with the adapter."""
         self.engine = engine
 
     @torch.no_grad()
@@ -73,9 +73,9 @@ class WithoutAdapter:
 
 
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The weights W + lora_alpha / r · B A under the names that `model` has without an adapter.
+    """The weights W + lora_alpha / r · B A, under the names that `model` has without an adapter.
 
-    `model` itself stays as it is. None where it has no adapter.
+    `model` itself is unchanged. None if it has no adapter.
     """
     layers = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)

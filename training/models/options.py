@@ -1,4 +1,4 @@
-"""How a run loads its models."""
+"""Options that a run loads its models with."""
 
 from dataclasses import dataclass
 
@@ -8,33 +8,33 @@ from training.stage_config import LoraSettings, RunConfig, StageConfig
 
 
 def precision(config: RunConfig) -> torch.dtype:
-    """The type of the weights and of the computation."""
+    """The data type of weights and computation."""
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What the loading functions need to know beside the model itself."""
+    """What the loading functions need to know besides the model itself."""
 
     dtype: torch.dtype = torch.float32
     packing: bool = False
     """Compute several short sequences in one row."""
     dropout: bool = False
-    """Keep the model's own dropout. It is off wherever log-probabilities must be reproducible."""
+    """Keep the model's dropout. It must be off wherever log-probabilities are compared."""
     gradient_checkpointing: bool = False
     lora: LoraSettings | None = None
-    """Train an adapter of this kind and, of the rest, only a classification head."""
+    """Train an adapter and, of the model itself, only a classification head."""
 
     @classmethod
     def trained(cls, config: StageConfig, dropout: bool = False) -> "LoadOptions":
-        """For a model that the stage trains."""
+        """The options for a model that the stage trains."""
         return cls(
             precision(config), config.packing, dropout, config.gradient_checkpointing, config.lora
         )
 
     @classmethod
     def frozen(cls, config: RunConfig) -> "LoadOptions":
-        """For a model that only scores or draws."""
+        """The options for a model that only scores or draws."""
         return cls(precision(config), config.packing)
 
 

@@ -1,8 +1,8 @@
-"""Several short sequences in one row, so that less is computed for padding.
+"""Packing: several short sequences in one row, so that less is computed for padding.
 
-The sequences of a padded batch move into as few rows of its width as they fit in, each attending to
-itself only; the hidden states come back to where the tokens stand in the batch. Nothing outside the
-models knows of it, and every loss is the same.
+The sequences of a padded batch move into fewer rows of the same width, each attending only to
+itself, and the hidden states move back to the places of their tokens in the batch. Nothing outside
+the models notices, and every loss is the same.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from training.errors import UserError
 
 PACKABLE = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})
-"""transformers' names of the models of which a test compares packed and padded batches."""
+"""Model types (transformers' names) whose packed and padded batches a test compares."""
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,26 @@ class Packed:
 
         input_ids     [[5, 6, 7, 8], [5, 6, 9, 0]]
         position_ids  [[0, 1, 2, 3], [0, 1, 0, 0]]
-        rows          [0, 0, 0, 0, 1, 1, 1]   of the batch's tokens, read row by row
+        rows          [0, 0, 0, 0, 1, 1, 1]   for the batch's tokens, row by row
         columns       [0, 1, 2, 3, 0, 1, 2]
     """
 
     input_ids: Tensor  # [R, L] long
     position_ids: Tensor  # [R, L] long
-    attention_mask: Tensor  # [R, 1, L, L] bool: entry (q, k) is whether token q attends to k
+    attention_mask: Tensor  # [R, 1, L, L] bool: whether token q attends to token k
     rows: Tensor  # [tokens] long
     columns: Tensor  # [tokens] long
-    valid: Tensor  # [B, L] bool: where the tokens stand in the batch
+    valid: Tensor  # [B, L] bool: the places of the tokens in the batch
 
     def unpacked(self, hidden: Tensor) -> Tensor:
-        """[B, L, H] of hidden states [R, L, H]; 0 on padding."""
+        """Move hidden states [R, L, H] back to [B, L, H]; 0 on padding."""
         batch = hidden.new_zeros(*self.valid.shape, hidden.shape[-1])
         batch[self.valid] = hidden[self.rows, self.columns]
         return batch
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
-    """The same sequences in fewer rows: the longest first, each into the first row with room.
+    """Pack the sequences into fewer rows: the longest first, each into the first row with room.
 
     Args:
         input_ids: [B, L], padded on either side.
@@ -76,11 +76,10 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
 
 
 def refuse_unpackable(config: PretrainedConfig, name_or_path: str) -> None:
-    """Refuse a model whose layers do more than follow a mask: it would mix a row's sequences.
+    """Refuse a model whose layers do not simply follow a mask and would mix packed sequences.
 
     Raises:
-        UserError: other models than those that have been compared with their padded selves, and
-            variants of these with sliding windows.
+        UserError: the model is not in `PACKABLE`, or has sliding windows.
     """
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = not hasattr(config, "layer_types") and getattr(config, "sliding_window", None)

@@ -1,4 +1,4 @@
-"""Models whose parameters ZeRO-3 divides among the ranks."""
+"""Models whose parameters ZeRO-3 partitions among the ranks."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from training.models.lora import WithoutAdapter, adapter_off
 
 @contextlib.contextmanager
 def whole_parameters(module: nn.Module | WithoutAdapter) -> Iterator[nn.Module]:
-    """The bare module in evaluation mode with all of its parameters on this rank, to generate with.
+    """The bare module in evaluation mode, with all of its parameters on this rank, for generation.
 
     Args:
-        module: a plain module, the DeepSpeed engine around one, or one without its adapter.
+        module: a plain module, the DeepSpeed engine of one, or an engine without its adapter.
     """
     if isinstance(module, WithoutAdapter):
         with adapter_off(module.engine.module), whole_parameters(module.engine) as bare:
@@ -34,7 +34,7 @@ def whole_parameters(module: nn.Module | WithoutAdapter) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _gathered(engine: Any, module: nn.Module) -> Iterator[None]:
-    """All parameters whole, without ZeRO-3's hooks, which would release each after its layer."""
+    """Gather all parameters and remove ZeRO-3's hooks, which would release them layer by layer."""
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     parameters: list[Any] = list(module.parameters())
     with deepspeed.zero.GatheredParameters(parameters):
@@ -50,5 +50,5 @@ def _gathered(engine: Any, module: nn.Module) -> Iterator[None]:
 
 
 def is_partitioned(module: nn.Module) -> bool:
-    """Whether ZeRO-3 keeps only a part of each parameter on this rank."""
+    """Whether this rank holds only a part of each parameter (ZeRO-3)."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())

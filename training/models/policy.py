@@ -1,22 +1,22 @@
-"""The policy: log-probabilities of given tokens, on top of Hugging Face's causal models."""
+"""The policy: log-probabilities of given tokens from Hugging Face's causal models."""
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from training.models.hidden_states import _hidden_states, _takes_positions
+from training.models.hidden_states import hidden_states, takes_positions
 from training.models.logprobs import chunks_of, token_logprobs
 from training.models.partitioned import is_partitioned
 from training.runtime.ranks import max_over_ranks
 
 
 class Policy(nn.Module):
-    """A causal language model that gives log-probabilities of given tokens, not logits."""
+    """A causal language model that returns log-probabilities of given tokens, not logits."""
 
     def __init__(self, model: PreTrainedModel, packing: bool = False) -> None:
         super().__init__()
         self.model = model
-        self._takes_positions = _takes_positions(model.get_decoder())
+        self._takes_positions = takes_positions(model.get_decoder())
         self._packing = packing
 
     def forward(
@@ -26,7 +26,7 @@ class Policy(nn.Module):
         scored_mask: Tensor,
         with_entropy: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """log π of the tokens that `scored_mask` marks, each given all that stands before it.
+        """Compute log π of the tokens that `scored_mask` marks, each given all tokens before it.
 
         Args:
             input_ids: [batch, length], padded on either side.
@@ -34,10 +34,10 @@ class Policy(nn.Module):
             scored_mask: [batch, length] bool; never true in column 0.
 
         Returns:
-            log-probabilities [batch, length] float32 in nats, 0 where not scored, and, if asked
-            for, the entropy of the distribution from which each scored token was drawn.
+            Log-probabilities [batch, length] float32 in nats, 0 where not scored, and the entropy
+            of the distribution at each scored token, or None.
         """
-        states = _hidden_states(
+        states = hidden_states(
             self.model.get_decoder(),
             input_ids,
             attention_mask,

@@ -20,15 +20,15 @@ from training.errors import UserError
 
 PAD_TOKEN = "<pad>"
 RESPONSE_END = "response_end"
-"""Key in a reward model's config.json: what the model learned to see after a whole response."""
+"""Key in a reward model's config.json: what followed complete responses in its training."""
 UNREADABLE = (OSError, ValueError, KeyError, struct.error)
-"""What transformers raises for a model that is missing, of another kind, or truncated."""
+"""What transformers raises for a model that is missing, truncated or of another kind."""
 
 
 class Pretrained:
     """A Hub name, a Hugging Face directory or a GGUF file.
 
-    Its config and its tokenizer are read when they are first needed, and only once.
+    The config and the tokenizer are read when first needed, and only once.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class Pretrained:
     ) -> None:
         """
         Args:
-            scores_only: the model never ends a response itself, so a tokenizer that joins two texts
-                with its own tokens (`reads_pairs`) may lack an EOS token.
-            config, tokenizer: given where they have been read already.
+            scores_only: the model never generates, so its tokenizer may lack an EOS token if it
+                joins two texts with its own tokens (`reads_pairs`).
+            config, tokenizer: these objects, if they have been read already.
         """
         self.name_or_path = name_or_path
         self.trust_remote_code = trust_remote_code
@@ -58,7 +58,7 @@ class Pretrained:
 
     @property
     def location(self) -> dict[str, str]:
-        """Where `from_pretrained` looks for it, as keyword arguments."""
+        """The keyword arguments with which `from_pretrained` finds the model."""
         path = Path(self.name_or_path)
         if path.suffix != ".gguf":
             return {"pretrained_model_name_or_path": self.name_or_path}
@@ -66,10 +66,10 @@ class Pretrained:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's config as it stands on disk.
+        """The model's config as it is on disk.
 
         Raises:
-            UserError: there is none, or transformers cannot read it.
+            UserError: there is no config, or transformers cannot read it.
         """
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -81,13 +81,14 @@ class Pretrained:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer with a pad token that is never its EOS token.
+        """The model's tokenizer, with a pad token that differs from its EOS token.
 
-        A model whose pad token is its EOS masks EOS out of every loss and never learns to stop.
-        Where there is no separate pad token, `<pad>` is added (`load_policy` grows the embeddings).
+        If the pad token were EOS, EOS would be masked out of every loss and the model would never
+        learn to stop. If there is no separate pad token, `<pad>` is added (`load_policy` grows the
+        embeddings).
 
         Raises:
-            UserError: there is no tokenizer, or it cannot end a response.
+            UserError: there is no tokenizer, or it has no EOS token.
         """
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -103,22 +104,22 @@ class Pretrained:
 
     @property
     def learned_eos(self) -> bool:
-        """Whether stage 2 trained this reward model, on responses that end with EOS."""
+        """Whether stage 2 trained this reward model, and so on responses that end with EOS."""
         return getattr(self.config, RESPONSE_END, None) == "eos"
 
     @cached_property
     def has_linear_score(self) -> bool:
-        """Whether the classification model has a value after every token, as a critic needs."""
+        """Whether the classification model gives a value after every token, as a critic must."""
         return has_linear_score(self.on_meta(AutoModelForSequenceClassification))
 
     def on_meta(self, build: type, config: PretrainedConfig | None = None) -> PreTrainedModel:
-        """The model of Auto class `build` without any weights.
+        """Build the model with the Auto class `build`, without any weights.
 
         Args:
-            config: in place of the model's own.
+            config: used in place of the model's own config.
 
         Raises:
-            UserError: transformers has no such model of this architecture.
+            UserError: transformers has no such model for this architecture.
         """
         config = copy.deepcopy(self.config) if config is None else config
         try:
@@ -134,10 +135,10 @@ class Pretrained:
 
 
 def reads_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it joins two texts as BERT does: [CLS] prompt [SEP] response [SEP]."""
+    """Whether the tokenizer joins two texts as BERT does: [CLS] prompt [SEP] response [SEP]."""
     return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
 def has_linear_score(model: PreTrainedModel) -> bool:
-    """Whether the scalar is a linear function, named `score`, of the last hidden states."""
+    """Whether a linear layer named `score` computes the scalar from the last hidden states."""
     return isinstance(getattr(model, "score", None), nn.Linear)

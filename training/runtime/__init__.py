@@ -1,1 +1,1 @@
-"""What a run needs of the machine: processes, engines, checkpoints, signals, progress."""
+"""What a run needs from the machine: processes, engines, checkpoints, signals, tracking."""

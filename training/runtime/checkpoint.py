@@ -1,4 +1,4 @@
-"""Checkpoints: a run that was stopped goes on from one as if it had not been."""
+"""Checkpoints, from which a stopped run resumes as if it had never been interrupted."""
 
 import contextlib
 import json
@@ -21,29 +21,28 @@ from training.runtime.random_states import random_states, set_random_states
 from training.runtime.ranks import barrier, rank, world_size
 from training.stage_config import StageConfig
 
-# Settings that do not change what a run computes.
+STATE = "state.json"
+
 FREE_TO_CHANGE = (
     "description resume_from_checkpoint overwrite_output_dir output_dir save_steps "
     "save_total_limit logging_steps"
 ).split()
+"""Settings that a resumed run may change, since they do not affect what it computes."""
 
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""Environment variable of torch.load."""
 
-STATE = "state.json"
-
-
-FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load's own switch
-
-
-# The classes in DeepSpeed's checkpoints; they hold numbers.
 DEEPSPEEDS_OWN = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+"""The classes found in DeepSpeed's checkpoints; they hold only numbers."""
 
 
 class Checkpoints:
-    """`output_dir/checkpoints/step-N`: everything that a run is after N steps.
+    """`output_dir/checkpoints/step-N`: the complete state of a run after N steps.
 
-    Engines in DeepSpeed's own format, the stage's own state as JSON, and each rank's random states.
-    The order of the data and the seed of every draw are functions of the step, so there is no
-    sampler to save. A directory gets its name when it is complete; until then it is not found.
+    A checkpoint holds the engines in DeepSpeed's format, the stage's own state as JSON, and the
+    random states of each rank. The order of the data and the seed of every draw are functions of
+    the step, so there is no sampler state to save. A directory gets its final name once it is
+    complete; until then no run finds it.
     """
 
     def __init__(self, config: StageConfig, engines: Mapping[str, TrainedModule]) -> None:
@@ -52,20 +51,20 @@ class Checkpoints:
         self.directory = Path(config.output_dir) / "checkpoints"
 
     def is_due(self, step: int, steps: int) -> bool:
-        """Every `save_steps` and after the last of all `steps`; never where `save_steps` is 0."""
+        """Every `save_steps` and after the last of `steps`; never if `save_steps` is 0."""
         every = self.config.save_steps
         return every > 0 and (step % every == 0 or step == steps)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the checkpoint of `step` steps, then drop the oldest beyond `save_total_limit`.
+        """Write the checkpoint of `step`, then delete the oldest beyond `save_total_limit`.
 
         Raises:
-            RunError: it could not be written; the earlier ones are as they were.
+            RunError: the checkpoint could not be written; earlier ones are unchanged.
         """
         name = f"step-{step:08d}"
         try:
             self._write(name, step, state)
-        except (OSError, RuntimeError) as error:  # torch says a full disk as a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(self.directory / (name + UNFINISHED), ignore_errors=True)
             earlier = complete_checkpoints(self.directory)
             last = (
@@ -85,7 +84,7 @@ class Checkpoints:
                     shutil.rmtree(leftover)
             draft_of(self.directory / name)
         barrier()
-        has_lora = self.config.lora is not None  # what is frozen comes with the model
+        has_lora = self.config.lora is not None  # frozen weights are loaded with the model
         for label, trained in self.engines.items():
             trained.engine.save_checkpoint(
                 str(draft / label), tag="engine", exclude_frozen_parameters=has_lora
@@ -107,12 +106,12 @@ class Checkpoints:
         barrier()
 
     def restore(self) -> tuple[int, dict[str, Any]]:
-        """Load what `resume_from_checkpoint` names into the engines.
+        """Load the checkpoint that `resume_from_checkpoint` names into the engines.
 
-        Checkpoints of later steps, which the run will take anew, are removed.
+        Checkpoints of later steps are deleted, because the run takes those steps again.
 
         Returns:
-            The number of steps done and the stage's state; 0 and nothing where the run starts anew.
+            The number of steps done and the stage's state; 0 and {} if the run starts from scratch.
 
         Raises:
             RunError: a file of the checkpoint is missing or damaged.
@@ -123,9 +122,10 @@ class Checkpoints:
         record = read_state(source)
         try:
             self._load(source)
-        except Exception as error:  # DeepSpeed, torch and pickle each have their own
+        except Exception as error:  # DeepSpeed, torch and pickle raise exceptions of many kinds
             raise RunError(
-                f"{source} is damaged: {error!r}\nName an earlier checkpoint of the run", False
+                f"{source} is damaged: {error!r}\nResume from an earlier checkpoint of this run",
+                everywhere=False,
             ) from error
         barrier()
         if rank() == 0:
@@ -145,7 +145,7 @@ class Checkpoints:
 
 
 def resumed_checkpoint(config: StageConfig) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` names, if any."""
+    """The checkpoint that `resume_from_checkpoint` names; None if there is none."""
     wanted = config.resume_from_checkpoint
     if wanted is None:
         return None
@@ -156,10 +156,10 @@ def resumed_checkpoint(config: StageConfig) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: `step`, `processes`, `config` and the stage's `state`.
+    """Read a checkpoint's `step`, `processes`, `config` and the stage's `state`.
 
     Raises:
-        UserError: it is no checkpoint of this project.
+        UserError: this is not a checkpoint of this project.
     """
     try:
         record = json.loads((checkpoint / STATE).read_text())
@@ -172,10 +172,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_resumable(config: StageConfig) -> None:
-    """Refuse another run's checkpoint, before anything is loaded or written.
+    """Refuse a checkpoint of a different run, before anything is loaded or written.
 
     Raises:
-        UserError: with every setting that differs, or another number of processes.
+        UserError: settings or the number of processes differ; the message lists every difference.
     """
     source = resumed_checkpoint(config)
     if source is None:
@@ -198,7 +198,7 @@ def check_resumable(config: StageConfig) -> None:
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that were written to the end, oldest first."""
+    """The completely written checkpoints in `directory`, oldest first."""
     if not directory.is_dir():
         return []
     return sorted(
@@ -210,7 +210,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _no_code_in_files() -> Iterator[None]:
-    """DeepSpeed loads with pickle, which can run code; meanwhile torch takes plain data only."""
+    """Let torch unpickle plain data only, since DeepSpeed's loading could run code otherwise."""
     before = os.environ.get(FORCE_WEIGHTS_ONLY)
     os.environ[FORCE_WEIGHTS_ONLY] = "1"
     try:

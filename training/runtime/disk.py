@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all, also after a kill or a power cut."""
+"""Atomic directories and files: complete or absent, even after a kill or a power failure."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ UNFINISHED, REMOVED = ".unfinished", ".removed"
 
 
 def draft_of(directory: Path) -> Path:
-    """Where `directory` is written before it gets its name; empty."""
+    """Create the empty directory in which `directory` is written before it gets its name."""
     draft = directory.with_name(directory.name + UNFINISHED)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -16,9 +16,9 @@ def draft_of(directory: Path) -> Path:
 
 
 def publish(draft: Path, directory: Path) -> None:
-    """Give a finished draft its name, in place of an older directory if there is one."""
+    """Give a finished draft its name, replacing an older directory of that name."""
     for path in [*draft.rglob("*"), draft]:
-        to_disk(path)  # a name must not survive its contents
+        to_disk(path)  # the name must not reach the disk before the contents
     older = directory.with_name(directory.name + REMOVED)
     shutil.rmtree(older, ignore_errors=True)
     if directory.exists():
@@ -36,7 +36,7 @@ def recover(directory: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Delete it; it loses its name first, so that half of one is never found."""
+    """Delete a directory, renaming it first so that nobody finds half of it."""
     if directory.is_dir():
         nameless = directory.with_name(directory.name + REMOVED)
         shutil.rmtree(nameless, ignore_errors=True)
@@ -45,7 +45,7 @@ def remove(directory: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file with the new text or, after a kill, with the old one."""
+    """Replace the text of a file atomically: after a kill it holds the new or the old one."""
     draft = path.with_name(path.name + UNFINISHED)
     draft.write_text(text, encoding="utf-8")
     to_disk(draft)
@@ -54,7 +54,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until the operating system has written it."""
+    """Wait until the operating system has written the path to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""DeepSpeed engines: the only way in which anything here is trained, on GPUs and on the CPU."""
+"""DeepSpeed engines, which do all training, on GPUs and on the CPU."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,16 +17,15 @@ from training.stage_config import OptimizerSettings, StageConfig
 
 Batch = TypeVar("Batch")
 
-
 SMALLEST_LOSS_SCALE = 1.0
-"""fp16: below it, small gradients are lost, and large ones have other causes."""
+"""fp16: overflow at this scale has other causes; a smaller scale would lose small gradients."""
 
 
 def require_fp16(wanted: bool) -> None:
-    """Refuse fp16 where the accelerator does not compute in it, before DeepSpeed does.
+    """Refuse fp16 on an accelerator that does not support it, before DeepSpeed does.
 
     Raises:
-        UserError: it does not.
+        UserError: fp16 is wanted but not supported.
     """
     if wanted and not get_accelerator().is_fp16_supported():
         raise UserError(
@@ -38,7 +37,7 @@ def require_fp16(wanted: bool) -> None:
 def deepspeed_config(
     config: StageConfig, settings: OptimizerSettings | None = None
 ) -> dict[str, Any]:
-    """DeepSpeed's own config: the stage's section plus what the stage's fields say."""
+    """DeepSpeed's config: the stage's `deepspeed` section completed from the stage's own fields."""
     micro_batch = config.per_device_train_batch_size
     return {
         "steps_per_print": 10**9,
@@ -73,32 +72,32 @@ class TrainedModule:
         )
         self.module = module
         self.learning_rate = math.nan
-        """Of the step just taken; DeepSpeed itself tells the next step's."""
+        """Learning rate of the step just taken; DeepSpeed itself reports that of the next step."""
         self.bad_gradients = torch.zeros((), device=device())
-        """Gradient tensors of this rank that were not finite, since the last step."""
+        """Number of this rank's gradient tensors since the last step that were not finite."""
         if not config.fp16:
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.register_hook(self._watch)
 
     def _watch(self, gradient: Tensor) -> None:
-        # Before ZeRO takes it away; a sum is not finite where any entry is not.
+        # Checked before ZeRO takes the gradient; one entry that is not finite shows in the sum.
         self.bad_gradients += (~gradient.sum(dtype=torch.float32).isfinite()).float()
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.engine(*arguments, **named)
 
     def step(self) -> None:
-        """DeepSpeed's, which at the end of a global batch is the optimizer's.
+        """Take DeepSpeed's step, which steps the optimizer at the end of a global batch.
 
         Raises:
-            NotFiniteError: in fp16, on every rank: gradients overflow at the smallest loss scale.
+            NotFiniteError: fp16 gradients overflow at the smallest loss scale; on every rank.
         """
         fp16 = self.engine.fp16_enabled()
         skipped, scale = self.engine.skipped_steps, self.engine.optimizer.loss_scale if fp16 else 0
         try:
             self.engine.step()
-        except Exception as error:  # ZeRO's own, of no class of its own
+        except Exception as error:  # ZeRO raises a plain Exception
             if "loss scale already at minimum" not in str(error):
                 raise
             self.engine.skipped_steps = skipped + 1
@@ -107,18 +106,15 @@ class TrainedModule:
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping; NaN where DeepSpeed keeps none.
+        """Global gradient norm of the last step before clipping; NaN if DeepSpeed keeps none.
 
-        It keeps none without ZeRO in float32.
+        DeepSpeed keeps none in float32 without ZeRO.
         """
         norm = self.engine.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
 
     def loss_scaling(self, prefix: str) -> dict[str, float]:
-        """fp16's loss scale, and how many steps it has skipped so far; nothing in other precision.
-
-        Named `prefix`/loss_scale and `prefix`/skipped_steps.
-        """
+        """In fp16, `prefix`/loss_scale and `prefix`/skipped_steps so far; otherwise {}."""
         if not self.engine.fp16_enabled():
             return {}
         return {
@@ -133,23 +129,24 @@ def optimizer_step(
     loss_sums: Callable[[Batch], Sequence[Tensor]],
     items: Callable[[Batch], int],
 ) -> list[float]:
-    """One optimizer step of each module over the global batch, of which this rank has a part.
+    """Take one optimizer step of each module over the global batch, of which this rank has a part.
 
     Losses are sums over items (tokens, pairs) and are divided by the number of items in the whole
-    global batch, over all ranks and all micro-batches. A mean of means would depend on how the
-    batch happens to be divided.
+    global batch, across all ranks and micro-batches. A mean of means would depend on how the batch
+    happens to be divided.
 
     Args:
         micro_batches: exactly `gradient_accumulation_steps` of them, on every rank.
-        loss_sums: for each module, the sum of its loss over a micro-batch's items.
-        items: the number of items in a micro-batch, 0 allowed.
+        loss_sums: returns, for each module, the sum of its loss over the items of a micro-batch.
+        items: returns the number of items in a micro-batch, which may be 0.
 
     Returns:
         Each module's mean loss per item over the global batch.
 
     Raises:
-        NotFiniteError: before the optimizer step, on every rank, if a loss or a gradient is not
-            finite. In fp16 gradients may overflow: DeepSpeed then skips the step and scales down.
+        NotFiniteError: a loss or a gradient is not finite; raised on every rank before the
+            optimizer step. In fp16 gradients may overflow: DeepSpeed then skips the step and
+            lowers the loss scale.
     """
     own = torch.tensor(sum(items(batch) for batch in micro_batches))
     count = max(float(sum_over_ranks(own)), 1.0)
@@ -188,7 +185,7 @@ def _require_finite_gradients(trained: Sequence[TrainedModule]) -> None:
 def adamw(
     parameters: list[nn.Parameter], config: StageConfig, settings: OptimizerSettings
 ) -> torch.optim.Optimizer:
-    """AdamW; no weight decay on biases and norms; DeepSpeed's CPU one where offloaded."""
+    """AdamW without weight decay on biases and norms; DeepSpeed's CPU version if offloaded."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -206,7 +203,7 @@ def adamw(
 
 
 def frozen(module: nn.Module, section: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A module that is never trained: a plain replica, or partitioned where `section` is ZeRO-3."""
+    """Prepare a module that is never trained: a replica, or partitioned if `section` is ZeRO-3."""
     module.eval().requires_grad_(False)
     if section.get("zero_optimization", {}).get("stage") != 3:
         return module.to(device=device(), dtype=dtype)

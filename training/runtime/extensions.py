@@ -1,9 +1,9 @@
-"""DeepSpeed's compiled extensions, loaded so that no run waits for one that was killed.
+"""DeepSpeed's compiled extensions, loaded so that no run waits for a process that was killed.
 
-torch guards an extension with a file while it compiles or loads it. A process that is killed
-meanwhile leaves the file behind, and every later one waits for it for ever. The operating system
-takes a lock back from the dead: whoever holds ours knows that the file is left over, unless
-something compiles beneath it.
+While torch compiles or loads an extension, it guards it with a file. A process that is killed in
+the meantime leaves the file behind, and every later process waits for it forever. The operating
+system releases the locks of dead processes, so the holder of our own lock knows that the file is a
+leftover, unless a compiler still works in the directory.
 """
 
 import fcntl
@@ -21,27 +21,27 @@ GUARD = "lock"
 
 
 def load_extension(builder_name: str) -> None:
-    """Compile (once per machine) and load one of DeepSpeed's; nothing where it has none."""
+    """Compile (once per machine) and load an extension of DeepSpeed, if this machine has it."""
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return
     directory = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
     with locked(directory.with_name(f"{directory.name}.loading")):
         while (directory / GUARD).exists() and is_worked_in(directory):
-            time.sleep(1)  # not torch's own wait, which a compiler that is killed makes endless
+            time.sleep(1)  # torch's own wait never ends if the compiler is killed
         (directory / GUARD).unlink(missing_ok=True)
         builder.load()
 
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Alone among the processes that lock this file."""
+    """Exclude all other processes that lock this file."""
     with file.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 def is_worked_in(directory: Path) -> bool:
-    """Whether a process of this machine, such as a compiler, runs there."""
+    """Whether a process of this machine, such as a compiler, works in `directory`."""
     wanted = str(directory.resolve())
     return any(process.info["cwd"] == wanted for process in psutil.process_iter(["cwd"]))

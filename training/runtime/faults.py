@@ -1,6 +1,7 @@
-"""What ends a run in the middle: figures that are not finite, memory or disk that is too small.
+"""Faults that end a run: values that are not finite, and too little memory or disk.
 
-A figure that is not finite stops the run before it reaches the weights, and what caused it is kept.
+A value that is not finite stops the run before it reaches the weights, and the batch that caused it
+is saved.
 """
 
 import errno
@@ -19,41 +20,38 @@ from training.runtime.ranks import gather_objects, rank, sum_over_ranks
 REMEDIES = (
     "lower the learning rate, or raise warmup_ratio",
     "lower max_grad_norm",
-    "fp16: use bf16 or float32 where the GPU has it",
-    "look for the batch's odd texts or rewards in the dump",
+    "fp16: use bf16, if the GPU supports it, or float32",
+    "look for unusual texts or rewards in the saved batch",
 )
 
-
-OUT_OF_MEMORY = """The memory does not suffice. What takes less, the cheapest first:
+OUT_OF_MEMORY = """Out of memory. These settings need less, the cheapest first:
   - gradient_checkpointing=true
   - a smaller per_device_train_batch_size, with more gradient_accumulation_steps
-  - a smaller rollout_batch_size where responses are drawn, per_device_eval_batch_size where models
-    only score
+  - a smaller rollout_batch_size if it ran out while drawing responses, or a smaller
+    per_device_eval_batch_size if it ran out while scoring
   - bf16=true; lora
   - deepspeed.zero_optimization.stage=2 or 3, and 3 in frozen_deepspeed
   - deepspeed.zero_optimization.offload_optimizer.device=cpu
---dry-run estimates the memory of a config without running it."""
-
+--dry-run estimates the memory that a config needs without running it."""
 
 ALLOCATION = re.compile(r"can't allocate memory|not enough memory|CUDA error: out of memory")
 
-
-DISK_FULL = """The disk is full. Make room and go on with resume_from_checkpoint=latest;
+DISK_FULL = """The disk is full. Free some space and resume with resume_from_checkpoint=latest;
 save_total_limit keeps only the newest checkpoints."""
 
 
 @contextmanager
 def dumped(output_dir: str, step: int, batch: Callable[[], Any]) -> Iterator[None]:
-    """Keep `batch` in `output_dir/debug/step-N.pt` where a figure of step N is not finite.
+    """Save `batch` to `output_dir/debug/step-N.pt` if a value of step N is not finite.
 
     The error must be raised on every rank at the same place. The file holds `message`, `step` and
-    `ranks`, each rank's batch in their order; `torch.load(..., weights_only=True)` reads it.
+    `ranks`, the batches in the order of ranks; `torch.load(..., weights_only=True)` reads it.
 
     Args:
-        batch: tensors, texts, numbers, and lists and dicts of them.
+        batch: returns tensors, texts, numbers, or lists and dicts of them.
 
     Raises:
-        RunError: in place of the NotFiniteError, with the file's name and what to try.
+        RunError: in place of the NotFiniteError, with the name of the file and what to try.
     """
     try:
         yield
@@ -64,13 +62,13 @@ def dumped(output_dir: str, step: int, batch: Callable[[], Any]) -> Iterator[Non
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"step": step, "message": str(error), "ranks": ranks}, file)
         raise RunError(
-            f"Step {step} was not taken: {error}.\nIts batch is in {file}. What may help:\n"
+            f"Step {step} was not taken: {error}.\nIts batch is in {file}. This may help:\n"
             + "\n".join(f"  - {remedy}" for remedy in REMEDIES)
         ) from error
 
 
 def require_finite(name: str, values: Tensor) -> None:
-    """Raise a NotFiniteError on every rank if `values` [any shape] of any rank are not finite."""
+    """Raise a NotFiniteError on every rank if any rank's `values` [any shape] are not finite."""
     bad = int(sum_over_ranks((~torch.isfinite(values)).sum()))
     if bad:
         raise NotFiniteError(f"{name}: {bad} not finite")
@@ -87,9 +85,9 @@ def _on_cpu(value: Any) -> Any:
 
 
 def remedy(error: Exception) -> str | None:
-    """What to do about memory (a GPU's or the CPU's) or disk that did not suffice; None for others.
+    """What to do about a lack of memory (GPU or CPU) or disk space; None for other errors.
 
-    torch and safetensors say both in words of their own.
+    torch and safetensors raise errors of other classes for both, so their messages are searched.
     """
     words = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -1,4 +1,4 @@
-"""The states of every random number generator of a process."""
+"""The states of all random number generators of a process."""
 
 import random
 from typing import Any

@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, and what they tell one another."""
+"""The processes of a run: the rank of this one, and how they communicate."""
 
 import atexit
 import contextlib
@@ -17,20 +17,20 @@ from training.runtime.extensions import load_extension
 
 def connect() -> None:
     """Join the process group that the launcher prepared."""
-    load_extension("ShareMemCommBuilder")  # before DeepSpeed does
+    load_extension("ShareMemCommBuilder")  # ahead of DeepSpeed, whose own loading may hang
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
-    if device().type == "cpu":  # an error's exit code is lost when gloo's threads abort the process
-        atexit.register(disconnect)  # NCCL's would wait for the others
-    barrier()  # all have opened one another's shared memory
+    if device().type == "cpu":  # else gloo's threads abort at exit, and the code is lost
+        atexit.register(disconnect)  # with NCCL, disconnecting would wait for the other ranks
+    barrier()  # by now all have opened one another's shared memory
     shared_memory().unlink(missing_ok=True)
 
 
 def shared_memory() -> Path:
     """The file of this process's buffer for DeepSpeed's communication between CPU processes.
 
-    DeepSpeed leaves it, 66 MiB, in memory for ever. Once all processes have it open it needs no
-    name, and without one it goes with them, however they end.
+    DeepSpeed never deletes it, so 66 MiB would stay in memory forever. Once all processes have
+    opened the file it can be unlinked, and it disappears with the processes, however they end.
     """
     place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
     return Path("/dev/shm", "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *place]))
@@ -59,7 +59,7 @@ def device() -> torch.device:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The elementwise sum of a small tensor over all processes."""
+    """Sum a small tensor elementwise over all processes, in float64."""
     total = values.detach().clone().double().to(device())
     if world_size() > 1:
         torch.distributed.all_reduce(total)
@@ -67,7 +67,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def max_over_ranks(value: int) -> int:
-    """The largest value of any process."""
+    """The largest value among all processes."""
     if world_size() == 1:
         return value
     largest = torch.tensor(value, device=device())
@@ -76,7 +76,7 @@ def max_over_ranks(value: int) -> int:
 
 
 def gather_objects(local: list[Any]) -> list[Any]:
-    """The lists of all processes, joined in the order of ranks, on every process."""
+    """Join the lists of all processes in the order of ranks, on every process."""
     if world_size() == 1:
         return local
     parts: list[list[Any]] = [[] for _ in range(world_size())]
@@ -86,7 +86,7 @@ def gather_objects(local: list[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Rank 0 does the work (and fills the cache), then the others find it done."""
+    """Let rank 0 work (and fill a cache) before the other ranks do."""
     if rank() != 0:
         barrier()
     try:

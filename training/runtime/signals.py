@@ -1,7 +1,7 @@
-"""Signals: a run that is told to stop saves a checkpoint first.
+"""Signals: a run that is asked to stop saves a checkpoint first.
 
-SIGTERM and SIGINT; and SIGUSR1, which DeepSpeed's launcher leaves alone, for queues that signal
-every process of a job at once (scripts/slurm.sh).
+SIGTERM, SIGINT and SIGUSR1 stop a run. DeepSpeed's launcher ignores SIGUSR1, so queues that signal
+every process of a job at once can use it (scripts/slurm.sh).
 """
 
 import os
@@ -16,32 +16,31 @@ from training.runtime.ranks import max_over_ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-
 ONE_REQUEST = 1.0
-"""Seconds within which signals are one request: a launcher passes on what its ranks also got."""
+"""Seconds within which signals count as one request: a launcher forwards what its ranks got too."""
 
 
 class Stopped(Exception):
-    """The run ended early because it was told to; `code` is what a shell expects of it."""
+    """The run ended early on request; `code` is the exit code that shells expect."""
 
     def __init__(self, number: int, step: int | None = None) -> None:
-        """`step`: after which there is a checkpoint; None after the last, models written."""
+        """`step`: the step of the checkpoint; None if all steps were done and models written."""
         name = signal.Signals(number).name
         super().__init__(
             f"Stopped by {name} after the training; its models are written"
             if step is None
             else f"Stopped by {name} after step {step}, with a checkpoint; "
-            "resume_from_checkpoint=latest goes on from it"
+            "resume_from_checkpoint=latest resumes from it"
         )
         self.code = 128 + number
 
 
 class StopRequests:
-    """What signals have asked of this process.
+    """Requests to stop that this process has received as signals.
 
-    Outside `deferred` a signal ends the process at once: there is nothing to save, or everything
-    has been. Inside, the first one is remembered until the step is done, and a second one ends
-    the process at once.
+    Outside `deferred` a signal ends the process at once, since there is nothing left to save.
+    Inside, the first signal is remembered until the step is done, and a second one ends the process
+    at once.
     """
 
     def __init__(self) -> None:
@@ -50,7 +49,7 @@ class StopRequests:
         self._since = 0.0
 
     def install(self) -> None:
-        """Take over the signals, in the main thread, and tell scripts/launch.sh so."""
+        """Handle the signals from now on (main thread only), and let scripts/launch.sh know."""
         for number in STOPPING:
             signal.signal(number, self._receive)
         if "RANK_PIDS" in os.environ:
@@ -68,10 +67,10 @@ class StopRequests:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While steps are taken and models written; every rank must leave it together.
+        """Defer signals while steps are taken and models written; all ranks leave it together.
 
         Raises:
-            Stopped: at the end, where a signal came after the last step had asked for one.
+            Stopped: at the end, if a signal arrived after the last step had checked for one.
         """
         self._deferring = True
         try:
@@ -80,13 +79,13 @@ class StopRequests:
                 raise Stopped(number)
         finally:
             self._deferring = False
-        if self._number:  # it came just now
+        if self._number:  # it arrived after the check
             os._exit(128 + self._number)
 
     def agreed(self) -> int:
-        """The signal that any rank has received, or 0; every rank must ask after the same step."""
+        """The signal that any rank has received, or 0; all ranks must ask after the same step."""
         return max_over_ranks(self._number)
 
 
 stop_requests = StopRequests()
-"""Signals belong to the process, so there is one of these."""
+"""The only instance, since signals belong to the process."""

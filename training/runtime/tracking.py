@@ -1,4 +1,4 @@
-"""Progress bar, metrics.jsonl, and DeepSpeed's monitor (TensorBoard, W&B, CSV)."""
+"""The progress bar, metrics.jsonl, and DeepSpeed's monitors (TensorBoard, W&B, CSV)."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from training.runtime.ranks import rank
 
 
 class Tracker:
-    """Shows and records a run's figures. Only rank 0 shows and writes; all ranks may call."""
+    """Shows and records a run's metrics. All ranks may call it; only rank 0 shows and writes."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Tracker:
         deepspeed_section: dict[str, Any],
         done: int = 0,
     ) -> None:
-        """Go on after `done` steps: lines of later ones, which a killed run left, are taken out."""
+        """Continue after `done` steps, removing lines that a killed run wrote for later ones."""
         self._leads = rank() == 0
         self._start = time.perf_counter()
         if not self._leads:
@@ -43,11 +43,11 @@ class Tracker:
         )
 
     def log(self, step: int, metrics: dict[str, float], shown: tuple[str, ...] = ()) -> None:
-        """One line of metrics.jsonl; `shown` names the figures that stand beside the bar."""
+        """Write one line of metrics.jsonl; `shown` names the metrics to show beside the bar."""
         if not self._leads:
             return
         seconds = round(time.perf_counter() - self._start, 3)
-        # JSON has no NaN; a figure that is not finite is written as null and stays visible.
+        # JSON has no NaN or infinity, so such values are written as null.
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._file.write(json.dumps({"step": step, "seconds": seconds, **finite}) + "\n")
         self._file.flush()
@@ -69,7 +69,7 @@ class Tracker:
 
 
 def _lines_until(file: Path, step: int) -> list[str]:
-    """Whole lines of steps up to `step`; a kill may have left half a line."""
+    """The complete lines of steps up to `step`; a kill may have left half a line."""
     if step == 0 or not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)

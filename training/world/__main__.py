@@ -2,14 +2,16 @@
 
     python -m training.world --output_dir world --seed 1
 
-writes ordinary files that go through the same loaders as a user's own data:
+writes ordinary data files, which are read by the same loaders as a user's own data:
 
-    texts.jsonl              {"prompt", "response"}: what the writers answered; SFT learns from it
+    texts.jsonl              {"prompt", "response"}: the writers' answers, which SFT learns from
     comparisons.jsonl        {"prompt", "chosen", "rejected"}: pairs of distinct answers, judged by
                              the population
-    texts_eval.jsonl         the same for held-out phrasings of the questions
-    comparisons_eval.jsonl   ... with "bayes_probability", the probability of the recorded choice
-    response_sets.jsonl      per held-out prompt the finite response set and what is known about it
+    texts_eval.jsonl         the same as texts.jsonl, for held-out phrasings of the questions
+    comparisons_eval.jsonl   the same as comparisons.jsonl, for held-out phrasings, with
+                             "bayes_probability", the probability of the recorded choice
+    response_sets.jsonl      for each held-out prompt its finite response set, with the shares of
+                             the population and of the writers
     base/                    a sentencepiece tokenizer and a tiny Llama with random weights
 
 The population's utilities r* are the logarithms of its shares, so its Plackett-Luce shares are
@@ -28,7 +30,7 @@ from training.world.topics import TOPICS
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: --output_dir DIR --seed N and one option per size."""
+    """Run the command line: --output_dir DIR, --seed N and one option per size."""
     parser = argparse.ArgumentParser(prog="python -m training.world", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output_dir", required=True)

@@ -1,4 +1,4 @@
-"""The model that the bundled world starts from: a sentencepiece tokenizer and a tiny Llama."""
+"""The base model of the bundled world: a sentencepiece tokenizer and a tiny Llama."""
 
 import io
 import tempfile
@@ -12,7 +12,6 @@ from training.world.topics import TOPICS
 if TYPE_CHECKING:
     from transformers import LlamaTokenizer
 
-
 MAX_LENGTH = 512
 """Tokens that the base model can attend to."""
 
@@ -20,11 +19,11 @@ VOCABULARY_SIZE = 896
 
 
 def build_tokenizer(vocab_size: int = VOCABULARY_SIZE) -> "LlamaTokenizer":
-    """A Llama tokenizer from `sentencepiece_model`; pad, BOS, EOS and unknown are distinct."""
+    """Build a Llama tokenizer with distinct pad, BOS, EOS and unknown tokens."""
     from transformers import LlamaTokenizer
 
     with tempfile.TemporaryDirectory() as directory:
-        # Read from the sentencepiece file, as AutoTokenizer reads any Llama's.
+        # Read from the sentencepiece file, as AutoTokenizer does for any Llama.
         (Path(directory) / "tokenizer.model").write_bytes(sentencepiece_model(vocab_size))
         return LlamaTokenizer.from_pretrained(
             directory, pad_token="<pad>", add_bos_token=True, model_max_length=MAX_LENGTH
@@ -32,7 +31,7 @@ def build_tokenizer(vocab_size: int = VOCABULARY_SIZE) -> "LlamaTokenizer":
 
 
 def write_base_model(directory: Path, seed: int, vocab_size: int) -> None:
-    """The tokenizer and a randomly initialised Llama of about 0.8 M parameters."""
+    """Write the tokenizer and a randomly initialised Llama of about 0.8 M parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,9 +58,9 @@ def write_base_model(directory: Path, seed: int, vocab_size: int) -> None:
 
 @lru_cache(maxsize=4)
 def sentencepiece_model(vocab_size: int) -> bytes:
-    """A byte-fallback BPE model of the training prompts and the answers.
+    """Train a byte-fallback BPE model on the training prompts and the answers.
 
-    Nothing is normalised, so that decoding an encoded text gives the text back.
+    Nothing is normalised, so decoding an encoded text restores it.
     """
     import sentencepiece
 

@@ -1,4 +1,4 @@
-"""Writes the bundled world as ordinary data files; `__main__.py` says what is in each."""
+"""Writes the bundled world as ordinary data files, which `__main__.py` describes."""
 
 import json
 from dataclasses import dataclass
@@ -20,25 +20,25 @@ from training.world.topics import OPENERS, TOPICS, Topic
 
 @dataclass(frozen=True)
 class WorldSizes:
-    """How much of the world is written."""
+    """How much data to write."""
 
     texts_per_prompt: int = 40
     comparisons_per_prompt: int = 64
     eval_texts_per_prompt: int = 8
     eval_comparisons_per_prompt: int = 64
     eval_openers: int = 2
-    """The first so many openers are used with the held-out phrasings."""
+    """Number of openers, from the first, that are used with the held-out phrasings."""
     vocab_size: int = VOCABULARY_SIZE
 
     def __post_init__(self) -> None:
         if not 1 <= self.eval_openers <= len(OPENERS):
             raise ValueError(f"eval_openers: between 1 and {len(OPENERS)}")
         if min(vars(self).values()) < 1:
-            raise ValueError("every size is at least 1")
+            raise ValueError("every size must be at least 1")
 
 
 def write_world(output_dir: str | Path, seed: int, sizes: WorldSizes | None = None) -> None:
-    """Write the files and the base model; the same seed and sizes give the same bytes."""
+    """Write the data files and the base model; equal seed and sizes give equal bytes."""
     sizes = sizes or WorldSizes()
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)

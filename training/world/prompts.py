@@ -1,15 +1,15 @@
-"""The prompts of the bundled world: phrasings that are trained on, and held-out ones."""
+"""The prompts of the bundled world, in training phrasings and in held-out ones."""
 
 from training.world.topics import OPENERS, PHRASINGS, TOPICS
 
 HELD_OUT_PHRASINGS = 4
-"""Phrasings of each topic that no training file contains."""
+"""Number of phrasings of each topic that no training file contains."""
 
 
 def held_out(topic_index: int) -> tuple[int, ...]:
-    """Indices into PHRASINGS that are this topic's held-out ones.
+    """The indices in PHRASINGS of this topic's held-out phrasings.
 
-    They rotate from topic to topic, so that each phrasing is trained on with other topics.
+    They rotate from topic to topic, so that every phrasing is trained on with other topics.
     """
     stride = len(PHRASINGS) // HELD_OUT_PHRASINGS
     return tuple(
@@ -18,7 +18,7 @@ def held_out(topic_index: int) -> tuple[int, ...]:
 
 
 def prompts(topic_index: int, evaluation: bool, openers: int = len(OPENERS)) -> list[str]:
-    """A topic's training prompts, or those with its held-out phrasings."""
+    """A topic's training prompts or, if `evaluation`, those with its held-out phrasings."""
     topic = TOPICS[topic_index]
     with_article = f"{topic.article} {topic.noun}"
     return [

@@ -1,9 +1,9 @@
-"""What the bundled world talks about, read from topics.json.
+"""The topics of the bundled world, read from topics.json.
 
 Shares are percentages. The writers, whose texts stage 1 learns from, differ strongly from the
-population: that difference is the bias that a KL-regularized policy inherits. Answers of one topic
-that voice the same opinion in other words (tea, tea with milk) carry the same `opinion`; the drink
-topic is 51 to 49 between coffee and tea.
+population; this difference is the bias that a KL-regularized policy inherits. Answers that express
+the same opinion in different words (tea, tea with milk) share their `opinion`. The population is
+split 51 to 49 between coffee and tea.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """One of a topic's answers and how likely each group is to give it, in percent."""
+    """An answer, and the percentage of each group that gives it."""
 
     text: str
     population: float
@@ -24,7 +24,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Topic:
-    """A question's subject: `noun` completes "Which ...", `article` + noun "Please suggest ..."."""
+    """The subject of questions: `noun` fits "Which ...", `article` + noun "Please suggest ..."."""
 
     name: str
     article: str

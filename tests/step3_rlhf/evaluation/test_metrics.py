@@ -13,7 +13,6 @@ from step3_rlhf.evaluation.metrics import (
     text_perplexity_ci95,
     total_variation,
 )
-from training.statistics import estimate
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -95,12 +94,3 @@ def test_total_variation_and_kl_by_hand() -> None:
     assert kl_divergence(p, p).item() == 0.0
     both = total_variation(torch.stack([p, q]), torch.stack([q, q]))
     assert both.tolist() == pytest.approx([0.5, 0.0])
-
-
-def test_estimates() -> None:
-    found = estimate(tensor(1.0, 2.0, 3.0, 6.0))
-    deviation = math.sqrt((4 + 1 + 0 + 9) / 3)
-    assert (found.mean, found.count) == (3.0, 4)
-    assert found.ci95 == pytest.approx(1.96 * deviation / 2)
-    alone = estimate(torch.tensor([5]))
-    assert (alone.mean, alone.ci95, alone.count) == (5.0, math.inf, 1)
