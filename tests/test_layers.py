@@ -13,17 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("training", "step1_sft", "step2_reward", "step3_rlhf")
 
 LAYERS = """
-step1_sft step2_reward step2_reward.losses step3_rlhf step3_rlhf.evaluation
-step3_rlhf.evaluation.metrics step3_rlhf.paper step3_rlhf.paper.grid
-step3_rlhf.paper.grid.paper_models step3_rlhf.paper.html step3_rlhf.paper.quickstart
-step3_rlhf.rewards training training.data.batches training.data.tally training.errors
-training.models training.models.logprobs training.runtime training.runtime.disk
+step1_sft step2_reward step2_reward.losses step3_rlhf step3_rlhf.evaluation step3_rlhf.paper
+step3_rlhf.paper.grid step3_rlhf.paper.grid.paper_models step3_rlhf.paper.html
+step3_rlhf.paper.quickstart step3_rlhf.rewards training training.data.batches training.data.tally
+training.errors training.models training.models.logprobs training.runtime training.runtime.disk
 training.runtime.extensions training.runtime.random_states training.statistics training.world
 training.world.topics
 
-step2_reward.calibration step3_rlhf.ppo step3_rlhf.response_sets training.config
-training.deepspeed_section training.memory training.models.packing training.models.pretrained
-training.plugins training.runtime.ranks training.world.population training.world.prompts
+step2_reward.calibration step3_rlhf.evaluation.metrics step3_rlhf.ppo step3_rlhf.response_sets
+training.config training.deepspeed_section training.memory training.models.packing
+training.models.pretrained training.plugins training.runtime.ranks training.world.population
+training.world.prompts
 
 step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.base training.data.settings
 training.models.checks training.models.hidden_states training.runtime.faults
@@ -47,7 +47,9 @@ step3_rlhf.paper.analytic_figures step3_rlhf.regularizers training.fitting train
 
 step3_rlhf.paper.quickstart.pictures training.dry_run
 
-step3_rlhf.paper.quickstart.page training.cli
+step3_rlhf.paper.quickstart.page training.dry_run_text
+
+training.cli
 
 step1_sft.config step2_reward.config step3_rlhf.config step3_rlhf.paper.quickstart.__main__
 
