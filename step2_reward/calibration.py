@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from training.plotting import reliability_diagram
 from training.statistics import mean_ci95
 
 
@@ -102,33 +103,5 @@ def calibration_figures(margins: Tensor, prompts: Tensor, bins: int) -> dict[str
 
 
 def draw_reliability(report: dict[str, Any], path: Path) -> None:
-    """The reliability diagram: accuracy against confidence, with each bin's share of the pairs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    bins = report["reliability"]
-    figure, axes = plt.subplots(figsize=(4.5, 4.2), layout="constrained")
-    width = bins[0]["high"] - bins[0]["low"]
-    axes.bar(
-        [b["low"] for b in bins],
-        [b["pairs"] / report["pairs"] for b in bins],
-        width=width,
-        align="edge",
-        color="#d9dde3",
-        label="share of pairs",
-    )
-    axes.plot([0.5, 1], [0.5, 1], color="#888888", linestyle="--", label="perfectly calibrated")
-    axes.plot(
-        [b["confidence"] for b in bins],
-        [b["accuracy"] for b in bins],
-        marker="o",
-        color="#1f5fa8",
-        label=f"reward model (ECE {report['ece']:.3f})",
-    )
-    axes.set(xlabel="predicted probability", ylabel="how often it was chosen")
-    axes.set(xlim=(0.5, 1), ylim=(0, 1))
-    axes.legend(loc="upper left", fontsize="small", frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    """Draw the reliability diagram into a PNG file."""
+    reliability_diagram(report["reliability"], report["ece"]).savefig(path, dpi=150)
