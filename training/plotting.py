@@ -6,8 +6,11 @@ without pyplot: no display, no global state.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict
+
+from training.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,6 +57,23 @@ class ReliabilityBin(TypedDict):
     """Fraction of pairs in which that response was chosen."""
 
 
+def require_matplotlib() -> None:
+    """Check that figures can be drawn.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("The figures need matplotlib: pip install -e '.[plots]'")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure of so many inches, whose panels share the space without overlaps."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
 def style_axes(axes: Axes, grid: Literal["x", "y", "both"] = "both") -> None:
     """Give `axes` the house style: a faint grid behind the data, no lines at the top and right.
 
@@ -74,10 +94,8 @@ def reliability_diagram(bins: Sequence[ReliabilityBin], ece: float) -> Figure:
         bins: the non-empty bins in rising order.
         ece: the expected calibration error, for the legend.
     """
-    from matplotlib.figure import Figure
-
     pairs = sum(b["pairs"] for b in bins)
-    figure = Figure(figsize=(5.0, 4.0), layout="constrained", facecolor="white")
+    figure = new_figure(5.0, 4.0)
     axes = figure.subplots()
     axes.bar(
         [b["low"] for b in bins],

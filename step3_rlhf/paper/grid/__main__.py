@@ -3,180 +3,58 @@
     bash scripts/sweep.sh STAGE3_CONFIG [--output DIR] [key.path=value ...]
     bash scripts/sweep.sh --report DIR [DIR ...]
 
-Every cell is a run of scripts/step3_rlhf.sh. What is finished is skipped and what was stopped goes
-on (cells.py, jobs.py); then come the tables (tables.py), the figures
-(figures.py) and a page with samples side by side (page.py).
+Every cell is a run of scripts/step3_rlhf.sh. Finished cells are skipped and stopped ones resumed
+(cells.py, jobs.py, run.py); then the tables, the figures and a page with samples side by side are
+written (report.py).
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
-from step3_rlhf.config import EvaluationConfig
-from step3_rlhf.paper.grid.cells import SETTINGS, Grid, State, is_finished
-from step3_rlhf.paper.grid.jobs import Job, Request, plan, stage_settings
-from step3_rlhf.paper.grid.paper_models import model_name
+from step3_rlhf.paper.grid.cells import Grid, State
+from step3_rlhf.paper.grid.jobs import Sweep, jobs_of, stage_settings
+from step3_rlhf.paper.grid.launcher import Launcher
+from step3_rlhf.paper.grid.paper_models import DEFAULT, PAPER_MODELS, model_name
+from step3_rlhf.paper.grid.run import run
 from training.cli import errors_end_cleanly
 from training.errors import RunError, UserError
-from training.runtime.signals import STOPPING
-
-ROOT = Path(__file__).resolve().parents[3]
-
+from training.plotting import require_matplotlib
 
 ALPHAS, BETAS = (0.1, 0.3, 0.5), (0.1, 0.5, 1.0)
 """The paper's."""
 
 
-class Launcher:
-    """Runs a command; a signal goes to the command, which may save a checkpoint, then ends all."""
-
-    def __init__(self) -> None:
-        self._stopped_by = 0
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> "Launcher":
-        numbers = [*STOPPING, signal.SIGHUP]
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
-            numbers.remove(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._stop) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __call__(self, command: list[str]) -> int:
-        """The exit code. In a session of its own, Ctrl-C reaches the command through `_stop` only.
-
-        Raises:
-            SystemExit: the sweep was told to stop.
-        """
-        code = 0
-        if not self._stopped_by:
-            self._process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-            if self._stopped_by:  # the signal came while the command was being started
-                self._process.send_signal(self._stopped_by)
-            code = self._process.wait()
-        if self._stopped_by:
-            print("\nThe sweep was stopped; the same command goes on with it", file=sys.stderr)
-            sys.exit(128 + self._stopped_by)
-        return code
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._stopped_by = number
-        # SLURM gives this signal to every process of a step; a second one would end the command
-        # before its checkpoint is written.
-        told = number == signal.SIGUSR1 and "SLURM_STEP_ID" in os.environ
-        if self._process is not None and not told:
-            self._process.send_signal(number)
-
-
-def run(jobs: list[Job], launch: Callable[[list[str]], int]) -> dict[str, str]:
-    """Finish the cells one after the other; one that fails does not keep the others from it.
-
-    Returns:
-        What went wrong, by the cell's name.
-    """
-    failed: dict[str, str] = {}
-    seconds: list[float] = []
-    remaining = sum(job.state is not State.FINISHED for job in jobs)
-    for number, job in enumerate(jobs, start=1):
-        heading = f"cell {number} of {len(jobs)}: {job.cell.name}: {job.state.value}"
-        print(f"=== {heading} ===", flush=True)
-        if job.state is State.FINISHED:
-            continue
-        started = time.monotonic()
-        if isinstance(job.settings, EvaluationConfig):  # does not keep its settings itself
-            job.directory.mkdir(parents=True, exist_ok=True)
-            (job.directory / SETTINGS).write_text(job.settings.model_dump_json(indent=2) + "\n")
-        code = launch(job.command)
-        seconds.append(time.monotonic() - started)
-        remaining -= 1
-        outcome = "done"
-        if code or not is_finished(job.directory):
-            outcome = f"exit code {code}" if code else "ended without its results"
-            failed[job.cell.name] = outcome
-        left = duration(remaining * sum(seconds) / len(seconds))
-        print(
-            f"=== {job.cell.name}: {outcome}, {duration(seconds[-1])}; "
-            f"{remaining} more to run, about {left} ===\n",
-            flush=True,
-        )
-    return failed
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def sweep(request: Request) -> None:
+def run_sweep(sweep: Sweep) -> None:
     """Run what is not finished, then report on everything.
 
     Raises:
         RunError: with every cell that failed; the others are in the report.
     """
-    jobs = plan(request)
-    request.grid.write(request.directory)
+    jobs = jobs_of(sweep)
+    sweep.grid.write(sweep.directory)
     with Launcher() as launch:
         failed = run(jobs, launch)
     if len(failed) < len(jobs):
-        print(report([request.directory]))
+        from step3_rlhf.paper.grid.report import report
+
+        print(report([sweep.directory]))
     if failed:
         lines = [f"  - {name}: {outcome}" for name, outcome in failed.items()]
         heading = f"{len(failed)} of {len(jobs)} cells failed; the same command runs them again:"
         raise RunError("\n".join([heading, *lines]))
 
 
-def describe(request: Request) -> str:
+def describe(sweep: Sweep) -> str:
     """What `sweep` would do, for --dry-run."""
     lines = []
-    for job in plan(request):
+    for job in jobs_of(sweep):
         lines.append(f"{job.cell.name}: {job.state.value}")
         if job.state is not State.FINISHED:
             lines.append(f"    {shlex.join(job.command)}")
     return "\n".join(lines)
-
-
-def report(
-    directories: list[Path], names: Sequence[str] | None = None, joint: Path | None = None
-) -> str:
-    """Write tables, figures and page from what is finished; returns what the terminal shows.
-
-    Args:
-        directories: sweeps, each of which gets its own; several have a Figure 1 together too.
-        names: the models', where they are not to be the sweeps' own.
-        joint: where that Figure 1 goes; the first of the directories.
-    """
-    from step3_rlhf.paper.grid import figures, page, tables
-    from step3_rlhf.paper.grid.results import read_results
-
-    given: Sequence[str | None] = names or [None] * len(directories)
-    sweeps = [read_results(*pair) for pair in zip(directories, given, strict=True)]
-    lines = []
-    for directory, results in zip(directories, sweeps, strict=True):
-        files = tables.write_tables(results, directory)
-        drawn, left_out = figures.draw_figures(results, directory)
-        written = page.write_page(results, drawn, directory)
-        lines += [tables.markdown(results), *map(str, [*files, *drawn, written])]
-        lines += [f"not drawn: {name}: {reason}" for name, reason in left_out.items()]
-        lines.append("")
-    if len(sweeps) > 1:
-        drawn, left_out = figures.draw_joint(sweeps, joint or directories[0])
-        lines.append("Figure 1 with a panel for each model:")
-        lines += map(str, drawn)
-        lines += [f"not drawn: {name}: {reason}" for name, reason in left_out.items()]
-    return "\n".join(lines).rstrip("\n")
 
 
 def require_one_start() -> None:
@@ -199,9 +77,10 @@ def require_one_start() -> None:
         )
 
 
-def require_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("The sweep's figures need matplotlib: pip install -e '.[plots]'")
+def write_report(options: argparse.Namespace) -> str:
+    from step3_rlhf.paper.grid.report import report  # needs matplotlib
+
+    return report(options.report, options.model_name, options.paper_model, options.output)
 
 
 def positive_numbers(text: str) -> tuple[float, ...]:
@@ -240,15 +119,25 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         "--model-name",
         action="append",
         metavar="NAME",
-        help="for captions, and the paper's numbers for OPT or Llama; once for each DIR",
+        help="of the model in captions; once for each DIR",
+    )
+    parser.add_argument(
+        "--paper-model",
+        action="append",
+        choices=list(PAPER_MODELS),
+        help="whose numbers tables and figures have in the paper; once for each DIR",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_intermixed_args(arguments)
     if (options.config is None) == (options.report is None):
         parser.error("give a stage-3 config, or --report and a sweep's directory")
     sweeps = len(options.report or [options.config])
-    if options.model_name and len(options.model_name) != sweeps:
-        parser.error(f"--model-name: {sweeps} expected, one for each sweep in their order")
+    for option, given in (
+        ("--model-name", options.model_name),
+        ("--paper-model", options.paper_model),
+    ):
+        if given and len(given) != sweeps:
+            parser.error(f"{option}: {sweeps} expected, one for each sweep in their order")
     if options.report and sweeps == 1 and options.output:
         parser.error("--output: a single sweep's report is written into its own directory")
     return options
@@ -259,19 +148,20 @@ def main(arguments: list[str] | None = None) -> None:
     with errors_end_cleanly(options.debug):
         require_matplotlib()
         if options.report is not None:
-            print(report(options.report, options.model_name, options.output))
+            print(write_report(options))
             return
         settings = stage_settings(options.config, options.overrides)
         model = settings["model_name_or_path"]
         name = options.model_name[0] if options.model_name else model_name(model)
-        grid = Grid(model, options.alphas, options.betas, options.without_pm, name)
+        paper_model = options.paper_model[0] if options.paper_model else DEFAULT
+        grid = Grid(model, options.alphas, options.betas, options.without_pm, name, paper_model)
         directory = options.output or Path(settings["output_dir"]).parent / "sweep"
-        request = Request(options.config, options.overrides, grid, directory)
+        sweep = Sweep(options.config, options.overrides, grid, directory)
         if options.dry_run:
-            print(describe(request))
+            print(describe(sweep))
         else:
             require_one_start()
-            sweep(request)
+            run_sweep(sweep)
 
 
 if __name__ == "__main__":

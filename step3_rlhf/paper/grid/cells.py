@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.paper.grid.paper_models import DEFAULT, PAPER_MODELS
 from training.errors import UserError
 
 RECORD = "sweep.json"
@@ -56,7 +57,9 @@ class Grid:
     without_pm: bool = False
     """Leave out unconditional PM, a cell that only Figure 1 needs."""
     name: str = ""
-    """The model's, for captions; empty where only `model` says what it is (paper_models.py)."""
+    """The model's name in captions; empty where it is to be found from `model`."""
+    paper_model: str = DEFAULT
+    """The model of the paper whose numbers tables and figures have."""
 
     @property
     def main_beta(self) -> float:
@@ -89,6 +92,8 @@ class Grid:
         try:
             data = json.loads((directory / RECORD).read_text())
             grid = cls(**data)
+            if grid.paper_model not in PAPER_MODELS:
+                raise ValueError(f"paper_model: {grid.paper_model!r} is not a model of the paper")
             return replace(grid, alphas=tuple(grid.alphas), betas=tuple(grid.betas))
         except OSError:
             raise UserError(f"{directory} holds no {RECORD}, so it is no sweep") from None

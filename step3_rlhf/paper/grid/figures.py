@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from step3_rlhf.paper.grid.cells import Cell
-from step3_rlhf.paper.grid.paper_models import LLAMA, OPT, Shown
+from step3_rlhf.paper.grid.paper_models import PAPER_MODELS, PaperModel
 from step3_rlhf.paper.grid.results import Results, best_alpha, cell_label, sigmoid
 
 KL_COLOUR, PM_COLOUR, REFERENCE_COLOUR, REWARD_COLOUR = "#C8501E", "#0B7A5B", "#E0A91B", "#1F6FB2"
@@ -47,22 +47,22 @@ class Kind:
     """One of the paper's figures, whatever its number."""
 
     shows: str
-    """As in `Shown.figures`."""
+    """As in `PaperModel.figures`."""
     draw: Callable[[Results], Figure]
     caption: str
     """With places for the model's name and the β of what has one only."""
 
-    def number(self, shown: Shown) -> int:
+    def number(self, shown: PaperModel) -> int:
         return shown.figures[self.shows]
 
-    def name(self, shown: Shown) -> str:
+    def name(self, shown: PaperModel) -> str:
         """Its files', without their suffix."""
         return f"figure{self.number(shown)}_{self.shows}"
 
     def caption_of(self, results: Results) -> str:
         """Which begins with its number."""
         text = self.caption.format(model=results.model, beta=f"{results.grid.main_beta:g}")
-        return f"Figure {self.number(results.shown)}: {text}"
+        return f"Figure {self.number(results.paper_model)}: {text}"
 
 
 def draw_figures(results: Results, directory: Path) -> tuple[list[Path], dict[str, str]]:
@@ -71,13 +71,13 @@ def draw_figures(results: Results, directory: Path) -> tuple[list[Path], dict[st
     Returns:
         The files, and why the others were left out.
     """
-    for shown in (LLAMA, OPT):
+    for shown in PAPER_MODELS.values():
         for kind in FIGURES:
             remove(directory / kind.name(shown))
     drawn: list[Path] = []
     left_out: dict[str, str] = {}
     for kind in FIGURES:
-        name = kind.name(results.shown)
+        name = kind.name(results.paper_model)
         try:
             drawn += save(kind.draw(results), directory / name)
         except MissingCellsError as error:

@@ -1,4 +1,4 @@
-"""What is to be done for each cell of a sweep; every config is checked before the first runs."""
+"""The job of each cell of a sweep. Every config is checked before the first job runs."""
 
 import json
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ OWN_SETTINGS = (
     "output_dir overwrite_output_dir resume_from_checkpoint regularizer.name regularizer.alpha "
     "regularizer.log_alpha regularizer.alpha_per_token regularizer.beta"
 ).split()
-"""What the sweep sets itself, cell by cell."""
+"""Settings that the sweep gives to each cell itself."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell and the command that finishes it, to be run in the repository's root."""
+    """A cell and the command that finishes it, which runs in the repository's root."""
 
     cell: Cell
     directory: Path
@@ -37,8 +37,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user asked for."""
+class Sweep:
+    """A sweep as the user asked for it."""
 
     config: str
     overrides: list[str]
@@ -51,7 +51,7 @@ class Request:
 
 
 def stage_settings(config: str, overrides: list[str]) -> dict[str, Any]:
-    """The config with the overrides, plain data: not checked, but for what the sweep relies on.
+    """The config with the overrides as plain data, checked only for what the sweep relies on.
 
     Raises:
         UserError: for an override that cannot be applied, or that the sweep sets itself.
@@ -70,23 +70,23 @@ def stage_settings(config: str, overrides: list[str]) -> dict[str, Any]:
     return data
 
 
-def plan(request: Request) -> list[Job]:
-    """Every cell's job, in the order in which they run; nothing is started or written.
+def jobs_of(sweep: Sweep) -> list[Job]:
+    """The job of every cell, in the order in which they run; nothing is started or written.
 
     Raises:
         UserError: for a faulty setting, or cells that were made with other settings.
     """
-    grid = request.grid
-    trained = {cell: training_job(cell, request) for cell in grid.cells() if cell != grid.reference}
+    grid = sweep.grid
+    trained = {cell: training_job(cell, sweep) for cell in grid.cells() if cell != grid.reference}
     one = next(iter(trained.values()))  # they differ in their regularizers only
-    jobs = [trained.get(cell) or reference_job(one, request) for cell in grid.cells()]
-    refuse_changed_settings(jobs, request.directory)
+    jobs = [trained.get(cell) or reference_job(one, sweep) for cell in grid.cells()]
+    refuse_changed_settings(jobs, sweep.directory)
     return jobs
 
 
-def training_job(cell: Cell, request: Request) -> Job:
-    """A run of stage 3, which starts anew unless it is finished or has a checkpoint."""
-    data, directory = request.settings(), request.directory / cell.name
+def training_job(cell: Cell, sweep: Sweep) -> Job:
+    """A run of stage 3. It starts from scratch unless it is finished or has a checkpoint."""
+    data, directory = sweep.settings(), sweep.directory / cell.name
     state = state_of(directory)
     own: dict[str, Any] = {
         "output_dir": str(directory),
@@ -97,20 +97,20 @@ def training_job(cell: Cell, request: Request) -> Job:
     elif directory.is_dir():
         own["overwrite_output_dir"] = True
     settings = check_config(
-        PPOConfig, data | own, f"{request.config} cannot be used for {cell.name}:"
+        PPOConfig, data | own, f"{sweep.config} cannot be used for {cell.name}:"
     )
-    arguments = [request.config, *request.overrides, *as_overrides(own)]
+    arguments = [sweep.config, *sweep.overrides, *as_overrides(own)]
     command = ["bash", "scripts/step3_rlhf.sh", *arguments]
     if state is State.TRAINED:
         command = ["bash", "scripts/evaluate.sh", str(directory)]
     return Job(cell, directory, state, settings, command)
 
 
-def reference_job(trained: Job, request: Request) -> Job:
+def reference_job(trained: Job, sweep: Sweep) -> Job:
     """An evaluation like that of the trained cells, with the reference in the policy's place."""
-    config, cell = trained.settings, request.grid.reference
+    config, cell = trained.settings, sweep.grid.reference
     assert isinstance(config, PPOConfig)
-    directory = request.directory / cell.name
+    directory = sweep.directory / cell.name
     settings = EvaluationConfig.of(config).model_dump(mode="json") | {
         "model_name_or_path": config.reference_model_name_or_path or config.model_name_or_path,
         "reference_model_name_or_path": None,
@@ -118,7 +118,7 @@ def reference_job(trained: Job, request: Request) -> Job:
         "output_dir": str(directory),
     }
     checked = check_config(
-        EvaluationConfig, settings, f"{request.config} cannot be used for {cell.name}:"
+        EvaluationConfig, settings, f"{sweep.config} cannot be used for {cell.name}:"
     )
     arguments = as_overrides(checked.model_dump(mode="json", exclude_defaults=True))
     command = ["bash", "scripts/evaluate.sh", str(directory), *arguments]

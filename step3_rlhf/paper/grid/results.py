@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from step3_rlhf.evaluation.metrics import pm_divergence
 from step3_rlhf.paper.grid.cells import Cell, Grid, is_finished
-from step3_rlhf.paper.grid.paper_models import Shown, model_name, shown_as
+from step3_rlhf.paper.grid.paper_models import PAPER_MODELS, PaperModel, model_name
 from training.errors import UserError
 from training.statistics import Estimate
 
@@ -59,12 +60,18 @@ class Measured:
         Section 6.1 has one pair; a mean over several would hide how far apart they are.
         """
         pairs = [entry["responses"][:2] for entry in self.instances()]
-        columns = [
-            torch.tensor([pair[place][name] for pair in pairs], dtype=torch.float64)
-            for name in ("logp", "reward")
-            for place in (0, 1)
-        ]
-        return pm_divergence(*columns, self.report["preference_temperature"]).tolist()
+
+        def column(name: str, place: int) -> Tensor:
+            return torch.tensor([pair[place][name] for pair in pairs], dtype=torch.float64)
+
+        divergence = pm_divergence(
+            column("logp", 0),
+            column("logp", 1),
+            column("reward", 0),
+            column("reward", 1),
+            self.report["preference_temperature"],
+        )
+        return list(divergence.tolist())
 
     def pairs(self) -> list[Pair]:
         """The first two responses of every prompt, where they are not the same text."""
@@ -97,9 +104,9 @@ class Results:
         return self.grid.name or model_name(self.grid.model)
 
     @property
-    def shown(self) -> Shown:
-        """The paper's numbers for such a model."""
-        return shown_as(self.model)
+    def paper_model(self) -> PaperModel:
+        """The paper's numbers for tables and figures."""
+        return PAPER_MODELS[self.grid.paper_model]
 
     @property
     def missing(self) -> list[str]:
@@ -110,11 +117,14 @@ class Results:
         return next(iter(self.measured.values()))
 
 
-def read_results(directory: Path, name: str | None = None) -> Results:
+def read_results(
+    directory: Path, name: str | None = None, paper_model: str | None = None
+) -> Results:
     """Every finished cell of the sweep in `directory`.
 
     Args:
-        name: the model's, where it is not to be the sweep's own.
+        name: the model's, in place of the sweep's own.
+        paper_model: whose numbers tables and figures have, in place of the sweep's own.
 
     Raises:
         UserError: it is no sweep, or none of its cells is finished.
@@ -122,6 +132,8 @@ def read_results(directory: Path, name: str | None = None) -> Results:
     grid = Grid.read(directory)
     if name:
         grid = replace(grid, name=name)
+    if paper_model:
+        grid = replace(grid, paper_model=paper_model)
     finished = [cell for cell in grid.cells() if is_finished(directory / cell.name)]
     if not finished:
         raise UserError(f"{directory}: no cell of this sweep is finished")

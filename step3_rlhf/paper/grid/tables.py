@@ -85,7 +85,7 @@ def write_tables(results: Results, directory: Path) -> list[Path]:
 
 def paper_table(results: Results) -> Table:
     """Table 2 or 3. Its Entropy and KL are means per token."""
-    columns = _columns(results.shown.divergence_decimals, 0, 2, 2, 2)
+    columns = _columns(results.paper_model.divergence_decimals, 0, 2, 2, 2)
     return Table(CAPTION.format(model=results.model), columns)
 
 
@@ -118,7 +118,7 @@ def _columns(*decimals: int) -> tuple[Column, ...]:
 
 def number(results: Results) -> str:
     """The paper's."""
-    return f"Table {results.shown.table}"
+    return f"Table {results.paper_model.table}"
 
 
 def markdown(results: Results) -> str:

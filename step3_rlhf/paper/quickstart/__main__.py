@@ -1,42 +1,49 @@
-"""The quickstart's report: what its runs measured, as a file, a page, a picture and a table.
+"""Writes the quickstart's report: what its runs measured, as a page, a picture and a JSON file.
 
     python -m step3_rlhf.paper.quickstart runs/quickstart
 
-reads the finished runs below that folder (world, reward, sft, kl, pm, conditional_pm and any other
+reads the finished runs in that folder (world, reward, sft, kl, pm, conditional_pm and any other
 stage-3 run) and writes report.json, report.html (self-contained) and shares.png into it.
 """
 
 import argparse
-import importlib.util
 import json
 import time
 from pathlib import Path
 
-from step3_rlhf.paper.quickstart.findings import METRICS, Run, number, read_findings, report_of
+from step3_rlhf.paper import analytic_figures
+from step3_rlhf.paper.pages import svg_uri
+from step3_rlhf.paper.quickstart.findings import Run, read_findings
+from step3_rlhf.paper.quickstart.machine import this_machine
+from step3_rlhf.paper.quickstart.metrics import METRICS, number
+from step3_rlhf.paper.quickstart.page import Pictures, page
+from step3_rlhf.paper.quickstart.report_json import all_seconds, report_json
+from step3_rlhf.paper.quickstart.shares import draw_shares, topic_shares
 from training.cli import errors_end_cleanly
-from training.errors import UserError
+from training.plotting import reliability_diagram, require_matplotlib
 
 
 def write_report(directory: Path) -> str:
     """Write the report's files; returns what the terminal is to show."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("The report's figures need matplotlib: pip install -e '.[plots]'")
-    from step3_rlhf.paper.quickstart import pictures as drawn
-    from step3_rlhf.paper.quickstart.page import page
-
+    require_matplotlib()
     started = time.perf_counter()
     findings = read_findings(directory)
-    sets = {name: run.sets for name, run in findings.runs.items()}
-    shares = drawn.draw_shares(drawn.topic_shares(sets))
+    reward_model = findings.reward_model
+    shares = draw_shares(topic_shares({name: run.sets for name, run in findings.runs.items()}))
     shares.savefig(directory / "shares.png", dpi=150)
-    pictures = {
-        "shares": drawn.embedded(shares),
-        "reliability": drawn.embedded(drawn.draw_reliability(findings.reward)),
-        **drawn.paper_figures(),
-    }
-    report = report_of(findings, time.perf_counter() - started)
+    pictures = Pictures(
+        shares=svg_uri(shares),
+        reliability=svg_uri(reliability_diagram(reward_model.reliability, reward_model.ece)),
+        figure2=svg_uri(analytic_figures.figure2()),
+        figure2_f_divergences=svg_uri(analytic_figures.figure2_f_divergences()),
+        figure9=svg_uri(analytic_figures.figure9()),
+    )
+    machine = this_machine()
+    seconds = all_seconds(findings.seconds, time.perf_counter() - started)
+    report = report_json(findings, seconds, machine)
     (directory / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    (directory / "report.html").write_text(page(findings, report, pictures), encoding="utf-8")
+    html = page(findings, pictures, seconds, machine)
+    (directory / "report.html").write_text(html, encoding="utf-8")
     return f"{metrics_table(findings.runs)}\n\nreport: {directory / 'report.html'}"
 
 

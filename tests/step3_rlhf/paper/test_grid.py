@@ -1,4 +1,4 @@
-"""The sweep's plan: its cells and commands, what is finished, what goes on, what is refused."""
+"""A sweep's jobs: cells and commands, what is finished, what resumes, what is refused."""
 
 import json
 import shlex
@@ -23,7 +23,9 @@ from step3_rlhf.paper.grid.cells import (
     regularizer_of,
     state_of,
 )
-from step3_rlhf.paper.grid.jobs import Job, Request, plan
+from step3_rlhf.paper.grid.jobs import Job, Sweep, jobs_of
+from step3_rlhf.paper.grid.launcher import Launcher
+from step3_rlhf.paper.grid.run import duration, run
 from training.config import apply_overrides, check_config, load_config
 from training.errors import RunError, UserError
 from training.runtime.checkpoint import STATE
@@ -44,12 +46,12 @@ NAMES = [
 @pytest.fixture
 def request_of(
     stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path
-) -> Callable[..., Request]:
+) -> Callable[..., Sweep]:
     config = tmp_path / "stage3.json"
     config.write_text(json.dumps(stage_settings("ppo")))
 
-    def request(*overrides: str, grid: Grid = GRID) -> Request:
-        return Request(str(config), list(overrides), grid, tmp_path / "sweep")
+    def request(*overrides: str, grid: Grid = GRID) -> Sweep:
+        return Sweep(str(config), list(overrides), grid, tmp_path / "sweep")
 
     return request
 
@@ -154,7 +156,7 @@ def test_only_a_complete_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
     assert state_of(tmp_path) is State.FINISHED
 
 
-# The plan
+# The jobs
 
 
 def config_of(job: Job) -> PPOConfig:
@@ -164,9 +166,9 @@ def config_of(job: Job) -> PPOConfig:
     return load_config(PPOConfig, path, overrides)
 
 
-def test_every_command_is_one_that_the_stage_accepts(request_of: Callable[..., Request]) -> None:
+def test_every_command_is_one_that_the_stage_accepts(request_of: Callable[..., Sweep]) -> None:
     request = request_of("seed=7", "data.max_eval_samples=6")
-    reference, *trained = plan(request)
+    reference, *trained = jobs_of(request)
     for job in trained:
         config = config_of(job)
         assert config == job.settings
@@ -193,9 +195,9 @@ def test_every_command_is_one_that_the_stage_accepts(request_of: Callable[..., R
 
 
 def test_finished_cells_are_skipped_and_stopped_ones_go_on(
-    request_of: Callable[..., Request],
+    request_of: Callable[..., Sweep],
 ) -> None:
-    jobs = plan(request_of("save_steps=2"))
+    jobs = jobs_of(request_of("save_steps=2"))
     finish(jobs[0].directory, jobs[0].settings)
     finish(jobs[1].directory, jobs[1].settings)
     stop(jobs[2].directory, jobs[2].settings)
@@ -204,7 +206,7 @@ def test_finished_cells_are_skipped_and_stopped_ones_go_on(
     for name in ("actor", "critic"):
         (jobs[4].directory / name).mkdir(parents=True)
     (jobs[4].directory / "config.json").write_text(jobs[4].settings.model_dump_json())
-    again = plan(request_of("save_steps=1"))  # which does not change what a run computes
+    again = jobs_of(request_of("save_steps=1"))  # which does not change what a run computes
     states = [State.FINISHED, State.FINISHED, State.STOPPED, State.NEW, State.TRAINED]
     assert [job.state for job in again] == [*states, *[State.NEW] * 3]
     assert config_of(again[2]).resume_from_checkpoint == "latest"
@@ -213,14 +215,14 @@ def test_finished_cells_are_skipped_and_stopped_ones_go_on(
     assert not config_of(again[5]).overwrite_output_dir
 
 
-def test_cells_of_other_settings_are_refused(request_of: Callable[..., Request]) -> None:
-    jobs = plan(request_of())
+def test_cells_of_other_settings_are_refused(request_of: Callable[..., Sweep]) -> None:
+    jobs = jobs_of(request_of())
     for job in jobs[:2]:
         finish(job.directory, job.settings)
     stop(jobs[2].directory, jobs[2].settings)
-    plan(request_of())
+    jobs_of(request_of())
     with pytest.raises(UserError) as caught:
-        plan(request_of("seed=7", "total_episodes=16"))
+        jobs_of(request_of("seed=7", "total_episodes=16"))
     message = str(caught.value)
     assert "reference: made with another seed\n" in message
     assert "beta-0.5/conditional_pm-0.1: made with another seed, total_episodes\n" in message
@@ -229,28 +231,28 @@ def test_cells_of_other_settings_are_refused(request_of: Callable[..., Request])
     assert "choose another --output" in message
 
 
-def test_mistakes_are_found_before_the_first_cell(request_of: Callable[..., Request]) -> None:
+def test_mistakes_are_found_before_the_first_cell(request_of: Callable[..., Sweep]) -> None:
     with pytest.raises(UserError) as caught:
-        plan(request_of("output_dir=x", "regularizer.alpha=0.1", "nonsense"))
+        jobs_of(request_of("output_dir=x", "regularizer.alpha=0.1", "nonsense"))
     message = str(caught.value)
     assert "output_dir: the sweep sets it; see --output" in message
     assert "regularizer.alpha: the sweep sets it" in message
     assert "'nonsense': write it as key.path=value" in message
     with pytest.raises(UserError, match="total_episode: unknown key; did you mean 'total_epi"):
-        plan(request_of("total_episode=4"))
+        jobs_of(request_of("total_episode=4"))
     with pytest.raises(UserError, match="regularizer: an object was expected"):
-        plan(request_of("regularizer=kl"))
+        jobs_of(request_of("regularizer=kl"))
 
 
 # Running
 
 
 def test_a_failed_cell_is_named_and_the_others_are_run(
-    request_of: Callable[..., Request], capsys: pytest.CaptureFixture[str]
+    request_of: Callable[..., Sweep], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = plan(request_of())[1]
+    first = jobs_of(request_of())[1]
     finish(first.directory, first.settings)
-    jobs = plan(request_of())
+    jobs = jobs_of(request_of())
     commands: list[list[str]] = []
 
     def launch(command: list[str]) -> int:
@@ -262,7 +264,7 @@ def test_a_failed_cell_is_named_and_the_others_are_run(
             finish(job.directory)
         return 0
 
-    failed = sweep.run(jobs, launch)
+    failed = run(jobs, launch)
     assert failed == {"beta-0.5/kl": "exit code 3", "beta-1.0/pm": "ended without its results"}
     assert commands == [job.command for job in jobs if job is not jobs[1]]
     printed = capsys.readouterr().out
@@ -272,17 +274,17 @@ def test_a_failed_cell_is_named_and_the_others_are_run(
 
 
 def test_the_sweep_fails_with_its_cells_names(
-    request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+    request_of: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep.Launcher, "__call__", lambda self, command: 3)
+    monkeypatch.setattr(Launcher, "__call__", lambda self, command: 3)
     with pytest.raises(RunError) as caught:
-        sweep.sweep(request_of())
+        sweep.run_sweep(request_of())
     assert "8 of 8 cells failed" in str(caught.value)
     assert "  - beta-1.0/pm: exit code 3" in str(caught.value)
 
 
 def test_the_launcher_returns_the_exit_code() -> None:
-    with sweep.Launcher() as launch:
+    with Launcher() as launch:
         assert launch([sys.executable, "-c", "raise SystemExit(7)"]) == 7
 
 
@@ -302,7 +304,7 @@ def test_a_signal_reaches_the_command_and_ends_the_sweep(
         "time.sleep(60)\n"
     )
     outside = signal.signal(number, signal.SIG_DFL)  # the tests may be run by nohup
-    with sweep.Launcher() as launch, pytest.raises(SystemExit) as caught:
+    with Launcher() as launch, pytest.raises(SystemExit) as caught:
         launch([sys.executable, "-c", program])
     assert caught.value.code == 128 + number
     assert saved.is_file()
@@ -327,7 +329,7 @@ def test_slurms_signal_reaches_the_command_once(
         monkeypatch.delenv("SLURM_STEP_ID", raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        with sweep.Launcher() as launch, pytest.raises(SystemExit) as caught:
+        with Launcher() as launch, pytest.raises(SystemExit) as caught:
             launch([sys.executable, "-c", program])
         assert caught.value.code == 128 + signal.SIGUSR1
         assert (tmp_path / "received").read_text() == expected
@@ -337,7 +339,7 @@ def test_slurms_signal_reaches_the_command_once(
     ("seconds", "expected"), [(0.4, "0 s"), (119, "119 s"), (600, "10 min"), (9000, "2.5 h")]
 )
 def test_durations(seconds: float, expected: str) -> None:
-    assert sweep.duration(seconds) == expected
+    assert duration(seconds) == expected
 
 
 # The command line
@@ -374,7 +376,7 @@ def test_wrong_arguments(
 
 
 def test_dry_run_starts_and_writes_nothing(
-    request_of: Callable[..., Request], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    request_of: Callable[..., Sweep], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     request = request_of()
     sweep.main([request.config, "--dry-run", "--alphas", "0.3", "--betas", "1"])
@@ -393,10 +395,10 @@ def test_a_report_needs_a_finished_cell(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_model_is_named(
-    request_of: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request_of: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what SFT started from, which --model-name overrides, and so in sweep.json."""
-    monkeypatch.setattr(sweep.Launcher, "__call__", lambda self, command: 3)
+    monkeypatch.setattr(Launcher, "__call__", lambda self, command: 3)
     config = json.loads(Path(request_of().config).read_text())
     sft = tmp_path / "opt" / "sft"
     shutil.copytree(config["model_name_or_path"], sft / "model")
@@ -424,7 +426,8 @@ def measured(directory: Path, grid: Grid, perplexity: float) -> None:
 
 def test_a_report_on_several_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other, joint = tmp_path / "one", tmp_path / "other", tmp_path / "together"
-    measured(one, Grid("facebook/opt-1.3b", (0.3,), (1.0,)), 9.0)
+    opt = Grid("facebook/opt-1.3b", (0.3,), (1.0,), paper_model="opt-1.3b")
+    measured(one, opt, 9.0)
     measured(other, Grid("x/sft/model", (0.3,), (1.0,), name="Llama-2-7B"), 7.0)
     sweep.main(["--report", str(one), str(other)])
     printed = capsys.readouterr().out
@@ -440,13 +443,27 @@ def test_a_report_on_several_sweeps(tmp_path: Path, capsys: pytest.CaptureFixtur
     for directory, name in ((one, "facebook/opt-1.3b"), (other, "Llama-2-7B")):
         assert f"fine-tuning {name}. " in (directory / "table.md").read_text()
 
-    names = ["--model-name", "Llama", "--model-name", "OPT"]
-    sweep.main(["--report", str(one), str(other), "--output", str(joint), *names])
+    numbers = ["--paper-model", "llama-2-7b", "--paper-model", "opt-1.3b"]
+    sweep.main(["--report", str(one), str(other), "--output", str(joint), *numbers])
     assert (joint / "figure1_perplexity_models.png").is_file()
     assert (one / "figure5_pm_divergence.png").is_file()
     assert not (one / "figure7_pm_divergence.png").exists()
     assert (other / "table.md").read_text().startswith("**Table 3: ")
-    assert Grid.read(other).name == "Llama-2-7B"  # a report leaves the sweep's record alone
+    assert Grid.read(other).paper_model == "llama-2-7b"  # a report leaves sweep.json alone
+
+
+def test_the_papers_model_is_recorded_and_checked(tmp_path: Path) -> None:
+    Grid("m", (0.3,), (1.0,), paper_model="opt-1.3b").write(tmp_path)
+    assert Grid.read(tmp_path).paper_model == "opt-1.3b"
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    del record["paper_model"]  # a sweep of an earlier version
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    assert Grid.read(tmp_path).paper_model == "llama-2-7b"
+    (tmp_path / "sweep.json").write_text(json.dumps(record | {"paper_model": "gpt"}))
+    with pytest.raises(UserError, match="'gpt' is not a model of the paper"):
+        Grid.read(tmp_path)
+    with pytest.raises(SystemExit):
+        sweep.parsed(["c.json", "--paper-model", "gpt"])
 
 
 def test_a_report_on_one_sweep_has_no_joint_figure(
@@ -469,7 +486,7 @@ def test_nothing_is_written_where_one_of_several_is_no_sweep(tmp_path: Path) -> 
 
 
 def test_a_sweep_is_not_started_on_every_node(
-    request_of: Callable[..., Request],
+    request_of: Callable[..., Sweep],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -477,11 +494,11 @@ def test_a_sweep_is_not_started_on_every_node(
     """What scripts/slurm.sh would do on two nodes; on one node it may, or without NODE_RANK."""
     started: list[list[str]] = []
 
-    def launch(self: sweep.Launcher, command: list[str]) -> int:
+    def launch(self: Launcher, command: list[str]) -> int:
         started.append(command)
         return 3
 
-    monkeypatch.setattr(sweep.Launcher, "__call__", launch)
+    monkeypatch.setattr(Launcher, "__call__", launch)
     hosts = tmp_path / "hosts"
     monkeypatch.setenv("HOSTFILE", str(hosts))
     for text, node, refused in (
@@ -501,7 +518,7 @@ def test_a_sweep_is_not_started_on_every_node(
 
 
 def test_cells_that_were_run_one_by_one_are_skipped(
-    request_of: Callable[..., Request], capsys: pytest.CaptureFixture[str]
+    request_of: Callable[..., Sweep], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """--help's way for SLURM: each training command of --dry-run a job, then the sweep itself."""
     request = request_of("seed=7")

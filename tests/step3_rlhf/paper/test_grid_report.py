@@ -117,9 +117,15 @@ MEASURED = {
 def papers(tmp_path: Path) -> Callable[..., Results]:
     """A sweep that measured what the paper did."""
 
-    def results(name: str = "facebook/opt-1.3b", *missing: str, texts: bool = False) -> Results:
+    def results(
+        name: str = "facebook/opt-1.3b",
+        *missing: str,
+        paper_model: str = "opt-1.3b",
+        texts: bool = False,
+    ) -> Results:
         directory = tmp_path / "papers"
-        grid = Grid("runs/opt-1.3b/sft/model", GRID.alphas, GRID.betas, without_pm=True, name=name)
+        start = "runs/opt-1.3b/sft/model"
+        grid = Grid(start, GRID.alphas, GRID.betas, True, name, paper_model)
         grid.write(directory)
         names = "pm_divergence length perplexity entropy_per_token kl_per_token".split()
         for cell in grid.cells():
@@ -174,11 +180,11 @@ def test_markdown_is_the_papers_table_3(papers: Callable[..., Results]) -> None:
 
 
 def test_llamas_table_2_has_two_decimals(papers: Callable[..., Results], tmp_path: Path) -> None:
-    text = sweep_tables.markdown(papers("meta-llama/Llama-2-7b-hf"))
+    text = sweep_tables.markdown(papers("meta-llama/Llama-2-7b-hf", paper_model="llama-2-7b"))
     assert text.startswith("**Table 2: ")
     assert "when fine-tuning meta-llama/Llama-2-7b-hf. " in text
     assert LLAMA_ROWS in text
-    renamed = sweep_tables.markdown(read_results(tmp_path / "papers", "OPT"))
+    renamed = sweep_tables.markdown(read_results(tmp_path / "papers", None, "opt-1.3b"))
     assert renamed.startswith("**Table 3: ")
     assert LLAMA_ROWS not in renamed
 
@@ -297,11 +303,11 @@ def test_opts_figures_have_its_numbers(
     for path in stale:
         path.touch()
     results = results_without("beta-1.0/pm")
-    opt = replace(results, grid=replace(results.grid, name="OPT-1.3B"))
+    opt = replace(results, grid=replace(results.grid, paper_model="opt-1.3b"))
     names = {"figure4_output_probabilities", "figure7_pm_divergence", "figure8_pm_divergence_cdf"}
     left_out = {"figure1_perplexity": "it needs the cells beta-1.0/pm"}
     assert drawn(opt, tmp_path) == (names, left_out)
-    assert not any(path.exists() for path in stale)  # of the same sweep under another name
+    assert not any(path.exists() for path in stale)  # of the same sweep under other numbers
 
 
 def test_the_joint_figure_1_has_a_panel_for_each_model(

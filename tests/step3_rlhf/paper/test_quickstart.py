@@ -19,17 +19,14 @@ from step2_reward.config import RewardConfig
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluation.settings import run_settings
 from step3_rlhf.paper.quickstart import __main__ as report
-from step3_rlhf.paper.quickstart import page as report_page
-from step3_rlhf.paper.quickstart.findings import (
-    METRICS,
-    RUNS,
-    all_seconds,
-    number,
-    read_findings,
-    report_of,
-    verdict,
-)
-from step3_rlhf.paper.quickstart.pictures import abbreviated, in_columns, topic_shares
+from step3_rlhf.paper.quickstart.findings import RUNS, read_findings
+from step3_rlhf.paper.quickstart.machine import this_machine
+from step3_rlhf.paper.quickstart.metrics import METRICS, number
+from step3_rlhf.paper.quickstart.page import Pictures, page
+from step3_rlhf.paper.quickstart.report_json import all_seconds, report_json
+from step3_rlhf.paper.quickstart.shares import abbreviated, in_columns, topic_shares
+from step3_rlhf.paper.quickstart.table1 import verdict
+from training import plotting
 from training.config import apply_overrides, check_config, load_config
 from training.errors import UserError
 
@@ -173,14 +170,14 @@ def test_files_are_written_in_the_agreed_form(
     assert found["seconds"]["total"] == pytest.approx(65.5 + found["seconds"]["report"], abs=0.11)
     assert set(found["versions"]) >= {"python", "torch", "deepspeed", "transformers"}
 
-    page = Page(quickstart / "report.html")
-    assert len(page.fetched) == 5
-    assert all(uri.startswith("data:image/") for uri in page.fetched)
-    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    html = Page(quickstart / "report.html")
+    assert len(html.fetched) == 5
+    assert all(uri.startswith("data:image/") for uri in html.fetched)
+    assert not {"script", "link", "iframe", "object", "base"} & set(html.tags)
     text = (quickstart / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"@import|url\(|https?://", re.sub(r'src="data:[^"]*"', "", text))
 
-    metrics = next(table for table in page.tables if table[0][0] == "Run")
+    metrics = next(table for table in html.tables if table[0][0] == "Run")
     assert len(metrics) == 1 + len(RUNS) + 1
     for name, row in zip((*RUNS, "js_divergence"), metrics[1:], strict=True):
         means = {**found["runs"], **found["further_runs"]}[name]
@@ -189,12 +186,23 @@ def test_files_are_written_in_the_agreed_form(
             assert cell == ("–" if value is None else f"{number(value)}± 0.005")
 
 
+def rendered(quickstart: Path) -> str:
+    """The page without its pictures."""
+    nothing = Pictures("", "", "", "", "")
+    return page(read_findings(quickstart), nothing, {"sft": 60.0}, this_machine())
+
+
 def test_samples_stand_side_by_side_and_are_escaped(quickstart: Path) -> None:
-    table = report_page.samples(read_findings(quickstart).runs)
-    assert table.count("an answer of kl") == 4  # two topics, two responses
-    assert "&lt;script&gt; \ufffd jam &lt;/script&gt;" in table
-    assert table.count("cut at 24 tokens") == 4
-    assert "<script" not in table
+    text = rendered(quickstart)
+    assert text.count("an answer of kl") == 4  # two topics, two responses
+    assert "&lt;script&gt; \ufffd jam &lt;/script&gt;" in text
+    assert text.count("cut at 24 tokens") == 4
+    assert "<script" not in text
+
+
+def table1(quickstart: Path) -> str:
+    text = rendered(quickstart)
+    return text[text.index("The paper's Table 1") : text.index("Two sampled responses")]
 
 
 @pytest.mark.parametrize(
@@ -215,19 +223,18 @@ def test_ticks_follow_the_numbers(
     runs = read_findings(quickstart).runs
     found = verdict(runs["pm"], runs["sft"])
     assert (found.language, found.preferences) == (language, preferences)
-    row = next(r for r in report_page.table1(runs).split("<tr>") if "</i>PM<" in r)
+    row = next(r for r in table1(quickstart).split("<tr>") if "</i>PM<" in r)
     shown = re.findall(r"✓ yes|✗ no|<td>–</td>", row)
     words = {True: "✓ yes", False: "✗ no", None: "<td>–</td>"}
     assert shown[0] == words[language]
     assert shown[-1] == words[preferences]
-    stated = report_of(read_findings(quickstart), 0.0)["table1"]["rows"]["pm"]
+    stated = report_json(read_findings(quickstart), {}, this_machine())["table1"]["rows"]["pm"]
     assert (stated["natural_language"], stated["preferences_matched"]) == (language, preferences)
 
 
 def test_rows_of_table_1_are_in_the_papers_order(quickstart: Path) -> None:
     write_run(quickstart, "js_divergence")
-    table = report_page.table1(read_findings(quickstart).runs)
-    rows = re.findall(r"</i>([^<]+)<small>", table)
+    rows = re.findall(r"</i>([^<]+)<small>", table1(quickstart))
     assert rows == ["KL", "Jensen–Shannon", "PM", "Conditional PM"]
 
 
@@ -250,7 +257,7 @@ def test_everything_missing_is_named_with_its_command(
 def test_a_missing_matplotlib_names_the_extra(
     quickstart: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"\[plots\]"):
         report.write_report(quickstart)
 
