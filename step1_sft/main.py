@@ -75,9 +75,7 @@ def main(config: SFTConfig) -> None:
     task = ResponseModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
     output = prepare_output(config)
     with stop_requests.deferred():
-        final = fitting.fit(
-            config, trained, task, len(data.train), fitting.EarlyStopping(), description="SFT"
-        )
+        final = fitting.fit(config, trained, task, fitting.EarlyStopping(), description="SFT")
         export(policy.model, tokenizer, output / "model")
     say(
         f"SFT is done: evaluation loss {final['eval/loss']:.4f} nats per token, perplexity "

@@ -144,7 +144,7 @@ def main(config: RewardConfig) -> None:
             write_evaluation(task.calibration, output)
 
     with stop_requests.deferred():
-        fitting.fit(config, trained, task, len(data.train), stopping, save_best, "reward model")
+        fitting.fit(config, trained, task, stopping, save_best, "reward model")
     say(
         f"The reward model is done: {summary(stopping.best)}\n"
         f"  model:       {output / 'model'}\n"

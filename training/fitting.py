@@ -123,7 +123,6 @@ def fit(
     config: SupervisedConfig,
     trained: TrainedModule,
     task: Task[Any],
-    examples: int,
     stopping: EarlyStopping,
     on_improvement: Callable[[dict[str, float]], None] = lambda metrics: None,
     description: str = "training",
@@ -137,8 +136,8 @@ def fit(
         Stopped: a signal asked the run to stop; raised after the step in which it arrived.
         RunError: a loss or a gradient is not finite.
     """
-    order = GlobalBatches(examples, global_batch_size(config), config.seed)
-    steps = total_steps(config, examples)
+    order = GlobalBatches(len(task.train), global_batch_size(config), config.seed)
+    steps = total_steps(config, len(task.train))
     checkpoints = Checkpoints(config, {"model": trained})
     first, state = checkpoints.restore()
     stopping.restore(state.get("stopping", {}))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 
 from step1_sft.config import SFTConfig
@@ -23,12 +24,13 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 class Numbers:
-    """Learns w from rows that are their own targets; its evaluation losses are given."""
+    """Learns w from ten rows that are their own targets; its evaluation losses are given."""
 
     def __init__(self, trained: TrainedModule, losses: list[float]) -> None:
         self.trained = trained
         self.losses = iter(losses)
         self.seen: list[int] = []
+        self.train = Dataset.from_dict({"target": list(range(10))})
 
     def collate(self, rows: list[int], training: bool) -> torch.Tensor:
         self.seen += rows
@@ -57,7 +59,7 @@ def fitted(stage_settings):
         trained = TrainedModule(nn.Linear(1, 1, bias=False), config, config, steps)
         task, stopping = Numbers(trained, losses), EarlyStopping(patience)
         saved: list[dict[str, float]] = []
-        final = fit(config, trained, task, 10, stopping, saved.append)
+        final = fit(config, trained, task, stopping, saved.append)
         lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
         return task, stopping, saved, final, [json.loads(line) for line in lines]
 
