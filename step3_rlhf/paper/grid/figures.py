@@ -17,16 +17,7 @@ from matplotlib.figure import Figure
 from step3_rlhf.paper.grid.cells import Cell
 from step3_rlhf.paper.grid.paper_models import PAPER_MODELS, PaperModel
 from step3_rlhf.paper.grid.results import Results, best_alpha, cell_label, sigmoid
-
-KL_COLOUR, PM_COLOUR, REFERENCE_COLOUR, REWARD_COLOUR = "#C8501E", "#0B7A5B", "#E0A91B", "#1F6FB2"
-
-
-ALPHA_STYLES = (("#0B3C5D", "-"), ("#0B7A5B", "--"), ("#56B4E9", "-."), ("#8F5FB0", ":"))
-"""Colour and line of each α; apart in black and white too."""
-
-
-MUTED = "#666666"
-
+from training import plotting
 
 PROBABILITY_BINS = [i / 20 for i in range(21)]
 
@@ -113,7 +104,7 @@ def files(stem: Path) -> list[Path]:
 
 def perplexity(results: Results) -> Figure:
     """A panel of Figure 1: perplexity of PM and KL RLHF."""
-    figure = Figure(figsize=(4.2, 3.8), layout="constrained")
+    figure = plotting.new_figure(4.2, 3.8)
     axes = figure.subplots()
     draw_perplexity(axes, results)
     titled(axes, f"β = {results.grid.main_beta:g}")
@@ -136,7 +127,7 @@ def joint_perplexity(sweeps: Sequence[Results]) -> Figure:
 
 
 def draw_perplexity(axes: Axes, results: Results) -> None:
-    cells = {results.grid.pm: PM_COLOUR, Cell("kl", results.grid.main_beta): KL_COLOUR}
+    cells = {results.grid.pm: plotting.PM, Cell("kl", results.grid.main_beta): plotting.KL}
     require(results, list(cells))
     found = [results.measured[cell].estimate("perplexity") for cell in cells]
     for place, (colour, value) in enumerate(zip(cells.values(), found, strict=True)):
@@ -167,13 +158,13 @@ def output_probabilities(results: Results) -> Figure:
     pairs = results.measured[results.grid.reference].pairs()
     if not pairs:
         raise MissingCellsError("the reference gave the same response twice to every prompt")
-    figure = Figure(figsize=(8.4, 3.8), layout="constrained")
+    figure = plotting.new_figure(8.4, 3.8)
     panels = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.08})
     reference = [sigmoid(pair.reference) for pair in pairs]
     reward = [sigmoid(pair.reward / beta) for pair in pairs]
     sides = (
-        ("(a) reference model", "ref", REFERENCE_COLOUR, reference),
-        (f"(b) reward model, β = {beta:g}", "reward", REWARD_COLOUR, reward),
+        ("(a) reference model", "ref", plotting.REFERENCE, reference),
+        (f"(b) reward model, β = {beta:g}", "reward", plotting.REWARD_LINE, reward),
     )
     for axes, (title, model, colour, probabilities) in zip(panels, sides, strict=True):
         axes.hist(
@@ -220,7 +211,7 @@ def draw_means(axes: Axes, results: Results, beta: float) -> None:
             continue
         value = measured.estimate("pm_divergence")
         error = value.ci95 if math.isfinite(value.ci95) else 0.0
-        colour = KL_COLOUR if cell.kind == "kl" else PM_COLOUR
+        colour = plotting.KL if cell.kind == "kl" else plotting.PM
         axes.errorbar(place, value.mean, yerr=error, fmt="o", color=colour, capsize=4, zorder=3)
         highest = max(highest, value.mean + error)
         found.append((place, value.mean))
@@ -236,7 +227,7 @@ def draw_distribution(axes: Axes, results: Results, beta: float) -> Axes:
     Returns:
         The lines' axes, with a scale of their own on the right.
     """
-    colours = {best_alpha(results, beta): PM_COLOUR, Cell("kl", beta): KL_COLOUR}
+    colours = {best_alpha(results, beta): plotting.PM, Cell("kl", beta): plotting.KL}
     cells = {cell: colour for cell, colour in colours.items() if cell in results.measured}
     limit = shown_limit(results, list(cells))
     lines = axes.twinx()
@@ -291,8 +282,10 @@ def finish_distribution(axes: Axes, limit: float, lines: Axes | None) -> None:
 
 def line_style(results: Results, cell: Cell) -> tuple[str, str]:
     if cell.alpha is None:
-        return KL_COLOUR, "-"
-    return ALPHA_STYLES[results.grid.alphas.index(cell.alpha) % len(ALPHA_STYLES)]
+        return plotting.KL, "-"
+    return plotting.COLOURED_LINES[
+        results.grid.alphas.index(cell.alpha) % len(plotting.COLOURED_LINES)
+    ]
 
 
 def cdf(values: list[float], limit: float) -> tuple[list[float], list[float]]:
@@ -330,16 +323,19 @@ def require_any(results: Results) -> None:
 
 def titled(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=11)
-    axes.grid(axis="y", color="0.9", linewidth=0.7, zorder=0)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plotting.style_axes(axes, grid="y")
 
 
 def letter(place: int) -> str:
     return "abcdefghijklmnopqrstuvwxyz"[place]
 
 
-MISSING_LABEL: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 90, "color": MUTED}
+MISSING_LABEL: dict[str, Any] = {
+    "ha": "center",
+    "va": "center",
+    "rotation": 90,
+    "color": plotting.MUTED,
+}
 
 
 PERPLEXITY_LABEL = "perplexity of own responses"
