@@ -1,0 +1,36 @@
+"""step2_reward/README.md defines every metric that the stage writes."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from step2_reward import main as reward
+from step2_reward.config import RewardConfig
+from training.config import check_config
+
+README = Path(__file__).resolve().parents[2] / "step2_reward" / "README.md"
+
+
+def first_column(table: str) -> set[str]:
+    return set(re.findall(r"^\| `([^`]+)` \|", table, re.M))
+
+
+@pytest.mark.usefixtures("process_group")
+def test_every_metric_is_defined(stage_settings: Callable[[str], dict[str, Any]]) -> None:
+    config = check_config(RewardConfig, stage_settings("reward") | {"max_steps": 1}, "config:")
+    reward.main(config)
+    output = Path(config.output_dir)
+    (line,) = (output / "metrics.jsonl").read_text().splitlines()
+    report = json.loads((output / "evaluation.json").read_text())
+
+    text = README.read_text(encoding="utf-8")
+    evaluation, training = text.split("and in addition:")
+    assert first_column(evaluation) == report.keys()
+    assert all(f"`{name}`" in evaluation for name in report["reliability"][0])
+    defined = first_column(training) | set(re.findall(r"\| `(eval/[^`]+)` \|", evaluation))
+    assert defined - json.loads(line).keys() == {"train/loss_scale", "train/skipped_steps"}  # fp16
+    assert json.loads(line).keys() <= defined
