@@ -21,7 +21,7 @@ launch() {
         return
     fi
     if [[ " $* " == *" --dry-run "* ]]; then
-        python -m "$@" --processes "$(processes_in_all)"
+        python -m "$1" --processes "$(processes_in_all)" "${@:2}" # the user's own wins
         return
     fi
     local arguments=(--log_level error) words=("$@")

@@ -58,13 +58,13 @@ class SamplingSettings(StrictModel):
     response_length: Count = 256
     """Tokens after which a response is cut."""
     temperature: Positive = 1.0
-    """Divisor of the logits when drawing. Any value but 1 moves the optimum."""
+    """Divisor of the logits when drawing. In training, any value but 1 moves the optimum."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Draw from the likeliest tokens that hold this much probability. Below 1 it moves the
-    optimum."""
+    """Draw from the likeliest tokens that hold this much probability. In training, a value below 1
+    moves the optimum."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Draw from this many of the likeliest tokens; 0 draws from all. Above 0 it moves the
-    optimum."""
+    """Draw from this many of the likeliest tokens; 0 draws from all. In training, a value above 0
+    moves the optimum."""
     rollout_batch_size: Count = 64
     """Prompts to which one process draws responses at the same time."""
 
@@ -86,11 +86,13 @@ class EvaluationSettings(StrictModel):
     """JSONL file of prompts with all their natural responses, for the exact metrics; null measures
     none."""
     max_prompts: Count | None = None
-    """Number of held-out prompts that are used, chosen at random; null uses all."""
+    """Number of held-out prompts, and of held-out texts, that are used, chosen at random; null uses
+    all."""
     pairs_per_prompt: Count = 1
     """Pairs of responses to each prompt for its PM divergence; the paper draws one."""
     sampling: SamplingSettings | None = None
-    """How the evaluation draws responses; null draws as training does."""
+    """How the evaluation after training draws responses; null draws as training does.
+    `scripts/evaluate.sh` takes its own response_length, temperature and so on instead."""
 
     def faults(self) -> list[str]:
         found = super().faults()
@@ -148,7 +150,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
     variants: ClassVar[Variants] = {"regularizer": REGULARIZERS}
 
     critic_model_name_or_path: str | None = None
-    """What the critic starts from; null is the reward model, or the policy where there is none."""
+    """What the critic starts from. Null is the first reward model; or the policy, if there is none
+    or if it has another vocabulary or no value after each token."""
     regularizer: RegularizerField = Field(examples=[{"name": "pm"}])
     """The regularizer by its name and parameters, or by {"class": "module:Class"}."""
     actor: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])
@@ -159,7 +162,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
     num_train_epochs: Positive = 1.0
     """Passes over the prompts."""
     total_episodes: Count | None = None
-    """Responses in the whole run, in place of num_train_epochs; null uses that."""
+    """Responses in the whole run, a multiple of those in one iteration, in place of
+    num_train_epochs; null uses that."""
     num_ppo_epochs: Count = 1
     """Passes over each rollout."""
     num_mini_batches: Count = 1

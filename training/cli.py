@@ -146,6 +146,8 @@ class SettingsParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("the following arguments are required"):
             message = "an argument is missing"
+            if configs := sorted(Path(self._config_class.script, "configs").glob("*.json")):
+                message += f"; {configs[0].parent}/ has {', '.join(file.name for file in configs)}"
         self.exit(2, f"{self.format_usage()}{message}; --help shows an example and every setting\n")
 
     def format_help(self) -> str:
@@ -166,8 +168,12 @@ def stage_parser(config_class: type[StrictModel]) -> argparse.ArgumentParser:
     parser.add_argument("config", help="the stage's JSON (or YAML) config")
     parser.add_argument("overrides", nargs="*", help="key.path=value, over the config's own")
     parser.add_argument("--dry-run", action="store_true", help="check the config, load no weights")
-    parser.add_argument("--processes", type=int, default=1, help="of a dry run: GPUs in all")
-    parser.add_argument("--gpu-memory", type=float, help="of a dry run: GiB of each GPU")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="of a dry run: GPUs in all"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="of a dry run: memory of each GPU"
+    )
     parser.add_argument(
         "--stand-in",
         metavar="MODEL",

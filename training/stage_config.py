@@ -27,7 +27,7 @@ class OptimizerSettings(StrictModel):
     max_grad_norm: NonNegative = 1.0
     """Global gradient norm above which gradients are scaled down; 0 is off."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Course of the learning rate after the warm-up; "constant" has no warm-up."""
     warmup_ratio: Fraction = 0.0
     """Fraction of all optimizer steps over which the learning rate rises from 0."""
 
@@ -65,7 +65,8 @@ class RunConfig(StrictModel):
     """Compute several short sequences of a micro-batch in one row: less work on padding, the same
     losses."""
     per_device_eval_batch_size: Count = 8
-    """Sequences in one forward pass of one process that takes no gradients."""
+    """Sequences (stage 2: comparisons or rankings) in one forward pass of one process that takes no
+    gradients."""
 
     def faults(self) -> list[str]:
         found = super().faults()
@@ -80,7 +81,7 @@ class StageConfig(RunConfig):
     description: str = ""
     """What the config is for; printed when it is used."""
     overwrite_output_dir: bool = False
-    """Whether a non-empty output_dir may be deleted and written again."""
+    """Whether output_dir may be deleted and written again, if it holds an earlier run."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraSettings | None = None
@@ -92,7 +93,8 @@ class StageConfig(RunConfig):
     logging_steps: Count = 1
     """Optimizer steps (PPO: iterations) between lines of metrics.jsonl."""
     save_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps (PPO: iterations) between checkpoints; 0 saves none."""
+    """Optimizer steps (PPO: iterations) between checkpoints. 0 saves none, unless a signal stops the
+    run."""
     save_total_limit: Count | None = None
     """Number of checkpoints that are kept, the newest ones; null keeps all."""
     resume_from_checkpoint: str | None = None
@@ -153,7 +155,8 @@ class SupervisedConfig(StageConfig, OptimizerSettings):
     max_steps: Count | None = None
     """Optimizer steps in the whole run, in place of num_train_epochs; null uses that."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps between evaluations; 0 evaluates at the end of each epoch only."""
+    """Optimizer steps between evaluations, in addition to those after each epoch and at the end; 0
+    adds none."""
     data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
     """What the stage learns from."""
 

@@ -92,7 +92,7 @@ class MaximumEntropy(LogLinear):
 
     name: Literal["maximum_entropy"] = "maximum_entropy"
     tau: Positive = 1.0
-    """Weight of the entropy, in units of reward per nat."""
+    """Weight of the entropy, in units of reward per nat, in place of beta, which stays 1."""
 
     @model_validator(mode="after")
     def _only_tau(self) -> "MaximumEntropy":

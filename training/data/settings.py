@@ -84,7 +84,8 @@ class DataSettings(StrictModel):
     sources: Annotated[tuple[Source, ...], Field(strict=False, examples=[["owner/dataset"]])]
     """Training data. A plain text stands for {"path": …}."""
     eval_sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
-    """Evaluation data; with none, eval_fraction of the stage's prompts is held out."""
+    """Evaluation data, whose prompts are left out of training; with none, eval_fraction of the
+    stage's prompts is held out."""
     stage_proportions: Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)] = (
         0.2,
         0.4,
