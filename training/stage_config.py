@@ -93,8 +93,8 @@ class StageConfig(RunConfig):
     logging_steps: Count = 1
     """Optimizer steps (PPO: iterations) between lines of metrics.jsonl."""
     save_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps (PPO: iterations) between checkpoints. 0 saves none, unless a signal stops the
-    run."""
+    """Optimizer steps (PPO: iterations) between checkpoints; 0 saves one only where a signal stops
+    the run."""
     save_total_limit: Count | None = None
     """Number of checkpoints that are kept, the newest ones; null keeps all."""
     resume_from_checkpoint: str | None = None
