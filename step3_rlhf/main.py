@@ -105,7 +105,9 @@ def load_reference(
     """π_ref: a frozen model or, where only an adapter is trained, the actor without it."""
     if roles.reference_is_adapted:
         return WithoutAdapter(actor.engine)
-    return load_frozen_policy(roles.reference, roles.policy.tokenizer, config)
+    return load_frozen_policy(
+        roles.reference, roles.policy.tokenizer, config, same_ends_as=actor.module
+    )
 
 
 def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -36,25 +37,26 @@ def reading(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> Re
     """How a reward model reads what the policy wrote; any other way than token by token is said."""
     tokenizer = reward.tokenizer
     if reads_policy_tokens(reward, policy_tokenizer):
+        end = tokenizer.eos_token_id if reward.learned_end is None else reward.learned_end
         # Hugging Face's own heads look for the last token at the right.
         if reward.has_linear_score:
-            return as_it_stands
-        return partial(right_padded, tokenizer=tokenizer)
+            return partial(as_it_stands, end=end)
+        return partial(right_padded, tokenizer=tokenizer, end=end)
     limit = known_positions(reward)
     if reads_pairs(tokenizer) and not reward.has_linear_score:
         say(f"{reward} reads prompt and response as two texts joined by its tokenizer")
         return TextPairs(tokenizer, limit)
-    by_template = bool(tokenizer.chat_template) and not reward.learned_eos
+    by_template = bool(tokenizer.chat_template) and reward.learned_end is None
     form = "chat template" if tokenizer.chat_template else "plain dialogue format"
     say(f"{reward} reads prompts and responses anew, by its own tokenizer, in its {form}")
-    return OwnTokens(tokenizer, limit, by_template)
+    return OwnTokens(tokenizer, limit, by_template, reward.learned_end)
 
 
 def reads_policy_tokens(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the reward model would read the texts as the policy's token ids with EOS at the end.
+    """Whether the reward model would read the texts as the policy's token ids with one end.
 
-    A model of stage 2 says in its config that it learned responses that end with EOS; others
-    learned what their chat template writes after a response.
+    A model of stage 2 says in its config with which token the responses ended that it learned;
+    others learned what their chat template writes after a response.
     """
     tokenizer = reward.tokenizer
     same = (
@@ -62,18 +64,32 @@ def reads_policy_tokens(reward: Pretrained, policy_tokenizer: PreTrainedTokenize
         and tokenizer.eos_token_id == policy_tokenizer.eos_token_id
         and tokenizer.chat_template == policy_tokenizer.chat_template
     )
-    if not same or not tokenizer.chat_template or reward.learned_eos:
+    if not same or not tokenizer.chat_template or reward.learned_end is not None:
         return same
     _, after = response_frame([{"role": "user", "content": "Hi"}], tokenizer)
     return bool(after == tokenizer.eos_token)
 
 
-def as_it_stands(rollout: Rollout) -> Inputs:
-    return {"input_ids": rollout.input_ids, "attention_mask": rollout.attention_mask}
+def as_it_stands(rollout: Rollout, end: int | None = None) -> Inputs:
+    """The policy's own ids.
+
+    Args:
+        end: in place of whatever ended the responses, since a policy may have several ends and a
+            reward model has learned one.
+    """
+    ids = rollout.input_ids
+    if end is not None:
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        last = (columns * rollout.attention_mask).argmax(-1, keepdim=True)
+        ids = torch.where((columns == last) & rollout.ended[:, None], end, ids)
+    return {"input_ids": ids, "attention_mask": rollout.attention_mask}
 
 
-def right_padded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Inputs:
-    rows = zip(rollout.input_ids, rollout.attention_mask.bool(), strict=True)
+def right_padded(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, end: int | None = None
+) -> Inputs:
+    input_ids = as_it_stands(rollout, end)["input_ids"]
+    rows = zip(input_ids, rollout.attention_mask.bool(), strict=True)
     return _padded([ids[mask].tolist() for ids, mask in rows], tokenizer, rollout)
 
 
@@ -91,17 +107,23 @@ class OwnTokens:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, positions: int | None, by_template: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        positions: int | None,
+        by_template: bool,
+        end: int | None = None,
     ) -> None:
         """
         Args:
             positions: that the model knows; None is any number.
             by_template: all that the chat template writes, also after a response; otherwise the
-                prompt in stage 2's format and EOS after the response.
+                prompt in stage 2's format and `end` after the response.
+            end: by default that of training data.
         """
         self.tokenizer = tokenizer
         self.positions = positions
         self.by_template = by_template
+        self.end = end
 
     def __call__(self, rollout: Rollout) -> Inputs:
         texts = self._encoded(rollout, rollout.ended.tolist())
@@ -115,7 +137,7 @@ class OwnTokens:
             messages = [prompt_messages(prompt) for prompt in rollout.prompts]
             return encode_dialogues(messages, rollout.responses, ended, self.tokenizer)
         prompts = encode_prompt_texts(rollout.prompts, self.tokenizer)
-        responses = encode_responses(list(rollout.responses), self.tokenizer)
+        responses = encode_responses(list(rollout.responses), self.tokenizer, self.end)
         return [
             prompt + (response if whole else response[:-1])
             for prompt, response, whole in zip(prompts, responses, ended, strict=True)

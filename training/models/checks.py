@@ -5,9 +5,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from training.errors import UserError
 from training.models.pretrained import Pretrained, has_linear_score
 
-RESCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields of models whose logits are not `head(hidden)`."""
-
 
 def check_positions(model: Pretrained, needs: dict[str, int]) -> None:
     """Refuse sequences longer than the model has positions for.
@@ -25,16 +22,13 @@ def check_positions(model: Pretrained, needs: dict[str, int]) -> None:
 
 
 def check_policy(model: Pretrained) -> None:
-    """Refuse anything but a causal language model whose logits are `head(hidden)`.
+    """Refuse anything but a causal language model.
 
     Raises:
-        UserError: a sequence-classification model, or one that rescales its logits.
+        UserError: a sequence-classification model.
     """
     if any("SequenceClassification" in name for name in model.config.architectures or []):
         raise UserError(f"{model} is a sequence-classification model, not a language model")
-    for field in RESCALED_LOGITS:
-        if getattr(model.config, field, None) not in (None, 1, 1.0):
-            raise UserError(f"{model}: models with {field} are not supported")
 
 
 def check_scalar(model: Pretrained, new_head: bool) -> bool:

@@ -1,23 +1,41 @@
 """The policy: log-probabilities of given tokens, on top of Hugging Face's causal models."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.models.hidden_states import _hidden_states, _takes_positions
 from training.models.logprobs import chunks_of, token_logprobs
+from training.models.noise import Quiet
+from training.models.own_head import OwnHead, decoder_of, is_plain
 from training.models.partitioned import is_partitioned
 from training.runtime.ranks import max_over_ranks
 
 
-class Policy(nn.Module):
+class Policy(Quiet):
     """A causal language model that gives log-probabilities of given tokens, not logits."""
 
-    def __init__(self, model: PreTrainedModel, packing: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        packing: bool = False,
+        absent: Tensor | None = None,
+        ends: tuple[int, ...] = (),
+    ) -> None:
+        """
+        Args:
+            absent: [vocabulary] bool, ids that no token has: they are neither drawn nor scored.
+                None where there are none.
+            ends: the ids that end a response; the tokenizer's EOS alone where none are given.
+        """
         super().__init__()
         self.model = model
-        self._takes_positions = _takes_positions(model.get_decoder())
+        self.ends = ends
+        self.absent: Tensor | None
+        self.register_buffer("absent", absent, persistent=False)
+        self._takes_positions = _takes_positions(decoder_of(model))
         self._packing = packing
+        self._own_head = None if is_plain(model) else OwnHead(model)
 
     def forward(
         self,
@@ -38,7 +56,7 @@ class Policy(nn.Module):
             for, the entropy of the distribution from which each scored token was drawn.
         """
         states = _hidden_states(
-            self.model.get_decoder(),
+            decoder_of(self.model),
             input_ids,
             attention_mask,
             self._takes_positions,
@@ -51,7 +69,12 @@ class Policy(nn.Module):
         if is_partitioned(self.model):  # ranks have different numbers of tokens
             chunks = max_over_ranks(chunks)
         logp, entropy = token_logprobs(
-            hidden, targets, self.model.get_output_embeddings(), with_entropy, chunks=chunks
+            hidden,
+            targets,
+            self._own_head or self.model.get_output_embeddings(),
+            with_entropy,
+            chunks=chunks,
+            absent=self.absent,
         )
         return _scatter(logp, scored_mask), None if entropy is None else _scatter(
             entropy, scored_mask
