@@ -1,17 +1,14 @@
 """Prompts -> responses, drawn from the policy in a way that no division over ranks changes."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -20,6 +17,7 @@ from transformers import (
 
 from step3_rlhf.config import SamplingSettings
 from training.data import encode_prompts, pad_prompts, prompt_messages, render_prompt
+from training.models.generation import plain_generation
 from training.models.lora import WithoutAdapter
 from training.models.partitioned import whole_parameters
 from training.models.policy import Policy
@@ -142,7 +140,7 @@ def sample(
         seeds: one per prompt; the same seed draws the same response.
     """
     responses: list[list[int]] = []
-    with whole_parameters(policy) as module, _plain_generation(module.model) as model:
+    with whole_parameters(policy) as module, plain_generation(module.model) as model:
         assert isinstance(module, Policy)
         device = model.device
         ends = module.ends or (tokenizer.eos_token_id,)
@@ -224,17 +222,3 @@ def _processors(
         processors.append(TopPLogitsWarper(settings.top_p))
     processors.append(SeededSampler(draws, prompt_length))
     return processors
-
-
-@contextlib.contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model without its own generation defaults (repetition penalties, bad words, ...).
-
-    What they change would be drawn but not scored.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield model
-    finally:
-        model.generation_config = own

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.errors import UserError
+from training.models.generation import logits_while_drawing
 from training.models.logprobs import without_absent
 from training.models.noise import Quiet, undisturbed
 from training.models.policy import Policy
@@ -24,15 +25,18 @@ TOKENS = 12
 """Of the text that is compared. Its beginning, half of it, stands in the padded rows."""
 
 LARGEST_ROUNDED = 32.0
-"""A log-probability is a logit minus others, each rounded by half a step of the precision. Logits
-are rarely above 32, so the difference is known to 32 steps of 1: 0.25 nats in bfloat16."""
+"""Logits are rarely above 32, where two neighbours in bfloat16 are 0.25 apart: two ways to compute
+one may differ by that. Over all families of transformers they differed by 0.004 and less."""
 
 DEEP_SUMS = 1e-3
-"""Sums in another order differ also in float32: 24 layers by 1e-5, where a wrong family differs by
-0.05 and more."""
+"""Sums in another order differ in float32 too: by 1e-5 over 24 layers, where families that are
+computed wrongly differ by 0.01 to 30."""
 
 REPEATED = 1e-5
 """Two passes over the same tensors do the same sums in the same order."""
+
+STEPS = 2
+"""Of drawing: the first after the prompt, and one from what was kept of it."""
 
 PADDINGS = ("without padding", "padded on the left", "padded on the right", "padded on both sides")
 
@@ -129,6 +133,44 @@ def require_own_log_probs(
         name=name,
         dropout=dropout,
     )
+
+
+@torch.no_grad()
+def require_own_draws(policy: Policy, own: Tensor, text: Text, name: str) -> None:
+    """Refuse a policy that is drawn from, step by step, otherwise than its own forward says.
+
+    Args:
+        own: logits [tokens, vocabulary] of the whole text, from `own_logits`.
+
+    Raises:
+        UserError: with the largest difference.
+    """
+    whole, beginning = len(text.ids) - STEPS, len(text.beginning)
+    prompts = torch.full((2, whole), text.pad)
+    prompts[0] = torch.tensor(text.ids[:whole])
+    prompts[1, whole - beginning :] = torch.tensor(text.beginning)
+    mask = (torch.arange(whole) >= torch.tensor([[0], [whole - beginning]])).long()
+    tokens = torch.tensor([text.ids[end : end + STEPS] for end in (whole, beginning)])
+    with undisturbed(policy):
+        policy.eval()
+        drawn = _tried(
+            lambda: logits_while_drawing(policy.model, prompts, mask, tokens, text.pad),
+            f"{name}: a few tokens cannot be drawn",
+        )
+    expected = torch.stack([own[end - 1 : end - 1 + STEPS] for end in (whole, beginning)])
+
+    def logp(logits: Tensor) -> Tensor:
+        scores = without_absent(logits, policy.absent).log_softmax(-1)
+        return scores.gather(-1, tokens[..., None]).squeeze(-1)
+
+    gap = (logp(drawn) - logp(expected)).abs().nan_to_num(torch.inf).max().item()
+    if gap > (tolerance := rounding(policy.model.dtype)):
+        raise UserError(
+            f"{name}: log-probabilities of tokens that are drawn after prompts of different "
+            f"lengths differ by up to {gap:.2g} nats from those of the model's own forward, where "
+            f"rounding explains {tolerance:.2g}; this kind of model ({_kind(policy)}) would not "
+            "draw from the distribution that is scored"
+        )
 
 
 @torch.no_grad()

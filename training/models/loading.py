@@ -16,7 +16,13 @@ from transformers.utils import logging as transformers_logging
 
 from training.errors import UserError
 from training.models.checks import check_head, check_policy, check_scalar
-from training.models.comparison import Text, own_logits, require_own_log_probs, require_own_rewards
+from training.models.comparison import (
+    Text,
+    own_logits,
+    require_own_draws,
+    require_own_log_probs,
+    require_own_rewards,
+)
 from training.models.lora import add_adapter
 from training.models.options import PLAIN, LoadOptions
 from training.models.packing import refuse_unpackable
@@ -84,6 +90,7 @@ def as_policy(
         model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     policy = Policy(model, options.packing, absent, ends)
     require_own_log_probs(policy, own, text, name, options.dropout)
+    require_own_draws(policy, own, text, name)
     return policy
 
 

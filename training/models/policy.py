@@ -1,7 +1,9 @@
 """The policy: log-probabilities of given tokens, on top of Hugging Face's causal models."""
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from training.models.hidden_states import _hidden_states, _takes_positions
@@ -68,10 +70,13 @@ class Policy(Quiet):
         chunks = chunks_of(len(targets))
         if is_partitioned(self.model):  # ranks have different numbers of tokens
             chunks = max_over_ranks(chunks)
+        head = self._own_head or self.model.get_output_embeddings()
+        if isinstance(head, nn.Module):  # some decoders give float32 whatever the head's precision
+            hidden = hidden.to(cast(Tensor, head.weight).dtype)
         logp, entropy = token_logprobs(
             hidden,
             targets,
-            self._own_head or self.model.get_output_embeddings(),
+            head,
             with_entropy,
             chunks=chunks,
             absent=self.absent,

@@ -6,30 +6,40 @@ equal in every way in which a policy is used: scored in padded batches, in train
 from.
 """
 
+import copy
 import dataclasses
 import re
+from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from step3_rlhf.rollout import _plain_generation
 from training.data import pad_prompts
 from training.errors import UserError
-from training.models.loading import as_policy
+from training.models.generation import logits_while_drawing
+from training.models.loading import as_policy, load_reward_model, load_scalar_model
+from training.models.options import LoadOptions
 from training.models.policy import Policy
+from training.models.pretrained import Pretrained
+from training.models.scalar import Classifier
+from training.runtime.random_states import random_states
+from training.stage_config import LoraSettings
 
 SIZES = {
     64: "vocab_size max_position_embeddings n_positions n_ctx max_seq_len context_length "
@@ -139,6 +149,7 @@ MORE: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
     "moshi": {"audio_vocab_size": 64},
+    "gemma4_unified_assistant": {"text_config": nested("gemma4_unified_text")},
     "moss_transcribe_diarize": {"text_config": nested("qwen3")},
     "nemotron": {"num_key_value_heads": 2},
     "qwen3_5": {"text_config": nested("qwen3_5_text", num_hidden_layers=4)},
@@ -161,8 +172,37 @@ MORE: dict[str, dict[str, Any]] = {
 }
 """What a family needs beside small sizes."""
 
-NOT_TINY: dict[str, str] = {}
-REFUSED: dict[str, str] = {}
+DRAFTER = "drafts for another model, from that model's own states"
+MUSIC = "continues codebooks of sound; its own config has no text decoder"
+NOT_TINY = {
+    "dots3_note": "its config insists on settings of layers that a small one does not have",
+    "gemma3n": "needs timm for pictures; gemma3n_text is its language model",
+    "gemma4_assistant": DRAFTER,
+    "gemma4_unified_assistant": DRAFTER,
+    "musicgen": MUSIC,
+    "musicgen_melody": MUSIC,
+}
+"""What cannot be made small, or not without another library."""
+
+LEFT = "padded on the left differ"
+"""Its positions or its state count the padding."""
+REFUSED = {
+    **dict.fromkeys(
+        "bart bigbird_pegasus blenderbot blenderbot-small blt cpmant marian mbart mvp pegasus "
+        "plbart recurrent_gemma rwkv trocr xlm xlnet xlstm".split(),
+        LEFT,
+    ),
+    # Their positions begin after the padding token's id.
+    **dict.fromkeys(
+        "camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
+        "xmod".split(),
+        "without padding differ",
+    ),
+    **dict.fromkeys(["git", "whisper"], "tokens that are drawn after prompts of different lengths"),
+    "prophetnet": "cannot be computed as they are in training: IndexError",
+    "reformer": "cannot be computed in training mode: ValueError: If training",
+}
+"""With a part of the message."""
 
 
 def build(family: str, **changes: Any) -> PreTrainedModel:
@@ -197,17 +237,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
 TEXT = [5, 33, 17, 60 - 1, 8, 41, 26, 12, 50]
 
 
-class Forced(LogitsProcessor):
-    """Draws given tokens."""
-
-    def __init__(self, tokens: list[list[int]], prompt_length: int) -> None:
-        self.tokens, self.prompt_length = torch.tensor(tokens), prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = input_ids.shape[1] - self.prompt_length
-        return torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, step : step + 1], 0.0)
-
-
 @torch.no_grad()
 def largest_difference(model: PreTrainedModel, policy: Policy) -> float:
     """In nats, between the model's own logits and whatever a policy is used for."""
@@ -230,15 +259,10 @@ def largest_difference(model: PreTrainedModel, policy: Policy) -> float:
                 gaps.append((entropy[row][scored[row]] - entropies).abs().max())
     prompts, drawn = [TEXT[:6], TEXT[:4]], [TEXT[6:8], TEXT[4:6]]
     ids, mask = pad_prompts(prompts, 3)
-    with _plain_generation(policy.eval().model) as plain:
-        output = plain.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False, use_cache=True,
-            pad_token_id=3, eos_token_id=2, output_logits=True, return_dict_in_generate=True,
-            logits_processor=LogitsProcessorList([Forced(drawn, 6)]),
-        )  # fmt: skip
-    for step, logits in enumerate(output.logits):
-        for row, prompt in enumerate(prompts):
-            found = logits[row].double().log_softmax(-1)
+    drawing = logits_while_drawing(policy.eval().model, ids, mask, torch.tensor(drawn), 3)
+    for row, prompt in enumerate(prompts):
+        for step in range(2):
+            found = drawing[row, step].double().log_softmax(-1)
             gaps.append((found - own[len(prompt) - 1 + step]).abs().max())
     return torch.stack([gap.double() for gap in gaps]).max().item()
 
@@ -257,3 +281,267 @@ def outcome(family: str) -> tuple[str, str]:
     how = "" if policy._own_head is None else "own head, "
     how += "noise off, " if policy.noiseless else ""
     return "accepted", f"{how}{largest_difference(model, policy):.0e}"
+
+
+FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+TIGHT = 1e-4
+"""Nats, in float32."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_as_its_own_forward_says_or_refused(family: str) -> None:
+    result, detail = outcome(family)
+    if family in NOT_TINY:
+        assert result == "not tiny", detail
+    elif family in REFUSED:
+        assert result == "refused", detail
+        assert detail.startswith(f"{family}: ")
+        assert REFUSED[family] in detail
+    else:
+        assert result == "accepted", detail
+        assert float(detail.split(", ")[-1]) < TIGHT
+
+
+def test_all_families_are_accounted_for() -> None:
+    """`-s` shows the table."""
+    table = {family: outcome(family) for family in FAMILIES}
+    for family, (result, detail) in table.items():
+        print(f"{family:26} {result:9} {NOT_TINY.get(family, detail)}")
+    counts = Counter(result for result, _ in table.values())
+    print(dict(counts))
+    assert counts["not tiny"] == len(NOT_TINY)
+    assert counts["refused"] == len(REFUSED)
+    assert counts["accepted"] == len(FAMILIES) - len(NOT_TINY) - len(REFUSED) >= 150
+    own_heads = {family for family, (_, detail) in table.items() if "own head" in detail}
+    assert own_heads >= {
+        "cohere", "cohere2", "falcon_h1", "gemma2", "gemma3_text", "gemma3n_text", "gemma4",
+        "granite", "granitemoe", "nanochat", "vaultgemma",
+    }  # fmt: skip
+    assert {family for family, (_, detail) in table.items() if "noise off" in detail} == {
+        "minimax", "minimax_m2", "mixtral", "phimoe",
+    }  # fmt: skip
+
+
+def wrong_difference(policy: Policy) -> float:
+    """Without what the family does after its head."""
+    policy._own_head = None
+    return largest_difference(policy.model, policy)
+
+
+@pytest.mark.parametrize("family", ["cohere", "falcon_h1", "gemma2", "gemma3n_text", "granite"])
+def test_a_plain_head_would_be_wrong(family: str) -> None:
+    policy = as_policy(build(family), family, tokenizer())
+    assert wrong_difference(policy) > 0.01
+
+
+def test_logits_that_are_capped_far_above_what_they_are_now() -> None:
+    """A cap of 30 changes nothing of small logits; training makes them large."""
+    model = build("gemma2", final_logit_softcapping=30.0)
+    policy = as_policy(model, "gemma2", tokenizer())
+    assert policy._own_head is not None
+
+
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "falcon_h1", "xlstm", "electra"])
+def test_gradients_are_those_of_the_own_forward(family: str) -> None:
+    """Through the checkpointed head, to the embeddings."""
+    model = build(family)
+    ids = torch.tensor([TEXT])
+    scored = torch.ones_like(ids, dtype=torch.bool)
+    scored[0, 0] = False
+    gradients = []
+    for own in (True, False):
+        model.zero_grad()
+        if own:
+            logits = model.train()(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            logits.gather(1, ids[0, 1:, None]).sum().backward()
+        else:
+            Policy(model).train()(ids, torch.ones_like(ids), scored)[0].sum().backward()
+        gradients.append(model.get_input_embeddings().weight.grad.clone())
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_without_anything_scored_has_a_graph() -> None:
+    """Ranks with fillers only take part in the backward pass, with an own head as well."""
+    policy = Policy(build("cohere"))
+    ids = torch.tensor([TEXT])
+    logp, _ = policy.train()(ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool))
+    logp.sum().backward()
+    assert logp.sum() == 0
+    assert all((p.grad == 0).all() for p in policy.parameters() if p.grad is not None)
+
+
+def test_a_decoder_that_sees_what_comes_is_refused() -> None:
+    """BERT without `is_decoder` reads both ways: a token's log-probability knows the token."""
+    with pytest.raises(UserError, match=r"^bert: log-probabilities of a text padded on the left"):
+        as_policy(build("bert", is_decoder=False), "bert", tokenizer())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mamba", "mixtral", "recurrent_gemma"])
+def test_reduced_precision_is_neither_refused_nor_an_excuse(
+    family: str, dtype: torch.dtype
+) -> None:
+    model = build(family).to(dtype)
+    if family in REFUSED:
+        with pytest.raises(UserError, match=f"{LEFT} by up to"):
+            as_policy(model, family, tokenizer())
+    else:
+        assert as_policy(model, family, tokenizer()).model.dtype == dtype
+
+
+def passes(policy: Policy) -> list[torch.Tensor]:
+    ids = torch.tensor([TEXT, TEXT[::-1]])
+    scored = torch.ones_like(ids, dtype=torch.bool)
+    scored[:, 0] = False
+    with torch.no_grad():
+        return [policy.train()(ids, torch.ones_like(ids), scored)[0] for _ in range(2)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_noise_of_routers_is_off_in_training(checkpointing: bool) -> None:
+    model = build("phimoe")
+    first, second = passes(Policy(model))
+    assert (first - second).abs().max() > 1e-3  # what the family does by itself
+    options = LoadOptions(gradient_checkpointing=checkpointing)
+    policy = as_policy(model, "phimoe", tokenizer(), options)
+    assert torch.equal(*passes(policy))
+    assert policy.training
+    ids = torch.tensor([TEXT])
+    scored = torch.ones_like(ids, dtype=torch.bool)
+    scored[0, 0] = False
+    policy(ids, torch.ones_like(ids), scored)[0].sum().backward()
+    assert model.get_input_embeddings().weight.grad.abs().max() > 0
+
+
+def test_noise_that_is_asked_for_stays() -> None:
+    policy = as_policy(build("phimoe"), "phimoe", tokenizer(), LoadOptions(dropout=True))
+    first, second = passes(policy)
+    assert (first - second).abs().max() > 1e-3
+
+
+class Restless(torch.nn.Module):
+    """Noise that does not ask whether it is training."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.norm(states) + 0.05 * torch.randn_like(states)
+
+
+def test_noise_that_cannot_be_switched_off_is_refused() -> None:
+    model = build("llama")
+    model.model.norm = Restless(model.model.norm)
+    with pytest.raises(UserError, match=r"^m: log-probabilities of .* nats"):
+        as_policy(model, "m", tokenizer())
+
+
+class Growing(Restless):
+    """Does something else in training, the same each time."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.norm(states) * (1.5 if self.norm.training or self.training else 1.0)
+
+
+def test_another_computation_in_training_mode_is_off_too() -> None:
+    model = build("llama")
+    model.model.norm = Growing(model.model.norm)
+    policy = as_policy(model, "m", tokenizer())
+    assert policy.noiseless
+    assert largest_difference(model, policy) < TIGHT
+
+
+def test_the_comparison_leaves_nothing_behind() -> None:
+    """No random number is drawn, no mode changed."""
+    model = build("phimoe")
+    model.train()
+    model.model.norm.eval()
+    before = random_states()
+    modes = [part.training for part in model.modules()]
+    as_policy(model, "phimoe", tokenizer())
+    assert torch.equal(random_states()["torch"], before["torch"])
+    assert random_states()["python"] == before["python"]
+    assert [part.training for part in model.modules()] == modes
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_packed_and_adapted_models_are_compared_as_they_run(packing: bool) -> None:
+    lora = LoraSettings(r=2, lora_alpha=4)
+    policy = as_policy(
+        build("llama"), "llama", tokenizer(), LoadOptions(packing=packing, lora=lora)
+    )
+    assert policy._packing == packing
+
+
+def test_packing_that_mixes_rows_is_refused() -> None:
+    """Mamba's state runs through a packed row, whatever the mask; it gets no position either."""
+    with pytest.raises(UserError, match=r"^mamba: (log-probabilities|a few tokens)"):
+        as_policy(build("mamba"), "mamba", tokenizer(), LoadOptions(packing=True))
+
+
+def test_logits_of_fewer_ids_than_the_tokenizer_has() -> None:
+    model = build("inkling2_text", unpadded_vocab_size=50)
+    with pytest.raises(UserError, match="logits for 50 token ids, and its tokenizer has 64"):
+        as_policy(model, "m", tokenizer())
+
+
+# Reward models
+
+
+def scalar(kind: str, **changes: Any) -> PreTrainedModel:
+    cls = CONFIG_MAPPING[kind]
+    config = cls(
+        **tiny(cls) | MORE.get(kind, {}) | {"num_labels": 1, "is_decoder": False} | changes
+    )
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    return model
+
+
+def saved(model: PreTrainedModel, directory: Path) -> Pretrained:
+    model.save_pretrained(directory)
+    return Pretrained(str(directory), tokenizer=copy.deepcopy(tokenizer()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3", "mixtral", "bert", "deberta-v2"])
+def test_reward_models_give_their_own_rewards(kind: str, tmp_path: Path) -> None:
+    model = scalar(kind)
+    reward = load_reward_model(saved(model, tmp_path), LoadOptions())
+    own = model(input_ids=torch.tensor([TEXT])).logits[0]
+    ids, mask = torch.tensor([[*TEXT, 3, 3], [3, 3, *TEXT][:11]]), torch.ones(2, 11).long()
+    mask[0, 9:], mask[1, :2] = 0, 0
+    with torch.no_grad():
+        if isinstance(reward, Classifier):
+            found = reward(ids[:1], mask[:1])
+        else:
+            found = reward.rewards(ids, mask)
+    torch.testing.assert_close(found, own.expand(len(found)), rtol=0, atol=1e-4)
+
+
+def test_a_reward_model_that_is_computed_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own forward scales the scalar, which a head on hidden states does not know."""
+    pretrained = saved(scalar("llama"), tmp_path)
+    real = LlamaForSequenceClassification.forward
+
+    def scaled(self: PreTrainedModel, *arguments: Any, **named: Any) -> Any:
+        output = real(self, *arguments, **named)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", scaled)
+    with pytest.raises(UserError, match=r"rewards of a text without padding differ by up to \d"):
+        load_reward_model(pretrained, LoadOptions())
+
+
+def test_a_new_head_is_compared_before_it_is_zero(tmp_path: Path) -> None:
+    pretrained = saved(build("opt", word_embed_proj_dim=32), tmp_path)
+    critic = load_scalar_model(pretrained, tokenizer(), new_head=True)
+    assert not critic.model.score.weight.any()
