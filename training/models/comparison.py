@@ -21,7 +21,7 @@ from training.models.policy import Policy
 from training.models.scalar import Classifier, ScalarModel
 from training.runtime.faults import remedy
 
-TOKENS = 12
+TOKENS = 8
 """Of the text that is compared. Its beginning, half of it, stands in the padded rows."""
 
 LARGEST_ROUNDED = 32.0
@@ -38,7 +38,7 @@ REPEATED = 1e-5
 STEPS = 2
 """Of drawing: the first after the prompt, and one from what was kept of it."""
 
-PADDINGS = ("without padding", "padded on the left", "padded on the right", "padded on both sides")
+PADDINGS = ("without padding", "padded on the left", "padded on the right")
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -67,16 +67,15 @@ class Text:
     def beginning(self) -> tuple[int, ...]:
         return self.ids[: len(self.ids) // 2]
 
-    def rows(self, count: int = len(PADDINGS)) -> tuple[Tensor, Tensor]:
+    def rows(self) -> tuple[Tensor, Tensor]:
         """The text whole, and its beginning padded as `PADDINGS` says.
 
         Returns:
-            ids and attention mask, [count, tokens] each.
+            ids and attention mask, [3, tokens] each.
         """
-        room = len(self.ids) - len(self.beginning)
-        ids = torch.full((count, len(self.ids)), self.pad)
+        ids = torch.full((len(PADDINGS), len(self.ids)), self.pad)
         mask = torch.zeros_like(ids)
-        for row, start in enumerate([0, room, 0, room // 2][:count]):
+        for row, start in enumerate([0, len(self.ids) - len(self.beginning), 0]):
             text = torch.tensor(self.beginning if row else self.ids)
             ids[row, start : start + len(text)] = text
             mask[row, start : start + len(text)] = 1

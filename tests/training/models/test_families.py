@@ -35,9 +35,11 @@ from training.errors import UserError
 from training.models.generation import logits_while_drawing
 from training.models.loading import as_policy, load_reward_model, load_scalar_model
 from training.models.options import LoadOptions
+from training.models.partitioned import is_partitioned
 from training.models.policy import Policy
 from training.models.pretrained import Pretrained
 from training.models.scalar import Classifier
+from training.runtime import engine
 from training.runtime.random_states import random_states
 from training.stage_config import LoraSettings
 
@@ -545,3 +547,22 @@ def test_a_new_head_is_compared_before_it_is_zero(tmp_path: Path) -> None:
     pretrained = saved(build("opt", word_embed_proj_dim=32), tmp_path)
     critic = load_scalar_model(pretrained, tokenizer(), new_head=True)
     assert not critic.model.score.weight.any()
+
+
+@pytest.mark.parametrize("family", ["cohere", "gemma2"])
+def test_an_own_head_of_a_partitioned_model(process_group: None, family: str) -> None:
+    """ZeRO-3 gathers its parameters where they are used."""
+    ids = torch.tensor([TEXT])
+    scored = torch.ones_like(ids, dtype=torch.bool)
+    scored[0, 0] = False
+    policy = as_policy(build(family), family, tokenizer())
+    with torch.no_grad():
+        own, _ = policy(ids, torch.ones_like(ids), scored)
+    section = {
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    frozen = engine.frozen(policy, section, torch.float32)
+    assert is_partitioned(frozen)
+    with torch.no_grad():
+        found, _ = frozen(ids, torch.ones_like(ids), scored)
+    torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
