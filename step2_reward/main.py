@@ -19,7 +19,7 @@ from step2_reward.config import RewardConfig
 from step2_reward.losses import plackett_luce_loss
 from training import fitting
 from training.cli import prepare_output, run_stage
-from training.data import GroupedBatch, collate_groups
+from training.data import GroupedBatch, collate_groups, response_end
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations
 from training.models.checks import check_positions
@@ -135,8 +135,10 @@ def main(config: RewardConfig) -> None:
         recover(output / "model")
     stopping = fitting.EarlyStopping(config.early_stopping_patience)
 
-    # Tells stage 3 to end responses with EOS for this model, whatever its chat template says.
-    model.model.config.update({RESPONSE_END: "eos"})
+    # Stage 3 ends this model's responses with the same token, whatever ended the policy's.
+    end = response_end(tokenizer)
+    name = "eos" if end == tokenizer.eos_token_id else tokenizer.convert_ids_to_tokens(end)
+    model.model.config.update({RESPONSE_END: name})
 
     def save_best(metrics: dict[str, float]) -> None:
         export(model.model, tokenizer, output / "model")

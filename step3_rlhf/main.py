@@ -107,7 +107,9 @@ def load_reference(
     """π_ref: a frozen model or, if only an adapter is trained, the actor without the adapter."""
     if roles.reference_is_adapted:
         return WithoutAdapter(actor.engine)
-    return load_frozen_policy(roles.reference, roles.policy.tokenizer, config)
+    return load_frozen_policy(
+        roles.reference, roles.policy.tokenizer, config, same_ends_as=actor.module
+    )
 
 
 def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig) -> int:

@@ -1,17 +1,14 @@
 """Draws responses to prompts, the same ones however the prompts are divided over ranks."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -20,8 +17,10 @@ from transformers import (
 
 from step3_rlhf.config import SamplingSettings
 from training.data import encode_prompts, pad_prompts, prompt_messages, render_prompt
+from training.models.generation import plain_generation
 from training.models.lora import WithoutAdapter
 from training.models.partitioned import whole_parameters
+from training.models.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Rollout:
     input_ids: Tensor  # [B, P + R] long
     attention_mask: Tensor  # [B, P + R] long
     response_mask: Tensor  # [B, R] bool
-    ended: Tensor  # [B] bool: the response has its EOS
+    ended: Tensor  # [B] bool: the response has its end
     prompts: tuple[str, ...]
     responses: tuple[str, ...]  # without special tokens and surrounding whitespace
 
@@ -111,8 +110,10 @@ def sample(
         seeds: [B] one per prompt; the same seed draws the same response.
     """
     responses: list[list[int]] = []
-    with whole_parameters(policy) as module, _plain_generation(module.model) as model:
+    with whole_parameters(policy) as module, plain_generation(module.model) as model:
+        assert isinstance(module, Policy)
         device = model.device
+        ends = module.ends or (tokenizer.eos_token_id,)
         for start in range(0, len(prompt_ids), settings.rollout_batch_size):
             part = slice(start, start + settings.rollout_batch_size)
             ids, mask = pad_prompts(prompt_ids[part], tokenizer.pad_token_id)
@@ -120,16 +121,16 @@ def sample(
             output = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                logits_processor=_processors(settings, draws, ids.shape[1]),
+                logits_processor=_processors(settings, draws, ids.shape[1], module.absent),
                 max_new_tokens=settings.response_length,
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=list(ends),
             )
             responses += output[:, ids.shape[1] :].tolist()
-    return assemble(prompt_ids, responses, prompts, tokenizer, device)
+    return assemble(prompt_ids, responses, prompts, tokenizer, device, ends)
 
 
 def assemble(
@@ -138,23 +139,35 @@ def assemble(
     prompts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
+    ends: tuple[int, ...] = (),
 ) -> Rollout:
-    """Build a Rollout from token ids; tokens after a response's first EOS are dropped."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    kept = [row[: row.index(eos) + 1] if eos in row else row for row in response_ids]
+    """Build a Rollout from token ids; tokens after a response's first end are dropped.
+
+    Args:
+        ends: the ids that end a response; () is the tokenizer's EOS alone.
+    """
+    ends, pad = ends or (tokenizer.eos_token_id,), tokenizer.pad_token_id
+    kept = [_until_its_end(row, ends) for row in response_ids]
+    whole = [row[-1] in ends for row in kept]
     length = max(len(row) for row in kept)
     ids, mask = pad_prompts(prompt_ids, pad)
     responses = torch.tensor([row + [pad] * (length - len(row)) for row in kept])
     response_mask = torch.tensor([[t < len(row) for t in range(length)] for row in kept])
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    spelt = [row[:-1] if end else row for row, end in zip(kept, whole, strict=True)]
+    texts = tokenizer.batch_decode(spelt, skip_special_tokens=True)
     return Rollout(
         input_ids=torch.cat([ids, responses], dim=1).to(device),
         attention_mask=torch.cat([mask.long(), response_mask.long()], dim=1).to(device),
         response_mask=response_mask.to(device),
-        ended=torch.tensor([row[-1] == eos for row in kept]).to(device),
+        ended=torch.tensor(whole).to(device),
         prompts=tuple(prompts),
         responses=tuple(text.strip() for text in texts),
     )
+
+
+def _until_its_end(row: list[int], ends: tuple[int, ...]) -> list[int]:
+    first = next((place for place, token in enumerate(row) if token in ends), len(row))
+    return row[: first + 1]
 
 
 def encode_prompt_texts(
@@ -165,24 +178,12 @@ def encode_prompt_texts(
     return encode_prompts(rendered, tokenizer)
 
 
-@contextlib.contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model without its generation defaults, such as repetition penalties or bad words.
-
-    Those would change the distribution that is sampled but not the one that is scored.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield model
-    finally:
-        model.generation_config = own
-
-
 def _processors(
-    settings: SamplingSettings, draws: Tensor, prompt_length: int
+    settings: SamplingSettings, draws: Tensor, prompt_length: int, absent: Tensor | None
 ) -> LogitsProcessorList:
     processors = LogitsProcessorList()
+    if absent is not None:
+        processors.append(Existing(absent))
     if settings.temperature != 1.0:
         processors.append(TemperatureLogitsWarper(settings.temperature))
     if settings.top_k > 0:
@@ -191,6 +192,16 @@ def _processors(
         processors.append(TopPLogitsWarper(settings.top_p))
     processors.append(SeededSampler(draws, prompt_length))
     return processors
+
+
+class Existing(LogitsProcessor):
+    """Gives −inf to ids that no token has, as the policy does when it scores."""
+
+    def __init__(self, absent: Tensor) -> None:
+        self.absent = absent  # [vocabulary] bool
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.masked_fill(self.absent, -torch.inf)
 
 
 class SeededSampler(LogitsProcessor):

@@ -57,7 +57,9 @@ def load_models(config: EvaluationConfig, roles: Roles) -> Models:
     policy = load_frozen_policy(roles.policy, roles.policy.tokenizer, config)
     reference = policy
     if roles.reference is not roles.policy:
-        reference = load_frozen_policy(roles.reference, roles.policy.tokenizer, config)
+        reference = load_frozen_policy(
+            roles.reference, roles.policy.tokenizer, config, same_ends_as=policy
+        )
     return Models(policy, reference, load_reward(config, roles), roles.policy.tokenizer)
 
 

@@ -16,7 +16,7 @@ from step3_rlhf.regularizers.base import NoOptimumError, ResponseSet
 from step3_rlhf.regularizers.optimum import optimum
 from step3_rlhf.response_sets import FiniteSet
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
-from training.data import encode_responses
+from training.data import encode_responses, response_end
 from training.runtime import ranks
 from training.statistics import estimate
 
@@ -68,6 +68,7 @@ def measure_set(
         [finite.prompt] * count,
         models.tokenizer,
         ranks.device(),
+        (response_end(models.tokenizer),),
     )
     logp = token_logps(models.policy, rollout).sum(-1)
     ref_logp = token_logps(models.reference, rollout)

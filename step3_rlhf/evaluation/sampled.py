@@ -20,6 +20,7 @@ from step3_rlhf.evaluation.scoring import Models, sequence_logps
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.rollout import assemble, sample
+from training.data import response_end
 from training.runtime import ranks
 from training.statistics import Estimate, estimate
 
@@ -155,6 +156,7 @@ def held_out_perplexity(
             [""] * len(texts),
             models.tokenizer,
             ranks.device(),
+            (response_end(models.tokenizer),),
         )
         columns = (
             sequence_logps(models.policy, rollout, config),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -35,25 +36,26 @@ def reading(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> Re
     """Choose how a reward model reads responses; prints it unless it is in the policy's tokens."""
     tokenizer = reward.tokenizer
     if reads_policy_tokens(reward, policy_tokenizer):
+        end = tokenizer.eos_token_id if reward.learned_end is None else reward.learned_end
         # Hugging Face's other heads look for the last token at the right end.
         if reward.has_linear_score:
-            return policy_tokens
-        return partial(right_padded, tokenizer=tokenizer)
+            return partial(policy_tokens, end=end)
+        return partial(right_padded, tokenizer=tokenizer, end=end)
     limit = known_positions(reward)
     if reads_pairs(tokenizer) and not reward.has_linear_score:
         say(f"{reward} reads prompt and response as two texts joined by its tokenizer")
         return TextPairs(tokenizer, limit)
-    by_template = bool(tokenizer.chat_template) and not reward.learned_eos
+    by_template = bool(tokenizer.chat_template) and reward.learned_end is None
     form = "chat template" if tokenizer.chat_template else "plain dialogue format"
     say(f"{reward} reads prompts and responses anew, with its own tokenizer and in its {form}")
-    return OwnTokens(tokenizer, limit, by_template)
+    return OwnTokens(tokenizer, limit, by_template, reward.learned_end)
 
 
 def reads_policy_tokens(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the reward model would turn the texts into the policy's token ids, EOS at the end.
+    """Whether the reward model would turn the texts into the policy's token ids with one end.
 
-    A model from stage 2 states in its config that it learned responses that end with EOS. Any other
-    model learned what its chat template writes after a response.
+    A model from stage 2 states in its config which token ended the responses that it learned. Any
+    other model learned what its chat template writes after a response.
     """
     tokenizer = reward.tokenizer
     same = (
@@ -61,20 +63,33 @@ def reads_policy_tokens(reward: Pretrained, policy_tokenizer: PreTrainedTokenize
         and tokenizer.eos_token_id == policy_tokenizer.eos_token_id
         and tokenizer.chat_template == policy_tokenizer.chat_template
     )
-    if not same or not tokenizer.chat_template or reward.learned_eos:
+    if not same or not tokenizer.chat_template or reward.learned_end is not None:
         return same
     _, after = response_frame([{"role": "user", "content": "Hi"}], tokenizer)
     return bool(after == tokenizer.eos_token)
 
 
-def policy_tokens(rollout: Rollout) -> Inputs:
-    """The policy's own token ids, prompts padded on the left and responses on the right."""
-    return {"input_ids": rollout.input_ids, "attention_mask": rollout.attention_mask}
+def policy_tokens(rollout: Rollout, end: int | None = None) -> Inputs:
+    """The policy's own token ids, prompts padded on the left and responses on the right.
+
+    Args:
+        end: replaces the token that ended a response. A policy may have several such tokens; a
+            reward model has learned one. None keeps the policy's.
+    """
+    ids = rollout.input_ids
+    if end is not None:
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        last = (columns * rollout.attention_mask).argmax(-1, keepdim=True)
+        ids = torch.where((columns == last) & rollout.ended[:, None], end, ids)
+    return {"input_ids": ids, "attention_mask": rollout.attention_mask}
 
 
-def right_padded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Inputs:
-    """The policy's own token ids, all padding moved to the right."""
-    rows = zip(rollout.input_ids, rollout.attention_mask.bool(), strict=True)
+def right_padded(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, end: int | None = None
+) -> Inputs:
+    """The policy's own token ids, all padding moved to the right; `end` as in `policy_tokens`."""
+    input_ids = policy_tokens(rollout, end)["input_ids"]
+    rows = zip(input_ids, rollout.attention_mask.bool(), strict=True)
     return _padded([ids[mask].tolist() for ids, mask in rows], tokenizer, rollout)
 
 
@@ -92,18 +107,24 @@ class OwnTokens:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, positions: int | None, by_template: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        positions: int | None,
+        by_template: bool,
+        end: int | None = None,
     ) -> None:
         """
         Args:
             positions: the most tokens that the model can read; None is no limit.
             by_template: write the whole dialogue with the chat template, including what it writes
-                after a response. Otherwise write the prompt as stage 2 does, and EOS after the
+                after a response. Otherwise write the prompt as stage 2 does, and `end` after the
                 response.
+            end: None is the token that ends responses in training data.
         """
         self.tokenizer = tokenizer
         self.positions = positions
         self.by_template = by_template
+        self.end = end
 
     def __call__(self, rollout: Rollout) -> Inputs:
         texts = self._encoded(rollout, rollout.ended.tolist())
@@ -117,7 +138,7 @@ class OwnTokens:
             messages = [prompt_messages(prompt) for prompt in rollout.prompts]
             return encode_dialogues(messages, rollout.responses, ended, self.tokenizer)
         prompts = encode_prompt_texts(rollout.prompts, self.tokenizer)
-        responses = encode_responses(list(rollout.responses), self.tokenizer)
+        responses = encode_responses(list(rollout.responses), self.tokenizer, self.end)
         return [
             prompt + (response if whole else response[:-1])
             for prompt, response, whole in zip(prompts, responses, ended, strict=True)

@@ -67,6 +67,31 @@ def response_frame(
         return rendered([joined, *rest])
 
 
+def response_end(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id that ends a response in training data.
+
+    It is the special token with which the chat template ends an assistant's turn; EOS where there
+    is no template, or where it writes no such token.
+    """
+    from jinja2 import TemplateError
+
+    eos: int = tokenizer.eos_token_id
+    if not tokenizer.chat_template:
+        return eos
+    try:
+        before, after = response_frame([{"role": "user", "content": "Hi"}], tokenizer)
+    except TemplateError:  # one that takes other dialogues only
+        return eos
+    # Before the answer there is nothing where the template does not show it as it is.
+    if not before or not after.strip():
+        return eos
+    found = _special_tokens(tokenizer).match(after.lstrip())
+    if not found:
+        return eos
+    end: int = tokenizer.convert_tokens_to_ids(found.group())
+    return end
+
+
 def encode_dialogues(
     prompts: Sequence[Sequence[Message]],
     responses: Sequence[str],
@@ -102,17 +127,17 @@ def encode_prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -
 
 
 def encode_responses(
-    responses: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
+    responses: Sequence[str], tokenizer: "PreTrainedTokenizerBase", end: int | None = None
 ) -> list[list[int]]:
-    """Encode responses, each with EOS at the end.
+    """Encode responses, each with `end` (by default `response_end`) at the end.
 
-    Text that spells a special token is encoded as text, so that a response has exactly one EOS.
+    Text that spells a special token is encoded as text, so that a response has exactly one end.
     """
     # Sentencepiece tokenizers already put a space before any text.
     adds_space = "".join(tokenizer.tokenize("a")).startswith("\u2581")
     texts = [text if adds_space else response_text(text, tokenizer) for text in responses]
-    eos = tokenizer.eos_token_id
-    return [[*ids, eos] for ids in _encode(texts, tokenizer, split_special_tokens=True)]
+    end = response_end(tokenizer) if end is None else end
+    return [[*ids, end] for ids in _encode(texts, tokenizer, split_special_tokens=True)]
 
 
 def decode_responses(

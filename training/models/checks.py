@@ -5,9 +5,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from training.errors import UserError
 from training.models.pretrained import Pretrained, has_linear_score
 
-RESCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields that rescale a model's logits, which are then not `head(hidden)`."""
-
 
 def check_positions(model: Pretrained, needs: dict[str, int]) -> None:
     """Refuse sequences that are longer than the model's number of positions.
@@ -25,16 +22,13 @@ def check_positions(model: Pretrained, needs: dict[str, int]) -> None:
 
 
 def check_policy(model: Pretrained) -> None:
-    """Refuse anything but a causal language model whose logits are `head(hidden)`.
+    """Refuse anything but a causal language model.
 
     Raises:
-        UserError: the model is a sequence-classification model or rescales its logits.
+        UserError: the model is a sequence-classification model.
     """
     if any("SequenceClassification" in name for name in model.config.architectures or []):
         raise UserError(f"{model} is a sequence-classification model, not a language model")
-    for field in RESCALED_LOGITS:
-        if getattr(model.config, field, None) not in (None, 1, 1.0):
-            raise UserError(f"{model}: models with {field} are not supported")
 
 
 def check_scalar(model: Pretrained, new_head: bool) -> bool:

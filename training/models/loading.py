@@ -3,7 +3,7 @@
 import copy
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -16,12 +16,20 @@ from transformers.utils import logging as transformers_logging
 
 from training.errors import UserError
 from training.models.checks import check_head, check_policy, check_scalar
+from training.models.comparison import (
+    Text,
+    own_logits,
+    require_own_draws,
+    require_own_log_probs,
+    require_own_rewards,
+)
 from training.models.lora import add_adapter
 from training.models.options import PLAIN, LoadOptions
 from training.models.packing import refuse_unpackable
 from training.models.policy import Policy
 from training.models.pretrained import UNREADABLE, Pretrained
 from training.models.scalar import Classifier, Float32Head, ScalarModel
+from training.models.vocabulary import absent_ids, ids_needed, named_tokens, response_ends
 from training.runtime.faults import remedy
 from training.runtime.tracking import say
 
@@ -35,17 +43,71 @@ def load_policy(
     pretrained: Pretrained,
     tokenizer: PreTrainedTokenizerBase,
     options: LoadOptions = PLAIN,
+    ends: tuple[int, ...] | None = None,
 ) -> Policy:
     """Load a causal language model as a Policy, with an embedding for the tokenizer's pad token.
 
+    Args:
+        ends: the ids that end a response, where another policy has decided that: a reference's
+            responses are the actor's.
+
     Raises:
-        UserError: it is not a causal language model, lacks weights, or cannot be packed.
+        UserError: it is not a causal language model, lacks weights, cannot be packed, or gives
+            other log-probabilities here than in its own forward.
     """
     check_policy(pretrained)
     if options.packing:
         refuse_unpackable(pretrained.config, str(pretrained))
     model = _load(AutoModelForCausalLM, pretrained, pretrained.config, options)
-    return Policy(_ready(model, tokenizer, options), options.packing)
+    return as_policy(model, str(pretrained), tokenizer, options, ends)
+
+
+def as_policy(
+    model: PreTrainedModel,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: LoadOptions = PLAIN,
+    ends: tuple[int, ...] | None = None,
+) -> Policy:
+    """The same of a causal language model that has been read from disk.
+
+    Args:
+        name: the model's, for messages.
+    """
+    model = _ready(model, tokenizer, options)
+    text = _text(model, tokenizer)
+    own = own_logits(model, text.ids, name)
+    if own.shape[-1] < ids_needed(tokenizer):
+        raise UserError(
+            f"{name} has logits for {own.shape[-1]} token ids, and its tokenizer has "
+            f"{ids_needed(tokenizer)}"
+        )
+    absent = absent_ids(tokenizer, own.shape[-1])
+    if ends is None:
+        ends = response_ends(model, tokenizer, absent)
+        _say_what_is_unusual(name, tokenizer, absent, ends)
+    if model.generation_config is not None:  # exported with the model
+        model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
+    policy = Policy(model, options.packing, absent, ends)
+    require_own_log_probs(policy, own, text, name, options.dropout)
+    require_own_draws(policy, own, text, name)
+    return policy
+
+
+def _say_what_is_unusual(
+    name: str, tokenizer: PreTrainedTokenizerBase, absent: Tensor | None, ends: tuple[int, ...]
+) -> None:
+    if absent is not None:
+        say(
+            f"{name}: {int(absent.sum())} of its {len(absent)} token ids have no token; they are "
+            "neither drawn nor scored"
+        )
+    if len(ends) > 1:
+        first, *others = named_tokens(ends, tokenizer)
+        say(
+            f"{name}: a response ends with {first}, as in training data, or with "
+            + " or ".join(others)
+        )
 
 
 def load_scalar_model(
@@ -73,10 +135,12 @@ def load_scalar_model(
         new=() if trained else ("score.weight",),
     )
     check_head(model, str(pretrained))
+    scalar = ScalarModel(_ready(model, tokenizer, options), options.packing)
+    require_own_rewards(scalar, _text(model, tokenizer), str(pretrained), options.dropout)
     if not trained:
         # A random head would start with arbitrary preferences; 0 means p(y1 ≻ y2) = 1/2.
         nn.init.zeros_(model.score.weight)
-    return ScalarModel(_ready(model, tokenizer, options), options.packing)
+    return scalar
 
 
 def load_reward_model(pretrained: Pretrained, options: LoadOptions) -> ScalarModel | Classifier:
@@ -100,7 +164,13 @@ def load_reward_model(pretrained: Pretrained, options: LoadOptions) -> ScalarMod
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module.out_features == 1:
             model.set_submodule(name, Float32Head.like(module))
-    return Classifier(_ready(model, pretrained.tokenizer, options))
+    classifier = Classifier(_ready(model, pretrained.tokenizer, options))
+    require_own_rewards(classifier, _text(model, pretrained.tokenizer), str(pretrained))
+    return classifier
+
+
+def _text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Text:
+    return Text.of(tokenizer, getattr(model.config, "max_position_embeddings", None))
 
 
 def _with_one_label(config: PretrainedConfig) -> PretrainedConfig:
@@ -167,13 +237,14 @@ def _ready(
 ) -> PreTrainedModel:
     """Give the model a pad token embedding, a float32 head and, if asked for, an adapter."""
     known = model.get_input_embeddings().num_embeddings
-    if known < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if known < (needed := ids_needed(tokenizer)):
+        model.resize_token_embeddings(needed, mean_resizing=False)
         # Not random: actor, reference and the replicas on all ranks must be the same model.
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
                 layer.weight.data[known:] = layer.weight.data[:known].mean(0)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
     # The embedding at padding_idx gets no gradient; in a model with pad = EOS that would be EOS.
     model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
     if isinstance(getattr(model, "score", None), nn.Linear):

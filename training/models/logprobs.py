@@ -4,8 +4,10 @@ The log-softmax runs in float32 over a few rows at a time, and only over rows th
 float32 tensor [batch, length, vocabulary] ever exists, not even in the backward pass.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 ROWS_PER_CHUNK = 1024
@@ -14,10 +16,11 @@ ROWS_PER_CHUNK = 1024
 def token_logprobs(
     hidden: Tensor,
     targets: Tensor,
-    head: nn.Module,
+    head: Callable[[Tensor], Tensor],
     with_entropy: bool = False,
     rows_per_chunk: int = ROWS_PER_CHUNK,
     chunks: int | None = None,
+    absent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute log π(target | hidden) for each row, in nats.
 
@@ -29,6 +32,7 @@ def token_logprobs(
         rows_per_chunk: rows whose logits exist at the same time.
         chunks: number of calls of the head, at least as many as the rows need; some may be empty.
             If the call is a collective operation (ZeRO-3), every rank must make the same number.
+        absent: [vocabulary] bool, ids that no token has; their probability is 0.
 
     Returns:
         log-probabilities [rows] float32, and entropies [rows] float32 (nats) or None.
@@ -39,10 +43,10 @@ def token_logprobs(
         rows, wanted = hidden[part], targets[part]
         if torch.is_grad_enabled():
             logp, entropy = checkpoint(
-                _score_rows, rows, wanted, head, with_entropy, use_reentrant=False
+                _score_rows, rows, wanted, head, with_entropy, absent, use_reentrant=False
             )
         else:
-            logp, entropy = _score_rows(rows, wanted, head, with_entropy)
+            logp, entropy = _score_rows(rows, wanted, head, with_entropy, absent)
         logps.append(logp)
         entropies.append(entropy)
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
@@ -54,9 +58,13 @@ def chunks_of(rows: int, rows_per_chunk: int = ROWS_PER_CHUNK) -> int:
 
 
 def _score_rows(
-    hidden: Tensor, targets: Tensor, head: nn.Module, with_entropy: bool
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    with_entropy: bool,
+    absent: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    logits = head(hidden).float()
+    logits = without_absent(head(hidden).float(), absent)
     log_normalizer = logits.logsumexp(dim=-1)
     logp = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normalizer
     if not with_entropy:
@@ -64,6 +72,18 @@ def _score_rows(
     # H = log Z − Σ p·logit
     expected_logit = (logits.softmax(dim=-1) * logits).sum(dim=-1)
     return logp, log_normalizer - expected_logit
+
+
+def without_absent(logits: Tensor, absent: Tensor | None) -> Tensor:
+    """Logits [rows, vocabulary] with which ids that do not exist have probability 0.
+
+    Args:
+        absent: [vocabulary] bool; None where every id exists.
+    """
+    if absent is None:
+        return logits
+    # Not −∞, of which the entropy would make 0 · ∞.
+    return logits.masked_fill(absent, torch.finfo(logits.dtype).min)
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -1,23 +1,43 @@
 """The policy: log-probabilities of given tokens from Hugging Face's causal models."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from training.models.hidden_states import hidden_states, takes_positions
 from training.models.logprobs import chunks_of, token_logprobs
+from training.models.noise import Quiet
+from training.models.own_head import OwnHead, decoder_of, is_plain
 from training.models.partitioned import is_partitioned
 from training.runtime.ranks import max_over_ranks
 
 
-class Policy(nn.Module):
+class Policy(Quiet):
     """A causal language model that returns log-probabilities of given tokens, not logits."""
 
-    def __init__(self, model: PreTrainedModel, packing: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        packing: bool = False,
+        absent: Tensor | None = None,
+        ends: tuple[int, ...] = (),
+    ) -> None:
+        """
+        Args:
+            absent: [vocabulary] bool, ids that no token has: they are neither drawn nor scored.
+                None where there are none.
+            ends: the ids that end a response; the tokenizer's EOS alone where none are given.
+        """
         super().__init__()
         self.model = model
-        self._takes_positions = takes_positions(model.get_decoder())
+        self.ends = ends
+        self.absent: Tensor | None
+        self.register_buffer("absent", absent, persistent=False)
+        self._takes_positions = takes_positions(decoder_of(model))
         self._packing = packing
+        self._own_head = None if is_plain(model) else OwnHead(model)
 
     def forward(
         self,
@@ -38,7 +58,7 @@ class Policy(nn.Module):
             of the distribution at each scored token, or None.
         """
         states = hidden_states(
-            self.model.get_decoder(),
+            decoder_of(self.model),
             input_ids,
             attention_mask,
             self._takes_positions,
@@ -50,8 +70,16 @@ class Policy(nn.Module):
         chunks = chunks_of(len(targets))
         if is_partitioned(self.model):  # ranks have different numbers of tokens
             chunks = max_over_ranks(chunks)
+        head = self._own_head or self.model.get_output_embeddings()
+        if isinstance(head, nn.Module):  # some decoders give float32 whatever the head's precision
+            hidden = hidden.to(cast(Tensor, head.weight).dtype)
         logp, entropy = token_logprobs(
-            hidden, targets, self.model.get_output_embeddings(), with_entropy, chunks=chunks
+            hidden,
+            targets,
+            head,
+            with_entropy,
+            chunks=chunks,
+            absent=self.absent,
         )
         return _scatter(logp, scored_mask), None if entropy is None else _scatter(
             entropy, scored_mask

@@ -103,9 +103,20 @@ class Pretrained:
         return tokenizer
 
     @property
-    def learned_eos(self) -> bool:
-        """Whether stage 2 trained this reward model, and so on responses that end with EOS."""
-        return getattr(self.config, RESPONSE_END, None) == "eos"
+    def learned_end(self) -> int | None:
+        """The token with which stage 2 ended the responses that this reward model learned.
+
+        None if stage 2 did not train it.
+        """
+        name = getattr(self.config, RESPONSE_END, None)
+        if name is None:
+            return None
+        end: int = (
+            self.tokenizer.eos_token_id
+            if name == "eos"
+            else self.tokenizer.convert_tokens_to_ids(name)
+        )
+        return end
 
     @cached_property
     def has_linear_score(self) -> bool:

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from training.models.hidden_states import hidden_states, takes_positions
+from training.models.noise import Quiet
 
 
-class ScalarModel(nn.Module):
+class ScalarModel(Quiet):
     """A sequence-classification model with one label: a reward model or a critic."""
 
     def __init__(self, model: PreTrainedModel, packing: bool = False) -> None:
@@ -28,7 +29,7 @@ class ScalarModel(nn.Module):
         return last_token(self(input_ids, attention_mask), attention_mask)
 
 
-class Classifier(nn.Module):
+class Classifier(Quiet):
     """A one-label sequence-classification model of any architecture, called as it is."""
 
     def __init__(self, model: PreTrainedModel) -> None:

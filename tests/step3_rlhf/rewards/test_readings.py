@@ -143,7 +143,7 @@ def test_what_stage_2_made_learned_eos_after_a_response(
 
 
 def test_who_reads_the_policys_tokens_as_they_stand(
-    scalar: ScalarModel, world_tokenizer, templated, capsys
+    rollout: Rollout, scalar: ScalarModel, world_tokenizer, templated, capsys
 ) -> None:
     foreign, made = config_of(scalar), config_of(scalar, response_end="eos")
     assert reads_policy_tokens(named(foreign, world_tokenizer), world_tokenizer)
@@ -161,7 +161,8 @@ def test_who_reads_the_policys_tokens_as_they_stand(
     longer.add_tokens(["qqqq"])
     assert not reads_policy_tokens(named(made, longer), world_tokenizer)
     assert not reads_policy_tokens(named(made, world_tokenizer), longer)
-    assert reading(named(foreign, world_tokenizer), world_tokenizer) is policy_tokens
+    read = reading(named(foreign, world_tokenizer), world_tokenizer)
+    assert torch.equal(read(rollout)["input_ids"], rollout.input_ids)
     assert isinstance(reading(named(foreign, longer), world_tokenizer), OwnTokens)
     assert "in its plain dialogue format" in capsys.readouterr().out
 

@@ -154,12 +154,6 @@ def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path: Path, world_tok
         load_scalar_model(Pretrained(str(tmp_path)), world_tokenizer)
 
 
-def test_models_that_rescale_their_logits_are_refused(tmp_path: Path, world_tokenizer) -> None:
-    write_model(tmp_path, final_logit_softcapping=30.0)
-    with pytest.raises(UserError, match="final_logit_softcapping"):
-        load_policy(Pretrained(str(tmp_path)), world_tokenizer)
-
-
 def test_dropout_is_off_unless_asked_for(
     tiny_opt: PreTrainedModel, tmp_path: Path, world_tokenizer
 ) -> None:

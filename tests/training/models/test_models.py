@@ -69,8 +69,9 @@ def test_policy_scores_only_what_is_asked_for(tiny_llama: PreTrainedModel) -> No
     scored = torch.zeros_like(input_ids, dtype=torch.bool)
     scored[0, 4:6] = True
     rows: list[int] = []
+    policy = Policy(tiny_llama)
     tiny_llama.lm_head.register_forward_hook(lambda m, given, logits: rows.append(logits.shape[0]))
-    logp, entropy = Policy(tiny_llama)(input_ids, attention_mask, scored, with_entropy=True)
+    logp, entropy = policy(input_ids, attention_mask, scored, with_entropy=True)
     assert rows == [2]
     torch.testing.assert_close(
         logp[0, 4:6].double(), own_logps(tiny_llama, ROWS[0])[3:5], atol=1e-5, rtol=0

@@ -1,0 +1,262 @@
+"""Whether a model computes here what it computes by itself, found out when it is loaded.
+
+Log-probabilities and rewards are taken from hidden states, in padded batches, in training mode as
+well. Families of models differ in each of these, and a wrong figure raises no error. So a few
+tokens are computed both ways, and a model for which the two differ is refused.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training.errors import UserError
+from training.models.generation import logits_while_drawing
+from training.models.logprobs import without_absent
+from training.models.noise import Quiet, undisturbed
+from training.models.policy import Policy
+from training.models.scalar import Classifier, ScalarModel
+from training.runtime.faults import remedy
+
+TOKENS = 8
+"""Of the text that is compared. Its beginning, half of it, stands in the padded rows."""
+
+LARGEST_ROUNDED = 32.0
+"""Logits are rarely above 32, where two neighbours in bfloat16 are 0.25 apart: two ways to compute
+one may differ by that. Over all families of transformers they differed by 0.004 and less."""
+
+DEEP_SUMS = 1e-3
+"""Sums in another order differ in float32 too: by 1e-5 over 24 layers, where families that are
+computed wrongly differ by 0.01 to 30."""
+
+REPEATED = 1e-5
+"""Two passes over the same tensors do the same sums in the same order."""
+
+STEPS = 2
+"""Of drawing: the first after the prompt, and one from what was kept of it."""
+
+PADDINGS = ("without padding", "padded on the left", "padded on the right")
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """By how much two ways to compute the same number near 1 may differ."""
+    return max(DEEP_SUMS, LARGEST_ROUNDED * torch.finfo(dtype).eps)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A few ordinary tokens, the same for every model with this tokenizer."""
+
+    ids: tuple[int, ...]
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> "Text":
+        """Tokens from all over the vocabulary, at most as many as the model has positions."""
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        known = sorted(tokenizer.get_vocab().values())
+        ordinary = [token for token in known if token not in special] or known
+        count = min(TOKENS, positions) if positions and positions > 1 else TOKENS
+        places = [(2 * k + 1) * len(ordinary) // (2 * count) for k in range(count)]
+        return cls(tuple(ordinary[place] for place in places), tokenizer.pad_token_id)
+
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        return self.ids[: len(self.ids) // 2]
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The text whole, and its beginning padded as `PADDINGS` says.
+
+        Returns:
+            ids and attention mask, [3, tokens] each.
+        """
+        ids = torch.full((len(PADDINGS), len(self.ids)), self.pad)
+        mask = torch.zeros_like(ids)
+        for row, start in enumerate([0, len(self.ids) - len(self.beginning), 0]):
+            text = torch.tensor(self.beginning if row else self.ids)
+            ids[row, start : start + len(text)] = text
+            mask[row, start : start + len(text)] = 1
+        return ids, mask
+
+
+@torch.no_grad()
+def own_logits(model: PreTrainedModel, ids: tuple[int, ...], name: str) -> Tensor:
+    """Of the model's own forward on one text without padding, float32, the batch dimension removed.
+
+    Raises:
+        UserError: it fails.
+    """
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    options = {"use_cache": False} if takes_cache else {}
+    with undisturbed(model):
+        model.eval()
+        logits: Tensor = _tried(
+            lambda: model(input_ids=torch.tensor([ids]), **options).logits[0],
+            f"{name}: its own forward fails",
+        )
+    return logits.float()
+
+
+@torch.no_grad()
+def require_own_log_probs(
+    policy: Policy, own: Tensor, text: Text, name: str, dropout: bool
+) -> None:
+    """Refuse a policy whose log-probabilities are not those of its own forward.
+
+    Noise in training mode is switched off, unless it is wanted.
+
+    Args:
+        own: logits [tokens, vocabulary] of the whole text, from `own_logits`.
+        dropout: noise in training mode is wanted.
+
+    Raises:
+        UserError: with the largest difference.
+    """
+    ids, mask = text.rows()
+    scored = (mask == 1) & (mask.cumsum(-1) > 1)
+    logp = without_absent(own, policy.absent)[:-1].log_softmax(-1)
+    logp = logp.gather(1, torch.tensor(text.ids[1:])[:, None]).squeeze(1)
+    expected = torch.zeros(scored.shape)
+    for row in range(len(scored)):  # what follows a token says nothing about it
+        expected[row, scored[row]] = logp[: int(scored[row].sum())]
+    _require_equal(
+        policy,
+        lambda: policy(ids, mask, scored)[0],
+        expected,
+        tolerance=rounding(policy.model.dtype),
+        what="log-probabilities",
+        unit=" nats",
+        name=name,
+        dropout=dropout,
+    )
+
+
+@torch.no_grad()
+def require_own_draws(policy: Policy, own: Tensor, text: Text, name: str) -> None:
+    """Refuse a policy that is drawn from, step by step, otherwise than its own forward says.
+
+    Args:
+        own: logits [tokens, vocabulary] of the whole text, from `own_logits`.
+
+    Raises:
+        UserError: with the largest difference.
+    """
+    whole, beginning = len(text.ids) - STEPS, len(text.beginning)
+    prompts = torch.full((2, whole), text.pad)
+    prompts[0] = torch.tensor(text.ids[:whole])
+    prompts[1, whole - beginning :] = torch.tensor(text.beginning)
+    mask = (torch.arange(whole) >= torch.tensor([[0], [whole - beginning]])).long()
+    tokens = torch.tensor([text.ids[end : end + STEPS] for end in (whole, beginning)])
+    with undisturbed(policy):
+        policy.eval()
+        drawn = _tried(
+            lambda: logits_while_drawing(policy.model, prompts, mask, tokens, text.pad),
+            f"{name}: a few tokens cannot be drawn",
+        )
+    expected = torch.stack([own[end - 1 : end - 1 + STEPS] for end in (whole, beginning)])
+
+    def logp(logits: Tensor) -> Tensor:
+        scores = without_absent(logits, policy.absent).log_softmax(-1)
+        return scores.gather(-1, tokens[..., None]).squeeze(-1)
+
+    gap = (logp(drawn) - logp(expected)).abs().nan_to_num(torch.inf).max().item()
+    if gap > (tolerance := rounding(policy.model.dtype)):
+        raise UserError(
+            f"{name}: log-probabilities of tokens that are drawn after prompts of different "
+            f"lengths differ by up to {gap:.2g} nats from those of the model's own forward, where "
+            f"rounding explains {tolerance:.2g}; this kind of model ({_kind(policy)}) would not "
+            "draw from the distribution that is scored"
+        )
+
+
+@torch.no_grad()
+def require_own_rewards(
+    scalar: ScalarModel | Classifier, text: Text, name: str, dropout: bool = False
+) -> None:
+    """Refuse a scalar model whose rewards are not those of its own forward.
+
+    Raises:
+        UserError: with the largest difference.
+    """
+    model: PreTrainedModel = scalar.model
+    whole, beginning = (own_logits(model, ids, name) for ids in (text.ids, text.beginning))
+    if isinstance(scalar, Classifier):  # is given rows that are padded on the right only
+        ids, mask = (part[[0, 2]] for part in text.rows())
+        expected = torch.cat([whole, beginning])
+    else:
+        ids, mask = text.rows()
+        expected = torch.cat([whole, beginning.expand(len(PADDINGS) - 1)])
+    rewards = scalar if isinstance(scalar, Classifier) else scalar.rewards
+    _require_equal(
+        scalar,
+        lambda: rewards(ids, mask),
+        expected,
+        tolerance=rounding(model.dtype) * expected.abs().max().item(),
+        what="rewards",
+        unit="",
+        name=name,
+        dropout=dropout,
+    )
+
+
+def _require_equal(
+    module: Quiet,
+    compute: Callable[[], Tensor],
+    expected: Tensor,
+    tolerance: float,
+    what: str,
+    unit: str,
+    name: str,
+    dropout: bool,
+) -> None:
+    """Refuse a module that computes other rows than `expected`, in evaluation or in training."""
+    with undisturbed(module):
+        module.eval()
+        found = _tried(compute, f"{name}: a few tokens cannot be computed as they are in training")
+        gaps = (found - expected).abs().reshape(len(expected), -1).amax(1).nan_to_num(torch.inf)
+        if (gap := gaps.max().item()) > tolerance:
+            paddings = PADDINGS if len(gaps) == len(PADDINGS) else (PADDINGS[0], PADDINGS[2])
+            where = next(place for place, g in zip(paddings, gaps, strict=True) if g > tolerance)
+            raise UserError(
+                f"{name}: {what} of a text {where} differ by up to {gap:.2g}{unit} from those of "
+                f"the model's own forward without padding, where rounding explains "
+                f"{tolerance:.2g}; this kind of model ({_kind(module)}) would be trained and "
+                "scored wrongly here"
+            )
+        if dropout:
+            return
+        for noiseless in (False, True):
+            module.noiseless = noiseless
+            module.train()
+            first, second = (
+                _tried(compute, f"{name}: a few tokens cannot be computed in training mode")
+                for _ in range(2)
+            )
+            noise = (first - second).abs().max().item()
+            gap = (first - found).abs().max().item()
+            if noise <= REPEATED and gap <= tolerance:
+                return
+    raise UserError(
+        f"{name}: {what} of the same text differ by up to {max(noise, gap):.2g}{unit} between two "
+        "passes in training mode, or from evaluation mode: "
+        f"this kind of model ({_kind(module)}) has noise in training that cannot be switched off, "
+        "and PPO would take it for a change of the policy"
+    )
+
+
+def _kind(module: Quiet) -> str:
+    model = module.model
+    return type(model).__name__
+
+
+def _tried(compute: Callable[[], Tensor], what: str) -> Tensor:
+    try:
+        return compute()
+    except Exception as error:  # whatever a family raises for what it does not know
+        if remedy(error):  # memory, not the model
+            raise
+        message = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{what}: {type(error).__name__}: {message}") from error
