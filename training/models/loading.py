@@ -89,7 +89,7 @@ def as_policy(
     if model.generation_config is not None:  # exported with the model
         model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     policy = Policy(model, options.packing, absent, ends)
-    require_own_log_probs(policy, own, text, name, options.dropout)
+    require_own_log_probs(policy, own, text, name, options.noise_is_wanted)
     require_own_draws(policy, own, text, name)
     return policy
 
@@ -136,7 +136,7 @@ def load_scalar_model(
     )
     check_head(model, str(pretrained))
     scalar = ScalarModel(_ready(model, tokenizer, options), options.packing)
-    require_own_rewards(scalar, _text(model, tokenizer), str(pretrained), options.dropout)
+    require_own_rewards(scalar, _text(model, tokenizer), str(pretrained), options.noise_is_wanted)
     if not trained:
         # A random head would start with arbitrary preferences; 0 means p(y1 ≻ y2) = 1/2.
         nn.init.zeros_(model.score.weight)

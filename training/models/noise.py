@@ -1,8 +1,11 @@
 """Models whose passes in training mode are those of evaluation."""
 
 import contextlib
+import random
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,6 +28,11 @@ class Quiet(nn.Module):
                 if module is not self and not hasattr(module, "gradient_checkpointing"):
                     module.training = False
         return self
+
+
+def drawn_so_far() -> tuple[bytes, tuple[Any, ...]]:
+    """Differs where a random number has been drawn in between."""
+    return torch.get_rng_state().numpy().tobytes(), random.getstate()
 
 
 @contextlib.contextmanager

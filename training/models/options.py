@@ -25,6 +25,11 @@ class LoadOptions:
     lora: LoraSettings | None = None
     """Train an adapter and, of the model itself, only a classification head."""
 
+    @property
+    def noise_is_wanted(self) -> bool:
+        """Whether two passes in training mode shall differ."""
+        return self.dropout or (self.lora is not None and self.lora.lora_dropout > 0)
+
     @classmethod
     def trained(cls, config: StageConfig, dropout: bool = False) -> "LoadOptions":
         """The options for a model that the stage trains."""
