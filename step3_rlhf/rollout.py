@@ -17,7 +17,7 @@ from transformers import (
 
 from step3_rlhf.config import SamplingSettings
 from training.data import encode_prompts, pad_prompts, prompt_messages, render_prompt
-from training.models.generation import plain_generation
+from training.models.families.generation import plain_generation
 from training.models.lora import WithoutAdapter
 from training.models.partitioned import whole_parameters
 from training.models.policy import Policy

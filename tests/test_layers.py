@@ -17,14 +17,15 @@ step1_sft step2_reward step2_reward.losses step3_rlhf step3_rlhf.evaluation step
 step3_rlhf.paper.grid step3_rlhf.paper.grid.paper_models step3_rlhf.paper.pages
 step3_rlhf.paper.quickstart step3_rlhf.paper.quickstart.machine
 step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards training training.data.batches
-training.data.tally training.errors training.models training.models.logprobs training.runtime
-training.runtime.disk training.runtime.extensions training.runtime.random_states
+training.data.tally training.errors training.models training.models.families
+training.models.families.generation training.models.families.own_head training.models.logprobs
+training.runtime training.runtime.disk training.runtime.extensions training.runtime.random_states
 training.statistics training.world training.world.topics
 
 step3_rlhf.evaluation.metrics step3_rlhf.ppo step3_rlhf.response_sets training.config
-training.deepspeed_section training.memory training.models.packing training.models.pretrained
-training.plotting training.plugins training.runtime.ranks training.world.population
-training.world.prompts
+training.deepspeed_section training.memory training.models.families.noise training.models.packing
+training.models.pretrained training.plotting training.plugins training.runtime.ranks
+training.world.population training.world.prompts
 
 step2_reward.calibration step3_rlhf.paper.quickstart.findings step3_rlhf.paper.quickstart.shares
 step3_rlhf.regularizers.base training.data.settings training.models.checks
@@ -46,9 +47,10 @@ training.models.partitioned training.runtime.checkpoint
 
 step3_rlhf.regularizers.registry training.data training.models.export training.models.policy
 
-step3_rlhf.regularizers training.fitting training.models.loading
+step3_rlhf.regularizers training.fitting training.models.comparison
+training.models.families.vocabulary
 
-training.dry_run
+training.dry_run training.models.loading
 
 training.dry_run_text
 

@@ -28,11 +28,11 @@ from step3_rlhf.config import PPOConfig, SamplingSettings
 from step3_rlhf.rollout import encode_prompt_texts, sample
 from training.config import check_config
 from training.models.export import export
+from training.models.families.vocabulary import absent_ids, ids_needed
 from training.models.loading import load_policy, load_reward_model, load_scalar_model
 from training.models.options import LoadOptions
 from training.models.policy import Policy
 from training.models.pretrained import Pretrained
-from training.models.vocabulary import absent_ids, ids_needed
 
 EXTRA = 128
 

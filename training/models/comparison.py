@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.errors import UserError
-from training.models.generation import logits_while_drawing
+from training.models.families.generation import logits_while_drawing
+from training.models.families.noise import Quiet, drawn_so_far, undisturbed
 from training.models.logprobs import without_absent
-from training.models.noise import Quiet, drawn_so_far, undisturbed
 from training.models.policy import Policy
 from training.models.scalar import Classifier, ScalarModel
 from training.runtime.faults import remedy

@@ -23,13 +23,13 @@ from training.models.comparison import (
     require_own_log_probs,
     require_own_rewards,
 )
+from training.models.families.vocabulary import absent_ids, ids_needed, named_tokens, response_ends
 from training.models.lora import add_adapter
 from training.models.options import PLAIN, LoadOptions
 from training.models.packing import refuse_unpackable
 from training.models.policy import Policy
 from training.models.pretrained import UNREADABLE, Pretrained
 from training.models.scalar import Classifier, Float32Head, ScalarModel
-from training.models.vocabulary import absent_ids, ids_needed, named_tokens, response_ends
 from training.runtime.faults import remedy
 from training.runtime.tracking import say
 

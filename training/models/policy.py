@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from training.models.families.noise import Quiet
+from training.models.families.own_head import OwnHead, decoder_of, is_plain
 from training.models.hidden_states import hidden_states, takes_positions
 from training.models.logprobs import chunks_of, token_logprobs
-from training.models.noise import Quiet
-from training.models.own_head import OwnHead, decoder_of, is_plain
 from training.models.partitioned import is_partitioned
 from training.runtime.ranks import max_over_ranks
 

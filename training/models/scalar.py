@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from training.models.families.noise import Quiet
 from training.models.hidden_states import hidden_states, takes_positions
-from training.models.noise import Quiet
 
 
 class ScalarModel(Quiet):

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from training.data import pad_prompts
 from training.errors import UserError
-from training.models.generation import logits_while_drawing
+from training.models.families.generation import logits_while_drawing
 from training.models.loading import as_policy, load_reward_model, load_scalar_model
 from training.models.options import LoadOptions
 from training.models.partitioned import is_partitioned
