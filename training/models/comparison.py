@@ -1,8 +1,8 @@
-"""Whether a model computes here what it computes by itself, found out when it is loaded.
+"""Refuses a model for which training would compute something other than its own forward.
 
-Log-probabilities and rewards are taken from hidden states, in padded batches, in training mode as
-well. Families of models differ in each of these, and a wrong figure raises no error. So a few
-tokens are computed both ways, and a model for which the two differ is refused.
+Training takes log-probabilities and rewards from hidden states, in padded batches and in training
+mode. Families of models differ in each of these, and a wrong number raises no error. A few tokens
+are therefore computed both ways when a model is loaded.
 """
 
 import inspect
@@ -22,27 +22,28 @@ from training.models.scalar import Classifier, ScalarModel
 from training.runtime.faults import remedy
 
 TOKENS = 8
-"""Of the text that is compared. Its beginning, half of it, stands in the padded rows."""
+"""Length of the text that is compared. The padded rows hold its first half."""
 
 LARGEST_ROUNDED = 32.0
-"""Logits are rarely above 32, where two neighbours in bfloat16 are 0.25 apart: two ways to compute
-one may differ by that. Over all families of transformers they differed by 0.004 and less."""
+"""Logits are rarely above 32, where neighbouring bfloat16 numbers are 0.25 apart; two ways to
+compute a logit may differ by that much. Over all families of transformers they differed by at most
+0.004."""
 
 DEEP_SUMS = 1e-3
-"""Sums in another order differ in float32 too: by 1e-5 over 24 layers, where families that are
-computed wrongly differ by 0.01 to 30."""
+"""Sums in another order differ in float32 too: by 1e-5 over 24 layers. Families that are computed
+wrongly differ by 0.01 to 30."""
 
 REPEATED = 1e-5
-"""Two passes over the same tensors do the same sums in the same order."""
+"""Two passes over the same tensors add in the same order."""
 
 STEPS = 2
-"""Of drawing: the first after the prompt, and one from what was kept of it."""
+"""Drawn tokens: one right after the prompt, and one that reads the cache."""
 
 PADDINGS = ("without padding", "padded on the left", "padded on the right")
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """By how much two ways to compute the same number near 1 may differ."""
+    """Return how much two ways to compute the same number near 1 may differ."""
     return max(DEEP_SUMS, LARGEST_ROUNDED * torch.finfo(dtype).eps)
 
 
@@ -68,7 +69,7 @@ class Text:
         return self.ids[: len(self.ids) // 2]
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """The text whole, and its beginning padded as `PADDINGS` says.
+        """Return the whole text, and its beginning padded as `PADDINGS` says.
 
         Returns:
             ids and attention mask, [3, tokens] each.
@@ -84,10 +85,10 @@ class Text:
 
 @torch.no_grad()
 def own_logits(model: PreTrainedModel, ids: tuple[int, ...], name: str) -> Tensor:
-    """Of the model's own forward on one text without padding, float32, the batch dimension removed.
+    """Compute the model's own logits [tokens, vocabulary] of one text without padding, in float32.
 
     Raises:
-        UserError: it fails.
+        UserError: the model's own forward fails.
     """
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
     options = {"use_cache": False} if takes_cache else {}
@@ -136,7 +137,7 @@ def require_own_log_probs(
 
 @torch.no_grad()
 def require_own_draws(policy: Policy, own: Tensor, text: Text, name: str) -> None:
-    """Refuse a policy that is drawn from, step by step, otherwise than its own forward says.
+    """Refuse a policy that draws, token by token, from another distribution than its own forward.
 
     Args:
         own: logits [tokens, vocabulary] of the whole text, from `own_logits`.
@@ -212,7 +213,7 @@ def _require_equal(
     name: str,
     dropout: bool,
 ) -> None:
-    """Refuse a module that computes other rows than `expected`, in evaluation or in training."""
+    """Refuse a module that does not compute `expected` in evaluation and in training mode."""
     with undisturbed(module):
         module.eval()
         found = _tried(compute, f"{name}: a few tokens cannot be computed as they are in training")
@@ -238,7 +239,7 @@ def _require_equal(
             )
             noise = (first - second).abs().max().item()
             gap = (first - found).abs().max().item()
-            # Noise that a few tokens do not show, as of routers with a clear choice, is drawn too.
+            # A router with a clear choice hides its noise on a few tokens but draws random numbers.
             silent = noiseless or drawn_so_far() == before
             if noise <= REPEATED and gap <= tolerance and silent:
                 return
@@ -258,7 +259,7 @@ def _kind(module: Quiet) -> str:
 def _tried(compute: Callable[[], Tensor], what: str) -> Tensor:
     try:
         return compute()
-    except Exception as error:  # whatever a family raises for what it does not know
+    except Exception as error:  # families raise anything for input that they do not know
         if remedy(error):  # memory, not the model
             raise
         message = (str(error).splitlines() or [""])[0]

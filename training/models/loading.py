@@ -48,8 +48,7 @@ def load_policy(
     """Load a causal language model as a Policy, with an embedding for the tokenizer's pad token.
 
     Args:
-        ends: the ids that end a response, where another policy has decided that: a reference's
-            responses are the actor's.
+        ends: the ids that end a response; None finds them. A reference gets the actor's.
 
     Raises:
         UserError: it is not a causal language model, lacks weights, cannot be packed, or gives

@@ -1,4 +1,4 @@
-"""transformers' generation without what a model brings to it."""
+"""Generation by transformers, without the defaults that a model brings along."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 @contextlib.contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model without its own generation defaults (repetition penalties, bad words, ...).
+    """The model without its generation defaults, such as repetition penalties or bad words.
 
-    What they change would be drawn but not scored.
+    Those would change the distribution that is sampled but not the one that is scored.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()
@@ -23,7 +23,7 @@ def plain_generation(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 class Forced(LogitsProcessor):
-    """Given tokens [batch, steps] are drawn."""
+    """Makes generation draw the given tokens [batch, steps]."""
 
     def __init__(self, tokens: Tensor, prompt_length: int) -> None:
         self.tokens = tokens

@@ -1,4 +1,4 @@
-"""Models whose passes in training mode are those of evaluation."""
+"""Switches off the noise that some families add in training mode."""
 
 import contextlib
 import random
@@ -17,9 +17,8 @@ class Quiet(nn.Module):
 
     model: PreTrainedModel
     noiseless = False
-    """Some families have noise of their own in training, on routers of experts for example. Where
-    this is true it is off, whatever it is called. Only what recomputes activations is told of the
-    training mode."""
+    """True switches off whatever noise a family adds in training mode, such as that of routers of
+    experts. Only the modules that recompute activations then learn of the training mode."""
 
     def train(self, mode: bool = True) -> "Quiet":
         super().train(mode)
@@ -31,13 +30,13 @@ class Quiet(nn.Module):
 
 
 def drawn_so_far() -> tuple[bytes, tuple[Any, ...]]:
-    """Differs where a random number has been drawn in between."""
+    """A state that changes whenever a random number is drawn."""
     return torch.get_rng_state().numpy().tobytes(), random.getstate()
 
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Afterwards every part is in the mode in which it was, and so is every random generator."""
+    """Restore every part's mode and every random generator afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     states = random_states()
     try:

@@ -1,8 +1,7 @@
-"""From a decoder's last hidden states to logits, as the model's own forward does it.
+"""Computes logits from a decoder's last hidden states as the model's own forward does.
 
-Most models apply a linear head and nothing else. Some scale or cap the logits afterwards, or keep
-their head in another place; what they do is asked of their own code, with the decoder's answer
-given.
+Most models apply a linear head and nothing else. Some scale or cap the logits, or keep their head
+elsewhere; for those the model's own forward runs with the decoder's output already given.
 """
 
 import copy
@@ -14,16 +13,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 LARGEST_LOGIT = 100.0
-"""Of the probe: a cap on logits shows only where logits exceed it, and caps are about 30."""
+"""Of the hidden states that are tried: a cap on logits, about 30, shows only beyond it."""
 ROUNDING_STEPS = 16
-"""Of the head's precision, by which two ways to compute the same logits may differ."""
+"""Units of the head's precision by which two ways to compute the same logits may differ."""
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The part of a causal language model that turns tokens into hidden states.
+    """Find the part of a causal language model that turns tokens into hidden states.
 
     Raises:
-        ValueError: no part does.
+        ValueError: there is no such part.
     """
     embeddings = model.get_input_embeddings()
     around = (c for c in model.children() if c is not embeddings and embeddings in c.modules())
@@ -38,8 +37,8 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 class OwnHead:
     """Everything that a model's own forward does after its decoder.
 
-    The parameters are those of `model`, wherever they are now. It is not a module, so that nothing
-    counts them twice.
+    It uses the parameters of `model` wherever they are now, and is not a module itself, so that
+    nothing counts them twice.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -62,7 +61,7 @@ class OwnHead:
 
 
 class _Given:
-    """Stands where the decoder does, and knows its answer."""
+    """Takes the decoder's place and returns the given states."""
 
     def __init__(self, states: Tensor, replaced: nn.Module) -> None:
         self._decoded = _Decoded(last_hidden_state=states)
@@ -72,7 +71,7 @@ class _Given:
         return self._decoded
 
     def __getattr__(self, name: str) -> Any:
-        """Some models call a part of this part, or read a number from it."""
+        """Some models call a part of the decoder, or read a number from it."""
         if name.startswith("_"):
             raise AttributeError(name)
         value = getattr(self._replaced, name)
@@ -80,7 +79,7 @@ class _Given:
 
 
 class _Decoded(BaseModelOutputWithPast):
-    """The last hidden states, and None for whatever else is asked for."""
+    """The last hidden states; any other field is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -89,9 +88,9 @@ class _Decoded(BaseModelOutputWithPast):
 
 @torch.no_grad()
 def is_plain(model: PreTrainedModel) -> bool:
-    """Whether the logits are the output embeddings' and nothing else.
+    """Whether the output embeddings alone make the logits.
 
-    It is tried on hidden states that make small and large logits.
+    They are compared on hidden states that make small and large logits.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -103,7 +102,7 @@ def is_plain(model: PreTrainedModel) -> bool:
     hidden = torch.cat([hidden, hidden / LARGEST_LOGIT])
     try:
         plain, own = head(hidden).float(), OwnHead(model)(hidden).float()
-    except Exception:  # whatever a family raises for states of another width
+    except Exception:  # families raise anything for states of another width
         return False
     if plain.shape != own.shape:
         return False

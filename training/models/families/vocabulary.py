@@ -1,4 +1,4 @@
-"""Which token ids exist, and which of them end a response."""
+"""Finds the token ids that exist, and those that end a response."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ from training.data import response_end
 
 
 def ids_needed(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Embeddings that the tokenizer's ids need; more than it has tokens where ids are left out."""
+    """The embeddings that the tokenizer needs: more than its tokens if it leaves ids out."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
 def absent_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor | None:
-    """[size] bool, true where no token has the id; None where every id has one.
+    """[size] bool, true for ids that no token has; None if there are none.
 
-    Embeddings are often padded beyond the tokenizer, and some tokenizers leave ids out.
+    Embeddings are often padded beyond the tokenizer's ids, and some tokenizers leave ids out.
     """
     known = set(tokenizer.get_vocab().values())
     absent = [i for i in range(size) if i not in known and not _has_token(tokenizer, i)]
@@ -27,7 +27,7 @@ def absent_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor | None:
 
 
 def _has_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
-    """Also where several ids are spelt alike, of which `get_vocab` knows one."""
+    """Finds the token of an id even if `get_vocab` lists another id with the same spelling."""
     try:
         token = tokenizer.convert_ids_to_tokens(token_id)
     except (IndexError, KeyError, ValueError, OverflowError):
@@ -38,11 +38,11 @@ def _has_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
 def response_ends(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, absent: Tensor | None
 ) -> tuple[int, ...]:
-    """The ids that end a response, the one that training data ends with first.
+    """List the ids that end a response; the first is the one that training data ends with.
 
-    They are the end of a turn in the chat template, the tokenizer's EOS, and those that the model's
-    generation config lists. One that does not list them, but was made from the model's config,
-    says nothing: there a single id may be the default of its class, which nobody chose.
+    They are the chat template's end of an assistant's turn, the tokenizer's EOS, and the ends in
+    the model's generation config. A single id in a generation config that was derived from the
+    model's config does not count: it may be the default of its class.
 
     Args:
         absent: ids that do not exist, from `absent_ids`.
@@ -58,5 +58,5 @@ def response_ends(
 
 
 def named_tokens(ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """As they are spelt, for a message."""
+    """The tokens' spellings, for a message."""
     return [repr(tokenizer.convert_ids_to_tokens(token)) for token in ids]
