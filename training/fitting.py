@@ -40,9 +40,13 @@ class Task(Protocol[Batch]):
         """Collate these rows of the data into a micro-batch; row -1 is filler without loss."""
         ...
 
-    def items(self, batch: Batch) -> int: ...
+    def items(self, batch: Batch) -> int:
+        """Count the items that carry a loss: tokens, comparisons."""
+        ...
 
-    def loss_sum(self, batch: Batch) -> torch.Tensor: ...
+    def loss_sum(self, batch: Batch) -> torch.Tensor:
+        """Sum the loss over the items of a micro-batch."""
+        ...
 
     def evaluate(self) -> dict[str, float]:
         """Compute metrics on all evaluation data, `eval/loss` included, the same on every rank."""
@@ -59,6 +63,7 @@ class EarlyStopping:
     worse_in_a_row: int = 0
 
     def improved(self, metrics: dict[str, float]) -> bool:
+        """Take note of an evaluation; True if its loss is the best so far."""
         if metrics["eval/loss"] < self.best_loss:
             self.best_loss, self.best, self.worse_in_a_row = metrics["eval/loss"], metrics, 0
             return True
@@ -72,12 +77,14 @@ class EarlyStopping:
         return {"best_loss": best_loss, "best": self.best, "worse_in_a_row": self.worse_in_a_row}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Take over the `state` that a checkpoint holds, or {}."""
         if state and state["best"]:
             self.best_loss, self.best = state["best_loss"], state["best"]
             self.worse_in_a_row = state["worse_in_a_row"]
 
     @property
     def exhausted(self) -> bool:
+        """Whether patience has run out."""
         return self.patience is not None and self.worse_in_a_row >= self.patience
 
 
@@ -115,6 +122,7 @@ def total_steps(config: SupervisedConfig, examples: int, processes: int | None =
 
 
 def global_batch_size(config: SupervisedConfig, processes: int | None = None) -> int:
+    """Examples in one optimizer step on `processes` processes (default: this run's)."""
     local = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return local * (processes or world_size())
 

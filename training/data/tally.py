@@ -20,6 +20,7 @@ class Tally:
             self._counts.setdefault(heading, Counter())[what] += count
 
     def under(self, heading: str) -> CountUp:
+        """`add` with the heading filled in."""
         return partial(self.add, heading)
 
     def count(self, what: str) -> int:

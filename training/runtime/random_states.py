@@ -8,6 +8,7 @@ import torch
 
 
 def random_states() -> dict[str, Any]:
+    """Read the states, as tensors and plain data that `torch.load(weights_only=True)` accepts."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, next_gauss = random.getstate()
     return {
@@ -25,6 +26,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
+    """Restore the states that `random_states` has read."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -37,24 +37,29 @@ def shared_memory() -> Path:
 
 
 def disconnect() -> None:
+    """Leave the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def rank() -> int:
+    """The number of this process; 0 without a process group."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def world_size() -> int:
+    """The number of processes; 1 without a process group."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def barrier() -> None:
+    """Wait for all processes."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
 def device() -> torch.device:
+    """This process's GPU, or the CPU."""
     return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", 0))))
 
 

@@ -59,10 +59,12 @@ class Tracker:
         )
 
     def advance(self) -> None:
+        """Move the progress bar by one step."""
         if self._leads:
             self._bar.update()
 
     def close(self) -> None:
+        """Close the progress bar and the file."""
         if self._leads:
             self._bar.close()
             self._file.close()
