@@ -6,6 +6,7 @@ launcher. The division changes the padding as well: a micro-batch is padded to i
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,9 +162,12 @@ class Matrix:
         file = self.directory / f"runs_{processes}.json"
         file.write_text(json.dumps(runs))
         paths = os.pathsep.join([str(PROGRAM.parents[3]), str(self.directory)])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
         ended = subprocess.run(
             [Path(sys.prefix) / "bin" / "deepspeed", "--hostfile", "/dev/null", "--num_gpus",
-             str(processes), "--master_port", str(29600 + processes), PROGRAM, file],
+             str(processes), "--master_port", port, PROGRAM, file],
             env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500,
         )  # fmt: skip
