@@ -95,7 +95,7 @@ def test_every_shipped_config_loads(path: Path) -> None:
 
 def documents() -> list[Path]:
     """READMEs are looked at by tests/test_readmes.py."""
-    return sorted([*(ROOT / "scripts").glob("*.sh"), *ROOT.glob("step*/*.py")])
+    return sorted([*(ROOT / "scripts").glob("*.sh"), *ROOT.glob("step*/**/*.py")])
 
 
 def launch_lines() -> Iterator[tuple[str, str, list[str]]]:

@@ -219,6 +219,7 @@ def check(name: str, regularizer: dict[str, object], iterations: int = ITERATION
     assert name == "kl" or others["kl"] > 1.5 * LARGEST_TV
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", QUICK)
 def test_ppo_reaches_the_optimum(name: str) -> None:
