@@ -84,7 +84,7 @@ def test_a_node_without_a_meeting_place_is_refused(config: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("argument", ["--launcher openmpi", "--launcher=SLURM"])
 def test_other_launchers_are_refused(config: Path, tmp_path: Path, argument: str) -> None:
-    """They start ranks and quote words in ways of their own, which nothing here follows."""
+    """They start ranks and quote words in their own ways, which nothing here follows."""
     hosts = tmp_path / "hostfile"
     hosts.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
     node = start(config, HOSTFILE=str(hosts), DEEPSPEED_ARGS=f"--log_level error {argument}")

@@ -96,7 +96,7 @@ class TableReward:
 
 
 def language_model(seed: int) -> LlamaForCausalLM:
-    """A random transformer that can say a, b and EOS only, with preferences of its own."""
+    """A random transformer that can say a, b and EOS only, with random preferences."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llama_config())
     model.lm_head = nn.Linear(64, 3, bias=False)

@@ -207,7 +207,7 @@ def test_the_first_end_of_any_kind_is_a_responses_last_token() -> None:
         ("</s>" + TURN, "</s>"),
         ("\n", "</s>"),
         ("", "</s>"),
-        ("### End\n", "</s>"),  # no token of its own
+        ("### End\n", "</s>"),  # spelt with ordinary tokens
     ],
 )
 def test_the_end_that_is_learned(chat: PreTrainedTokenizerBase, after: str, learned: str) -> None:

@@ -112,7 +112,7 @@ def perplexity(results: Results) -> Figure:
 
 
 def joint_perplexity(sweeps: Sequence[Results]) -> Figure:
-    """Figure 1: a panel for each model, with a scale of its own."""
+    """Figure 1: a panel for each model, with its own scale."""
     figure = Figure(figsize=(4.0 * len(sweeps) + 0.2, 3.8), layout="constrained")
     panels = figure.subplots(1, len(sweeps), squeeze=False)[0]
     for place, (axes, results) in enumerate(zip(panels, sweeps, strict=True)):
@@ -200,7 +200,7 @@ def divergence_by_alpha(results: Results) -> Figure:
 
 
 def draw_means(axes: Axes, results: Results, beta: float) -> None:
-    """One panel, on a scale of its own: another β is another target."""
+    """One panel, on its own scale: another β is another target."""
     row = results.grid.row(beta)
     highest = 0.0
     found = []
@@ -225,7 +225,7 @@ def draw_distribution(axes: Axes, results: Results, beta: float) -> Axes:
     """Histogram (bars) and CDF (lines) of the instance PM divergence, best α against KL.
 
     Returns:
-        The lines' axes, with a scale of their own on the right.
+        The lines' axes, with their own scale on the right.
     """
     colours = {best_alpha(results, beta): plotting.PM, Cell("kl", beta): plotting.KL}
     cells = {cell: colour for cell, colour in colours.items() if cell in results.measured}

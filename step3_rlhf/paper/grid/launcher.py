@@ -31,7 +31,7 @@ class Launcher:
             signal.signal(number, handler)
 
     def __call__(self, command: list[str]) -> int:
-        """The exit code. In a session of its own, Ctrl-C reaches the command through `_stop` only.
+        """The exit code. In its own session, Ctrl-C reaches the command through `_stop` only.
 
         Raises:
             SystemExit: the sweep was told to stop.

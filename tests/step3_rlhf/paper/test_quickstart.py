@@ -58,7 +58,7 @@ def write(path: Path, content: Any) -> None:
 
 
 def evaluation(name: str, **means: float) -> dict[str, Any]:
-    """What evaluation.py writes, with a number of its own for every figure."""
+    """What evaluation.py writes, with a different number for every figure."""
     start = 0.001 * (1 + list(POLICIES).index(name))
 
     def figure(key: str, place: int) -> dict[str, float]:

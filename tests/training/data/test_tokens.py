@@ -98,7 +98,7 @@ def test_pairs_that_are_cut_to_the_same_ids_teach_nothing(tokenizer, settings):
 
 
 class LiteralTokenizer:
-    """Words are token ids as they stand: "5 6" is [5, 6]; no template, no BOS, EOS 2."""
+    """Words are token ids: "5 6" is [5, 6]; no template, no BOS, EOS 2."""
 
     bos_token_id, eos_token_id, chat_template = None, 2, "there is one"
     special_tokens_map: ClassVar[dict[str, str]] = {}

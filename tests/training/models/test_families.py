@@ -1,7 +1,7 @@
 """Every causal family of transformers: as its own forward says, or refused.
 
 Each gets a tiny config, made by shrinking the fields that say sizes, nested ones too. Where a
-family scales or caps something, or has noise of its own, it does so here. What is accepted must be
+family scales or caps something, or adds noise, it does so here. What is accepted must be
 equal in every way in which a policy is used: scored in padded batches, in training mode, and drawn
 from.
 """
