@@ -95,8 +95,7 @@ def test_every_shipped_config_loads(path: Path) -> None:
 
 def documents() -> list[Path]:
     """READMEs are looked at by tests/test_readmes.py."""
-    help_of_evaluate = ROOT / "step3_rlhf" / "evaluation" / "settings.py"
-    return sorted([*(ROOT / "scripts").glob("*.sh"), *ROOT.glob("step*/*.py"), help_of_evaluate])
+    return sorted([*(ROOT / "scripts").glob("*.sh"), *ROOT.glob("step*/*.py")])
 
 
 def launch_lines() -> Iterator[tuple[str, str, list[str]]]:
