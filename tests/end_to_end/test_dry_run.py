@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -254,18 +253,11 @@ def test_what_the_run_would_refuse_the_dry_run_refuses(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    reward_model, policy = model_directory("opt-1.3b", "reward"), model_directory("opt-1.3b", "p")
-    other = json.loads((Path(policy) / "config.json").read_text()) | {
-        "final_logit_softcapping": 3.0
-    }
-    capped = tmp_path / "capped"
-    shutil.copytree(policy, capped)
-    (capped / "config.json").write_text(json.dumps(other))
+    reward_model = model_directory("opt-1.3b", "reward")
     file = tmp_path / "sft.json"
     file.write_text(json.dumps(stage_settings("sft")))
     for override, message in {
         f"model_name_or_path={reward_model}": "is a sequence-classification model",
-        f"model_name_or_path={capped}": "models with final_logit_softcapping are not supported",
         'lora={"target_modules": ["nowhere"]}': "lora.target_modules: ",
         'lora={"target_modules": "("}': "lora.target_modules: ",
     }.items():

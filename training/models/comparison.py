@@ -88,7 +88,7 @@ def own_logits(model: PreTrainedModel, ids: tuple[int, ...], name: str) -> Tenso
     """Compute the model's own logits [tokens, vocabulary] of one text without padding, in float32.
 
     Raises:
-        UserError: the model's own forward fails.
+        UserError: the model's own forward fails, or its logits are not finite.
     """
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
     options = {"use_cache": False} if takes_cache else {}
@@ -97,6 +97,11 @@ def own_logits(model: PreTrainedModel, ids: tuple[int, ...], name: str) -> Tenso
         logits: Tensor = _tried(
             lambda: model(input_ids=torch.tensor([ids]), **options).logits[0],
             f"{name}: its own forward fails",
+        )
+    if bool((logits.isnan() | logits.isposinf()).any()):
+        raise UserError(
+            f"{name}: its own forward gives values that are not finite on a few ordinary tokens; "
+            "its weights are damaged, or too large for its precision"
         )
     return logits.float()
 
