@@ -16,6 +16,7 @@ if [[ -z "${VIRTUAL_ENV:-}" && ( -z "${CONDA_PREFIX:-}" || "${CONDA_DEFAULT_ENV:
         echo "Creating .venv"
         "${PYTHON:-python3}" -m venv .venv || fail "The venv module failed; on Debian: apt install python3-venv"
     fi
+    # shellcheck source=/dev/null
     source .venv/bin/activate
 fi
 recent python || fail "The active environment's python is not 3.10 or newer; deactivate it or use another"
