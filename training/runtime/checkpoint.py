@@ -1,6 +1,7 @@
 """Checkpoints, from which a stopped run resumes as if it had never been interrupted."""
 
 import contextlib
+import copyreg
 import json
 import os
 import re
@@ -34,6 +35,9 @@ FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 DEEPSPEEDS_OWN = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 """The classes found in DeepSpeed's checkpoints; they hold only numbers."""
+
+# Python 3.11.0 to 3.11.3 pickle an enum's member as a call of getattr, which is not plain data.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 class Checkpoints:
