@@ -135,7 +135,8 @@ def counts() -> Iterator[None]:
     yield
     print("\nmutated inputs:", dict(sorted(OUTCOMES.items())))
     for kind in ("config", "data"):
-        assert OUTCOMES[f"{kind} accepted"] > EXAMPLES // 15  # neither outcome is a matter of course
+        # Neither outcome is a matter of course.
+        assert OUTCOMES[f"{kind} accepted"] > EXAMPLES // 15
         assert OUTCOMES[f"{kind} refused"] > EXAMPLES * 2 // 3
 
 
