@@ -34,6 +34,7 @@ from training.models.lora import WithoutAdapter
 from training.models.options import LoadOptions
 from training.runtime import ranks
 from training.runtime.checkpoint import Checkpoints, check_resumable
+from training.runtime.clock import peak_memory
 from training.runtime.engine import TrainedModule
 from training.runtime.signals import Stopped, stop_requests
 from training.runtime.tracking import Tracker, say
@@ -130,7 +131,9 @@ def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: Evalua
     tracker = Tracker(config.output_dir, count, name, config.deepspeed, done=first)
     episodes = config.local_rollout_size() * ranks.world_size()
     for number in range(first, count):
-        metrics = trainer.iteration(number) | {"episode": float((number + 1) * episodes)}
+        with trainer.clock.phase("iteration"):
+            metrics = trainer.iteration(number) | {"episode": float((number + 1) * episodes)}
+        metrics |= trainer.clock.read() | peak_memory()
         done = number + 1
         if config.eval_steps and done % config.eval_steps == 0 and done < count:
             figures, _ = evaluate(models_of(trainer), held_out, config.regularizer, evaluation)

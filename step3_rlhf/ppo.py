@@ -52,18 +52,15 @@ def advantages_and_returns(
     Returns:
         Advantages A_t [B, R] and returns A_t + v_t [B, R], both 0 where masked.
     """
-    values = torch.where(mask, values, torch.zeros_like(values))
-    advantages = torch.zeros_like(values)
-    a_next = torch.zeros_like(values[:, 0])
-    v_next = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        delta_t = token_rewards[:, t] + gamma * v_next - values[:, t]  # r_t + γ v_{t+1} − v_t
-        a_t = delta_t + gamma * lam * a_next  # A_t = δ_t + γλ A_{t+1}
-        inside = mask[:, t]
-        a_next = torch.where(inside, a_t, torch.zeros_like(a_t))
-        v_next = values[:, t]
-        advantages[:, t] = a_next
-    return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
+    v = torch.where(mask, values, 0.0)
+    v_next = torch.nn.functional.pad(v[:, 1:], (0, 1))
+    deltas = token_rewards + gamma * v_next - v  # δ_t = r_t + γ v_{t+1} − v_t
+    deltas = torch.where(mask, deltas, 0.0).to(v.dtype)
+    t = torch.arange(v.shape[1], device=v.device)
+    ahead = (t[:, None] - t).clamp(min=0).to(v.dtype)  # [s, t]: s − t
+    weights = torch.pow(gamma * lam, ahead).tril()
+    advantages = torch.where(mask, deltas @ weights, 0.0)  # A_t = Σ_{s ≥ t} (γλ)^{s−t} δ_s
+    return advantages, advantages + v
 
 
 def normalize_advantages(

@@ -3,21 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import SamplingSettings
+from step3_rlhf.generation.drawing import uniforms
+from step3_rlhf.generation.generator import generator_of
 from training.data import encode_prompts, pad_prompts, prompt_messages, render_prompt
-from training.models.families.generation import plain_generation
 from training.models.lora import WithoutAdapter
 from training.models.partitioned import whole_parameters
 from training.models.policy import Policy
@@ -41,6 +34,7 @@ class Rollout:
     ended: Tensor  # [B] bool: the response has its end
     prompts: tuple[str, ...]
     responses: tuple[str, ...]  # without special tokens and surrounding whitespace
+    drawn_logp: Tensor | None = None  # [B, R] log π as drawing computed it, nats; None: unknown
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -78,7 +72,7 @@ class Rollout:
 
     def rows(self, first: int, last: int) -> "Rollout":
         """Rows first … last − 1, trimmed to the longest prompt and response among them."""
-        attention = self.attention_mask[first:last]
+        attention, drawn = self.attention_mask[first:last], self.drawn_logp
         width = self.prompt_length
         left = int(width - attention[:, :width].sum(-1).max())
         responses = int(self.response_mask[first:last].sum(-1).max())
@@ -90,6 +84,7 @@ class Rollout:
             ended=self.ended[first:last],
             prompts=self.prompts[first:last],
             responses=self.responses[first:last],
+            drawn_logp=None if drawn is None else drawn[first:last, :responses],
         )
 
 
@@ -110,27 +105,24 @@ def sample(
         seeds: [B] one per prompt; the same seed draws the same response.
     """
     responses: list[list[int]] = []
-    with whole_parameters(policy) as module, plain_generation(module.model) as model:
+    logps: list[Tensor | None] = []
+    with whole_parameters(policy) as module:
         assert isinstance(module, Policy)
-        device = model.device
+        device, pad = module.model.device, tokenizer.pad_token_id
         ends = module.ends or (tokenizer.eos_token_id,)
+        generator = generator_of(module)
         for start in range(0, len(prompt_ids), settings.rollout_batch_size):
             part = slice(start, start + settings.rollout_batch_size)
-            ids, mask = pad_prompts(prompt_ids[part], tokenizer.pad_token_id)
-            draws = uniforms(seeds[part], settings.response_length).to(device)
-            output = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                logits_processor=_processors(settings, draws, ids.shape[1], module.absent),
-                max_new_tokens=settings.response_length,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=list(ends),
-            )
-            responses += output[:, ids.shape[1] :].tolist()
-    return assemble(prompt_ids, responses, prompts, tokenizer, device, ends)
+            ids, mask = pad_prompts(prompt_ids[part], pad)
+            draws = uniforms(seeds[part], settings.response_length)
+            drawn = generator(module, ids.to(device), mask.to(device), draws, settings, ends, pad)
+            responses += drawn.tokens
+            logps.append(drawn.logp)
+    rollout = assemble(prompt_ids, responses, prompts, tokenizer, device, ends)
+    known = [logp for logp in logps if logp is not None]
+    if len(known) < len(logps):
+        return rollout
+    return replace(rollout, drawn_logp=torch.cat(known)[:, : rollout.response_mask.shape[1]])
 
 
 def assemble(
@@ -176,54 +168,3 @@ def encode_prompt_texts(
     """Token ids of prompts given as text, rendered in the tokenizer's chat template."""
     rendered = [render_prompt(prompt_messages(prompt), tokenizer) for prompt in prompts]
     return encode_prompts(rendered, tokenizer)
-
-
-def _processors(
-    settings: SamplingSettings, draws: Tensor, prompt_length: int, absent: Tensor | None
-) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if absent is not None:
-        processors.append(Existing(absent))
-    if settings.temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(settings.temperature))
-    if settings.top_k > 0:
-        processors.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1.0:
-        processors.append(TopPLogitsWarper(settings.top_p))
-    processors.append(SeededSampler(draws, prompt_length))
-    return processors
-
-
-class Existing(LogitsProcessor):
-    """Gives −inf to ids that no token has, as the policy does when it scores."""
-
-    def __init__(self, absent: Tensor) -> None:
-        self.absent = absent  # [vocabulary] bool
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.masked_fill(self.absent, -torch.inf)
-
-
-class SeededSampler(LogitsProcessor):
-    """Draws tokens by inverting the distribution function at one given uniform per row and step.
-
-    A row's draws depend only on its own uniforms, never on the other rows of the batch. Every other
-    token gets −inf, so that greedy decoding picks the drawn one.
-    """
-
-    def __init__(self, uniforms: Tensor, prompt_length: int) -> None:
-        self.uniforms = uniforms  # [B, R] in [0, 1)
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.prompt_length
-        cumulative = scores.double().softmax(-1).cumsum(-1)
-        target = self.uniforms[:, step : step + 1] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-
-
-def uniforms(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
-    """[len(seeds), length] uniforms in [0, 1), each row from its own seed, on any machine alike."""
-    rows = [np.random.Generator(np.random.Philox(list(seed))).random(length) for seed in seeds]
-    return torch.tensor(np.stack(rows))

@@ -18,6 +18,7 @@ from step3_rlhf.prompts import Prompts
 from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout, sample
 from training.models.lora import WithoutAdapter
+from training.runtime.clock import Clock
 from training.runtime.engine import TrainedModule, optimizer_step
 from training.runtime.faults import dumped, require_finite
 from training.runtime.ranks import sum_over_ranks
@@ -46,6 +47,7 @@ class PPOTrainer:
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.regularizer = config.regularizer
+        self.clock = Clock()
         self.reward_center = 0.0
         """Mean reward of the reference policy, −C_1 of Example 2, subtracted from every reward."""
 
@@ -58,18 +60,21 @@ class PPOTrainer:
         Returns:
             The iteration's metrics, the same on every rank.
         """
-        config, metrics = self.config, IterationMetrics(self.regularizer)
+        config, clock, metrics = self.config, self.clock, IterationMetrics(self.regularizer)
         # 1. Prompts: this rank's share, with a seed for each draw.
         prompts = self.prompts.of_iteration(number)
         # 2. Rollout: one response to each prompt, drawn from the current actor.
-        rollout = sample(self.actor.engine, self.tokenizer, *prompts, config.sampling)
+        with clock.phase("rollout"):
+            rollout = sample(self.actor.engine, self.tokenizer, *prompts, config.sampling)
         with dumped(config.output_dir, number + 1, rollout.readable):
             # 3. Rewards: r(x, y) of each response.
-            raw_rewards = self.reward(rollout)
+            with clock.phase("reward"):
+                raw_rewards = self.reward(rollout)
             rewards = self.shape_rewards(raw_rewards, rollout)
             require_finite("rewards", rewards)
             # 4. Reference: log π_ref of each response token.
-            ref_logp = self.reference_logp(rollout)
+            with clock.phase("reference"):
+                ref_logp = self.reference_logp(rollout)
             # 5. Micro-batches, each trimmed to its longest prompt and response.
             parts = self.micro_batches(rollout, rewards, ref_logp)
             if config.uses_rollout_once:
@@ -77,7 +82,8 @@ class PPOTrainer:
                 self.take_steps(parts, self.losses_in_one_pass, metrics)
             else:
                 # 6. Old scores: log π and the value at each token, before any step is taken.
-                old = [self.old_scores(part) for part in parts]
+                with clock.phase("old_scores"):
+                    old = [self.old_scores(part) for part in parts]
                 # 7. and 8. Token rewards; advantages and returns.
                 experiences = self.with_advantages(parts, old)
                 # 9. Losses, and optimizer steps of actor and critic.
@@ -174,6 +180,7 @@ class PPOTrainer:
                 parts[first : first + accumulation],
                 lambda part: losses(part, metrics),
                 items=lambda part: int(part.rollout.response_mask.sum()),
+                clock=self.clock,
             )
 
     def losses(self, part: Experience, metrics: IterationMetrics) -> Sequence[Tensor]:

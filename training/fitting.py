@@ -21,6 +21,7 @@ from training.errors import RunError, UserError
 from training.models.checks import check_positions
 from training.models.pretrained import Pretrained
 from training.runtime.checkpoint import Checkpoints, check_resumable
+from training.runtime.clock import Clock, peak_memory
 from training.runtime.engine import TrainedModule, optimizer_step
 from training.runtime.faults import dumped
 from training.runtime.ranks import rank, rank_zero_first, sum_over_ranks, world_size
@@ -151,6 +152,7 @@ def fit(
     stopping.restore(state.get("stopping", {}))
     evaluation: dict[str, float] = state.get("evaluation", {})
     tracker = Tracker(config.output_dir, steps, description, config.deepspeed, done=first)
+    clock, timed = Clock(), 0  # optimizer steps since the last line of metrics
     for step in range(first, steps):
         if stopping.exhausted:
             say(f"Stopped early: no better evaluation loss than {stopping.best_loss:.4f}")
@@ -170,8 +172,9 @@ def fit(
 
         with dumped(config.output_dir, done, texts):
             (loss,) = optimizer_step(
-                [trained], micro_batches, lambda batch: [task.loss_sum(batch)], task.items
+                [trained], micro_batches, lambda batch: [task.loss_sum(batch)], task.items, clock
             )
+        timed += 1
         metrics = {
             "train/loss": loss,
             "train/epoch": done / order.steps_per_epoch,
@@ -190,7 +193,9 @@ def fit(
             if stopping.improved(evaluation):
                 on_improvement(evaluation)
         if evaluated or _is_due(done, config.logging_steps):
+            metrics |= clock.read(timed) | peak_memory()
             tracker.log(done, metrics, shown=("train/loss", "eval/loss"))
+            timed = 0
         tracker.advance()
         stop = stop_requests.agreed()
         if stop or checkpoints.is_due(done, steps):

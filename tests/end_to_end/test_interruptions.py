@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.launcher
 
+MEASURED = ("seconds", "time/", "memory/")
+"""Metrics that differ between equal runs."""
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sft": "step1_sft.sh", "reward": "step2_reward.sh", "ppo": "step3_rlhf.sh"}
 EXPORTS = {"sft": ["model"], "reward": ["model"], "ppo": ["actor", "critic"]}
@@ -50,7 +52,9 @@ class Result:
             for export in EXPORTS[stage]
             for name, tensor in load_file(output / export / "model.safetensors").items()
         }
-        return cls([{k: v for k, v in x.items() if k != "seconds"} for x in lines], weights)
+        return cls(
+            [{k: v for k, v in x.items() if not k.startswith(MEASURED)} for x in lines], weights
+        )
 
     def equals(self, other: "Result") -> bool:
         """Bit for bit."""

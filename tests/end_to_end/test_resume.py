@@ -25,6 +25,9 @@ from training.runtime.checkpoint import STATE, Checkpoints, complete_checkpoints
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
+MEASURED = ("seconds", "time/", "memory/")
+"""Metrics that differ between equal runs."""
+
 STAGES: dict[str, tuple[Any, Any, list[str]]] = {
     "sft": (SFTConfig, sft, ["model"]),
     "reward": (RewardConfig, reward, ["model"]),
@@ -82,7 +85,7 @@ def kill_after(output: Path, step: int, exports: list[str]) -> None:
 
 def metrics_of(output: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: v for name, v in line.items() if name != "seconds"} for line in lines]
+    return [{k: v for k, v in x.items() if not k.startswith(MEASURED)} for x in lines]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -7,13 +7,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from step3_rlhf.config import SamplingSettings
+from step3_rlhf.generation.drawing import uniforms
+from step3_rlhf.generation.with_generate import SeededSampler
 from step3_rlhf.rollout import (
     Rollout,
-    SeededSampler,
     assemble,
     encode_prompt_texts,
     sample,
-    uniforms,
 )
 from training.models.policy import Policy
 

@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.errors import UserError
+from training.models.decoding.decoder import Decoder, has_decoder
 from training.models.families.generation import logits_while_drawing
 from training.models.families.noise import Quiet, drawn_so_far, undisturbed
 from training.models.logprobs import without_absent
 from training.models.policy import Policy
 from training.models.scalar import Classifier, ScalarModel
 from training.runtime.faults import remedy
+from training.runtime.tracking import say
 
 TOKENS = 8
 """Length of the text that is compared. The padded rows hold its first half."""
@@ -144,6 +146,9 @@ def require_own_log_probs(
 def require_own_draws(policy: Policy, own: Tensor, text: Text, name: str) -> None:
     """Refuse a policy that draws, token by token, from another distribution than its own forward.
 
+    `policy.decodes` becomes true if `Decoder` draws from that distribution. Otherwise transformers'
+    `generate` must.
+
     Args:
         own: logits [tokens, vocabulary] of the whole text, from `own_logits`.
 
@@ -156,26 +161,55 @@ def require_own_draws(policy: Policy, own: Tensor, text: Text, name: str) -> Non
     prompts[1, whole - beginning :] = torch.tensor(text.beginning)
     mask = (torch.arange(whole) >= torch.tensor([[0], [whole - beginning]])).long()
     tokens = torch.tensor([text.ids[end : end + STEPS] for end in (whole, beginning)])
+    expected = torch.stack([own[end - 1 : end - 1 + STEPS] for end in (whole, beginning)])
+    tolerance = rounding(policy.model.dtype)
+
+    def gap(drawn: Tensor) -> float:
+        """Largest difference of log-probabilities between drawing and the own forward."""
+        found, wanted = (
+            without_absent(logits, policy.absent).log_softmax(-1).gather(-1, tokens[..., None])
+            for logits in (drawn, expected)
+        )
+        return (found - wanted).abs().nan_to_num(torch.inf).max().item()
+
     with undisturbed(policy):
         policy.eval()
+        if has_decoder(policy):
+            try:
+                decoded = logits_while_decoding(policy, prompts, mask, tokens)
+            except Exception as error:  # families raise anything
+                say(f"{name} is not decoded step by step here ({error}); generate draws instead")
+            else:
+                policy.decodes = gap(decoded) <= tolerance
+        if policy.decodes:
+            return
         drawn = _tried(
             lambda: logits_while_drawing(policy.model, prompts, mask, tokens, text.pad),
             f"{name}: a few tokens cannot be drawn",
         )
-    expected = torch.stack([own[end - 1 : end - 1 + STEPS] for end in (whole, beginning)])
-
-    def logp(logits: Tensor) -> Tensor:
-        scores = without_absent(logits, policy.absent).log_softmax(-1)
-        return scores.gather(-1, tokens[..., None]).squeeze(-1)
-
-    gap = (logp(drawn) - logp(expected)).abs().nan_to_num(torch.inf).max().item()
-    if gap > (tolerance := rounding(policy.model.dtype)):
+    if (found := gap(drawn)) > tolerance:
         raise UserError(
             f"{name}: log-probabilities of tokens that are drawn after prompts of different "
-            f"lengths differ by up to {gap:.2g} nats from those of the model's own forward, where "
-            f"rounding explains {tolerance:.2g}; this kind of model ({_kind(policy)}) would not "
-            "draw from the distribution that is scored"
+            f"lengths differ by up to {found:.2g} nats from those of the model's own forward, "
+            f"where rounding explains {tolerance:.2g}; this kind of model ({_kind(policy)}) would "
+            "not draw from the distribution that is scored"
         )
+
+
+def logits_while_decoding(policy: Policy, prompts: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    """[batch, steps, vocabulary] logits from which `Decoder` would draw `tokens` [batch, steps].
+
+    Args:
+        prompts, mask: [batch, length], padded on the left.
+    """
+    seen: list[Tensor] = []
+
+    def choose(logits: Tensor) -> Tensor:
+        seen.append(logits)
+        return tokens[:, len(seen) - 1]
+
+    Decoder(policy, prompts, mask, tokens.shape[1]).run(choose, lambda: torch.zeros(1))
+    return torch.stack(seen, dim=1)
 
 
 @torch.no_grad()

@@ -1,16 +1,22 @@
 """Token log-probabilities from hidden states, and helpers for masks.
 
-The log-softmax runs in float32 over a few rows at a time, and only over rows that are scored. No
-float32 tensor [batch, length, vocabulary] ever exists, not even in the backward pass.
+The log-softmax runs in float32 over a block of rows at a time, and only over rows that are scored.
+One tensor [rows, vocabulary] is kept for the backward pass, which turns it into its gradient in
+place; beyond `MOST_KEPT_LOGITS`, or if activations are recomputed anyway, none is kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 ROWS_PER_CHUNK = 1024
+MOST_KEPT_LOGITS = 2**27
+"""Logits that are kept between forward and backward pass: 0.5 GiB in float32."""
+BLOCK = 2**22
+"""Logits that are normalized at the same time: 16 MiB in float32."""
 
 
 def token_logprobs(
@@ -21,6 +27,7 @@ def token_logprobs(
     rows_per_chunk: int = ROWS_PER_CHUNK,
     chunks: int | None = None,
     absent: Tensor | None = None,
+    keep_logits: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute log π(target | hidden) for each row, in nats.
 
@@ -33,6 +40,8 @@ def token_logprobs(
         chunks: number of calls of the head, at least as many as the rows need; some may be empty.
             If the call is a collective operation (ZeRO-3), every rank must make the same number.
         absent: [vocabulary] bool, ids that no token has; their probability is 0.
+        keep_logits: keep them for the backward pass, which computes them again otherwise. Every
+            rank must choose the same if the head is a collective operation.
 
     Returns:
         log-probabilities [rows] float32, and entropies [rows] float32 (nats) or None.
@@ -41,7 +50,7 @@ def token_logprobs(
     for number in range(chunks or chunks_of(len(targets), rows_per_chunk)):
         part = slice(number * rows_per_chunk, (number + 1) * rows_per_chunk)
         rows, wanted = hidden[part], targets[part]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not keep_logits:
             logp, entropy = checkpoint(
                 _score_rows, rows, wanted, head, with_entropy, absent, use_reentrant=False
             )
@@ -64,14 +73,62 @@ def _score_rows(
     with_entropy: bool,
     absent: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    logits = without_absent(head(hidden).float(), absent)
-    log_normalizer = logits.logsumexp(dim=-1)
-    logp = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normalizer
-    if not with_entropy:
-        return logp, None
-    # H = log Z − Σ p·logit
-    expected_logit = (logits.softmax(dim=-1) * logits).sum(dim=-1)
-    return logp, log_normalizer - expected_logit
+    logits = head(hidden)
+    if not isinstance(head, torch.nn.Module):  # its last operation may need its own result
+        logits = logits.clone()
+    logp, entropy = _Scores.apply(logits, targets, absent, with_entropy)
+    return logp, entropy if with_entropy else None
+
+
+class _Scores(torch.autograd.Function):
+    """log π of the targets and entropies, [rows] float32 each, from logits [rows, vocabulary].
+
+    The backward pass writes the gradient over the logits, and so can run only once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, absent: Tensor | None, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        log_normalizer = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        entropy = torch.zeros_like(log_normalizer)
+        for part in _blocks(logits):
+            rows = without_absent(logits[part].float(), absent)
+            largest = rows.amax(-1, keepdim=True)
+            weights = (rows - largest).exp_()
+            total = weights.sum(-1)
+            log_normalizer[part] = total.log() + largest.squeeze(-1)
+            if with_entropy:  # H = log Z − Σ p·logit
+                expected_logit = weights.mul_(rows).sum(-1) / total
+                entropy[part] = log_normalizer[part] - expected_logit
+        logp = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).float() - log_normalizer
+        ctx.absent = absent
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, targets, log_normalizer, entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None, None]:
+        of_logp, of_entropy = gradients
+        logits, targets, log_normalizer, entropy = ctx.saved_tensors
+        for part in _blocks(logits):
+            rows = without_absent(logits[part].float(), ctx.absent)
+            logp = rows - log_normalizer[part, None]
+            p = logp.exp()
+            gradient = torch.zeros_like(p)
+            if of_entropy is not None:  # ∂H/∂logit = −p (log p + H)
+                gradient -= of_entropy[part, None] * p * (logp + entropy[part, None])
+            if of_logp is not None:  # ∂log π(target)/∂logit = 1(target) − p
+                gradient.addcmul_(p, of_logp[part, None], value=-1)
+                gradient.scatter_add_(-1, targets[part, None], of_logp[part, None])
+            logits[part] = gradient
+        return logits, None, None, None
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    rows = max(1, BLOCK // max(1, logits.shape[-1]))
+    for first in range(0, len(logits), rows):
+        yield slice(first, first + rows)
 
 
 def without_absent(logits: Tensor, absent: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """The policy: log-probabilities of given tokens from Hugging Face's causal models."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -9,7 +10,13 @@ from transformers import PreTrainedModel
 from training.models.families.noise import Quiet
 from training.models.families.own_head import OwnHead, decoder_of, is_plain
 from training.models.hidden_states import hidden_states, takes_positions
-from training.models.logprobs import chunks_of, token_logprobs
+from training.models.logprobs import (
+    MOST_KEPT_LOGITS,
+    ROWS_PER_CHUNK,
+    chunks_of,
+    token_logprobs,
+    without_absent,
+)
 from training.models.partitioned import is_partitioned
 from training.runtime.ranks import max_over_ranks
 
@@ -38,6 +45,9 @@ class Policy(Quiet):
         self._takes_positions = takes_positions(decoder_of(model))
         self._packing = packing
         self._own_head = None if is_plain(model) else OwnHead(model)
+        self._vocabulary = model.config.get_text_config().vocab_size
+        self.decodes = False
+        """Whether `Decoder` draws what this policy's own forward says; found out by comparison."""
 
     def forward(
         self,
@@ -70,20 +80,38 @@ class Policy(Quiet):
         chunks = chunks_of(len(targets))
         if is_partitioned(self.model):  # ranks have different numbers of tokens
             chunks = max_over_ranks(chunks)
-        head = self._own_head or self.model.get_output_embeddings()
-        if isinstance(head, nn.Module):  # some decoders give float32 whatever the head's precision
-            hidden = hidden.to(cast(Tensor, head.weight).dtype)
         logp, entropy = token_logprobs(
-            hidden,
+            self._readable(hidden),
             targets,
-            head,
+            self._head,
             with_entropy,
             chunks=chunks,
             absent=self.absent,
+            keep_logits=self._keeps(chunks),
         )
         return _scatter(logp, scored_mask), None if entropy is None else _scatter(
             entropy, scored_mask
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits [rows, vocabulary] float32 of hidden states [rows, hidden]."""
+        return without_absent(self._head(self._readable(hidden)).float(), self.absent)
+
+    @property
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        return self._own_head or self.model.get_output_embeddings()
+
+    def _readable(self, hidden: Tensor) -> Tensor:
+        """Some decoders give float32 whatever the head's precision."""
+        head = self._head
+        return hidden.to(cast(Tensor, head.weight).dtype) if isinstance(head, nn.Module) else hidden
+
+    def _keeps(self, chunks: int) -> bool:
+        """Whether the logits are kept for the backward pass, by what all ranks agree on."""
+        recomputes = any(
+            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+        )
+        return not recomputes and chunks * ROWS_PER_CHUNK * self._vocabulary <= MOST_KEPT_LOGITS
 
 
 def _scatter(rows: Tensor, mask: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from training.errors import NotFiniteError, UserError
+from training.runtime.clock import Clock
 from training.runtime.extensions import load_extension
 from training.runtime.ranks import device, sum_over_ranks, world_size
 from training.stage_config import OptimizerSettings, StageConfig
@@ -73,16 +74,22 @@ class TrainedModule:
         self.module = module
         self.learning_rate = math.nan
         """Learning rate of the step just taken; DeepSpeed itself reports that of the next step."""
-        self.bad_gradients = torch.zeros((), device=device())
-        """Number of this rank's gradient tensors since the last step that were not finite."""
+        self._gradient_sums: list[Tensor] = []
         if not config.fp16:
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.register_hook(self._watch)
 
     def _watch(self, gradient: Tensor) -> None:
-        # Checked before ZeRO takes the gradient; one entry that is not finite shows in the sum.
-        self.bad_gradients += (~gradient.sum(dtype=torch.float32).isfinite()).float()
+        # Summed before ZeRO takes the gradient; one entry that is not finite shows in the sum.
+        self._gradient_sums.append(gradient.sum(dtype=torch.float32))
+
+    def bad_gradients(self) -> Tensor:
+        """Count this rank's gradient tensors since the last call that were not finite, []."""
+        sums, self._gradient_sums = self._gradient_sums, []
+        if not sums:
+            return torch.zeros((), device=device())
+        return (~torch.stack(sums).isfinite()).sum().float()
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.engine(*arguments, **named)
@@ -128,6 +135,7 @@ def optimizer_step(
     micro_batches: Sequence[Batch],
     loss_sums: Callable[[Batch], Sequence[Tensor]],
     items: Callable[[Batch], int],
+    clock: Clock | None = None,
 ) -> list[float]:
     """Take one optimizer step of each module over the global batch, of which this rank has a part.
 
@@ -139,6 +147,7 @@ def optimizer_step(
         micro_batches: exactly `gradient_accumulation_steps` of them, on every rank.
         loss_sums: returns, for each module, the sum of its loss over the items of a micro-batch.
         items: returns the number of items in a micro-batch, which may be 0.
+        clock: adds up the phases "forward", "backward" and "step".
 
     Returns:
         Each module's mean loss per item over the global batch.
@@ -148,6 +157,7 @@ def optimizer_step(
             optimizer step. In fp16 gradients may overflow: DeepSpeed then skips the step and
             lowers the loss scale.
     """
+    clock = clock or Clock()
     own = torch.tensor(sum(items(batch) for batch in micro_batches))
     count = max(float(sum_over_ranks(own)), 1.0)
     scale = world_size() / count  # DeepSpeed averages gradients over ranks
@@ -156,26 +166,27 @@ def optimizer_step(
         module.engine.train()
         module.learning_rate = float(module.engine.get_lr()[0])
     for index, batch in enumerate(micro_batches):
-        losses = loss_sums(batch)
+        with clock.phase("forward"):
+            losses = loss_sums(batch)
         totals += torch.stack([loss.detach().double() for loss in losses])
         last = index == len(micro_batches) - 1
         if last:
             totals = sum_over_ranks(totals)
             if not totals.isfinite().all():
                 raise NotFiniteError(f"the loss is {(totals / count).tolist()}")
-        for module, loss in zip(trained, losses, strict=True):
-            module.engine.backward(loss * scale, scale_wrt_gas=False)
+        with clock.phase("backward"):
+            for module, loss in zip(trained, losses, strict=True):
+                module.engine.backward(loss * scale, scale_wrt_gas=False)
         if last:
             _require_finite_gradients(trained)
-        for module in trained:
-            module.step()
+        with clock.phase("step"):
+            for module in trained:
+                module.step()
     return [total / count for total in totals.tolist()]
 
 
 def _require_finite_gradients(trained: Sequence[TrainedModule]) -> None:
-    counts = sum_over_ranks(torch.stack([module.bad_gradients for module in trained]))
-    for module in trained:
-        module.bad_gradients.zero_()
+    counts = sum_over_ranks(torch.stack([module.bad_gradients() for module in trained]))
     if counts.any():
         raise NotFiniteError(
             f"the loss is finite, but gradients are not ({int(counts.sum())} parameter tensors)"

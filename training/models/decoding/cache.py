@@ -1,0 +1,82 @@
+"""Keys and values of all tokens so far, in tensors that are allocated once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+
+class Columns:
+    """The columns of the cache that the next forward pass writes, shared by all layers.
+
+    On a CPU, attention reads only the columns that are filled; their number is known without
+    asking a device. A CUDA graph repeats the same operations on the same memory, so there attention
+    reads all columns, and the mask hides the empty ones.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, reads_all: bool) -> None:
+        self.capacity = capacity
+        self.reads_all = reads_all
+        self.next = torch.zeros(1, dtype=torch.long, device=device)
+        """[1] the first empty column."""
+        self.filled = 0
+        """The same as a number; a graph that is replayed does not move it."""
+
+    def written_by(self, tokens: int) -> Tensor:
+        """[tokens] the columns that a pass over `tokens` per row writes."""
+        return self.next if tokens == 1 else torch.arange(tokens, device=self.next.device)
+
+    def advance(self, tokens: int) -> None:
+        """Move on after a pass over `tokens` per row."""
+        self.next += tokens
+        self.filled += tokens
+
+
+class PreallocatedLayer(CacheLayerMixin):
+    """One layer's keys and values, [rows, heads, capacity, head size] each.
+
+    transformers' DynamicCache copies all of them in every step, and its StaticCache makes attention
+    read all columns on a CPU too.
+    """
+
+    is_sliding = False
+
+    def __init__(self, columns: Columns) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate; zeros, since attention multiplies what the mask hides by 0."""
+        for name, states in (("keys", key_states), ("values", value_states)):
+            rows, heads, _, size = states.shape
+            setattr(self, name, states.new_zeros(rows, heads, self.columns.capacity, size))
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the states of new tokens [rows, heads, tokens, head size]; return all to attend."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[2]
+        columns = self.columns.written_by(tokens)
+        read = []
+        for kept, states in ((self.keys, key_states), (self.values, value_states)):
+            assert kept is not None
+            kept.index_copy_(2, columns, states)
+            whole = self.columns.reads_all
+            read.append(kept if whole else kept[:, :, : self.columns.filled + tokens])
+        return read[0], read[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of columns that attention reads, and the first of them."""
+        own = self.columns
+        return own.capacity if own.reads_all else own.filled + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns.filled
+
+    def get_max_length(self) -> int:
+        return self.columns.capacity

@@ -1,0 +1,137 @@
+"""Decodes with a policy: a prompt in one pass, then one token of every row per step.
+
+Nothing in a step waits for the device. On a GPU the step is captured once as a CUDA graph and then
+replayed: a step of a model with 24 layers launches about 440 kernels, and launching them one by one
+takes longer than they run.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from training.models.decoding.cache import Columns, PreallocatedLayer
+from training.models.decoding.few_rows import few_rows
+from training.models.families.own_head import decoder_of
+from training.models.logprobs import position_ids
+from training.models.policy import Policy
+
+STEPS_BETWEEN_CHECKS = 16
+"""Steps after which it is asked whether all rows are finished, the only wait for the device."""
+
+EAGER_STEPS = 3
+"""Steps before the capture, in which CUDA's libraries allocate what they need."""
+
+Chooser = Callable[[Tensor], Tensor]
+"""Takes logits [rows, vocabulary] float32 and returns the next token of each row, [rows]."""
+
+
+def has_decoder(policy: Policy) -> bool:
+    """Whether the policy's layers follow a given mask, positions and cache, judged by its config.
+
+    Whether they compute the same then is found out by comparison when the model is loaded.
+    """
+    decoder = decoder_of(policy.model)
+    config = policy.model.config.get_text_config()
+    takes = inspect.signature(decoder.forward).parameters
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    return (
+        {"past_key_values", "position_ids", "attention_mask"} <= takes.keys()
+        and getattr(config, "_attn_implementation", "") in ("sdpa", "eager")
+        and not getattr(config, "is_encoder_decoder", False)
+        and set(kinds) == {"full_attention"}
+        and not getattr(config, "sliding_window", None)
+        and isinstance(getattr(config, "num_hidden_layers", None), int)
+    )
+
+
+class Decoder:
+    """Decodes one batch of left-padded prompts."""
+
+    def __init__(self, policy: Policy, ids: Tensor, mask: Tensor, steps: int) -> None:
+        """
+        Args:
+            ids, mask: [rows, prompt columns], padded on the left.
+            steps: the most tokens that are drawn for each row.
+        """
+        self.policy = policy
+        self.model = decoder_of(policy.model)
+        self.ids, self.prompt_mask, self.steps = ids, mask.bool(), steps
+        rows, prompt = ids.shape
+        self.captures = ids.device.type == "cuda"
+        config = policy.model.config.get_text_config()
+        self.columns = Columns(prompt + steps - 1, ids.device, reads_all=self.captures)
+        layers = [PreallocatedLayer(self.columns) for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=list(layers))
+        additive = config._attn_implementation == "eager"
+        dtype = policy.model.dtype if additive else torch.bool
+        self.seen = 0.0 if additive else True
+        self.hidden = torch.finfo(dtype).min if additive else False
+        # What the next token of each row attends to, [rows, 1, 1, columns].
+        self.mask = torch.full(
+            (rows, 1, 1, self.columns.capacity), self.hidden, dtype=dtype, device=ids.device
+        )
+        self.mask[:, 0, 0, :prompt].masked_fill_(self.prompt_mask, self.seen)
+        positions = position_ids(mask)
+        self.prompt_positions, self.position = positions, positions[:, -1:].clone()
+        self.token = torch.zeros_like(self.position)
+
+    @torch.no_grad()
+    def run(self, choose: Chooser, finished: Callable[[], Tensor]) -> None:
+        """Draw up to `steps` tokens for each row.
+
+        Args:
+            choose: is called once per step, with the logits of the next tokens.
+            finished: says for each row, [rows] bool, whether its further tokens are not needed.
+        """
+        with few_rows(self.policy.model):
+            self.token.copy_(choose(self._read_prompt())[:, None])
+            advance = self._eager(choose)
+            for step in range(1, self.steps):
+                if self.captures and step == EAGER_STEPS:
+                    advance = self._captured(advance)
+                advance()
+                if step % STEPS_BETWEEN_CHECKS == 0 and bool(finished().all()):
+                    break
+
+    def _read_prompt(self) -> Tensor:
+        """Logits [rows, vocabulary] of each row's first token."""
+        columns, prompt = self.prompt_mask.shape[1], self.prompt_mask
+        causal = torch.ones(columns, columns, dtype=torch.bool, device=self.ids.device).tril()
+        itself = torch.eye(columns, dtype=torch.bool, device=self.ids.device)  # padding's only one
+        read = self.columns.capacity if self.captures else columns
+        visible = self.mask.new_full((len(prompt), 1, columns, read), self.hidden)
+        attended = causal & (prompt[:, None] | itself)
+        visible[:, 0, :, :columns].masked_fill_(attended, self.seen)
+        return self._logits(self.ids, visible, self.prompt_positions)
+
+    def _eager(self, choose: Chooser) -> Callable[[], None]:
+        def advance() -> None:
+            self.position += 1
+            self.mask.index_fill_(3, self.columns.next, self.seen)
+            read = self.columns.capacity if self.captures else self.columns.filled + 1
+            logits = self._logits(self.token, self.mask[..., :read], self.position)
+            self.token.copy_(choose(logits)[:, None])
+
+        return advance
+
+    def _captured(self, advance: Callable[[], None]) -> Callable[[], None]:
+        """Record one step, which is not executed by that, and return its replay."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            advance()
+        return graph.replay
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.columns.advance(ids.shape[1])
+        return self.policy.logits(output.last_hidden_state[:, -1])
