@@ -63,6 +63,8 @@ class IterationMetrics:
             "errors": errors.sum(),
             "squared_errors": (errors**2).sum(),
         }
+        if (drawn := part.rollout.drawn_logp) is not None:
+            added["drawn_difference"] = masked_sum((drawn - old.logp).abs(), mask)
         for name, value_sum in added.items():
             before = self.sums.get(name, torch.zeros((), dtype=torch.float64))
             self.sums[name] = before + value_sum.detach().double().cpu()
@@ -80,6 +82,7 @@ class IterationMetrics:
         n, tokens = sums["responses"], sums["tokens"]
         variance = sums["squared_returns"] / tokens - (sums["returns"] / tokens) ** 2
         unexplained = sums["squared_errors"] / tokens - (sums["errors"] / tokens) ** 2
+        known = "drawn_difference" in sums
         return {
             "objective/rlhf_reward": sums["objective"] / n,
             "objective/scores": reward / drawn,
@@ -97,4 +100,4 @@ class IterationMetrics:
             "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
             "response/length": tokens / n,
             "response/ended_fraction": sums["ended"] / n,
-        }
+        } | ({"sampling/logp_difference": sums["drawn_difference"] / tokens} if known else {})

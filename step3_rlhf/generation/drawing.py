@@ -39,20 +39,19 @@ def warpers(settings: SamplingSettings) -> LogitsProcessorList:
     return found
 
 
-def draw(logits: Tensor, at: Tensor) -> Tensor:
+def draw(weights: Tensor, at: Tensor) -> Tensor:
     """Invert each row's distribution function: [B] tokens.
 
     The vocabulary is divided into blocks: the block is found by sums in float64, the token by a sum
     within the block. Over 100,000 tokens, sums in float32 alone would shift the distribution.
 
     Args:
-        logits: [B, V] float32.
+        weights: [B, V] float32, in proportion to the probabilities.
         at: [B] float64 in [0, 1).
     """
-    rows, vocabulary = logits.shape
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+    rows, vocabulary = weights.shape
     weights = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
-    up_to = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, blocks]
+    up_to = weights.sum(-1).double().cumsum(-1)  # [B, blocks]
     target = at[:, None] * up_to[:, -1:]
     block = _first_above(up_to, target)
     before = torch.where(block > 0, up_to.gather(1, (block - 1).clamp(min=0)), 0.0)
@@ -102,9 +101,10 @@ class Draws:
 
     def choose(self, logits: Tensor) -> Tensor:
         """Draw the next token of each row, [B], from logits [B, V] float32."""
-        warped = self.warpers(self._no_ids, logits) if self.warpers else logits
-        token = draw(warped, self.uniforms.index_select(1, self._step).squeeze(1))
-        logp = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1)
+        logp = logits.log_softmax(-1)
+        weights = self.warpers(self._no_ids, logits).softmax(-1) if self.warpers else logp.exp()
+        token = draw(weights, self.uniforms.index_select(1, self._step).squeeze(1))
+        logp = logp.gather(1, token[:, None]).squeeze(1)
         token = torch.where(self.ended, self.pad, token)
         self.tokens.index_copy_(1, self._step, token[:, None])
         self.logp.index_copy_(1, self._step, torch.where(self.ended, 0.0, logp)[:, None])

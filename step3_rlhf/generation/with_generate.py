@@ -64,5 +64,5 @@ class SeededSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self.prompt_length
-        token = draw(scores.float(), self.uniforms[:, step])
+        token = draw(scores.float().softmax(-1), self.uniforms[:, step])
         return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)

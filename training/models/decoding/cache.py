@@ -61,13 +61,16 @@ class PreallocatedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
-        columns = self.columns.written_by(tokens)
+        filled = self.columns.filled
         read = []
         for kept, states in ((self.keys, key_states), (self.values, value_states)):
             assert kept is not None
-            kept.index_copy_(2, columns, states)
-            whole = self.columns.reads_all
-            read.append(kept if whole else kept[:, :, : self.columns.filled + tokens])
+            if self.columns.reads_all:
+                kept.index_copy_(2, self.columns.written_by(tokens), states)
+                read.append(kept)
+            else:
+                kept[:, :, filled : filled + tokens] = states
+                read.append(kept[:, :, : filled + tokens])
         return read[0], read[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -50,19 +50,23 @@ def has_decoder(policy: Policy) -> bool:
 class Decoder:
     """Decodes one batch of left-padded prompts."""
 
-    def __init__(self, policy: Policy, ids: Tensor, mask: Tensor, steps: int) -> None:
+    def __init__(
+        self, policy: Policy, ids: Tensor, mask: Tensor, steps: int, fixed_shapes: bool = False
+    ) -> None:
         """
         Args:
             ids, mask: [rows, prompt columns], padded on the left.
             steps: the most tokens that are drawn for each row.
+            fixed_shapes: every step has the same shapes, as a CUDA graph needs; always so on a GPU.
         """
         self.policy = policy
         self.model = decoder_of(policy.model)
         self.ids, self.prompt_mask, self.steps = ids, mask.bool(), steps
         rows, prompt = ids.shape
         self.captures = ids.device.type == "cuda"
+        self.fixed_shapes = fixed_shapes or self.captures
         config = policy.model.config.get_text_config()
-        self.columns = Columns(prompt + steps - 1, ids.device, reads_all=self.captures)
+        self.columns = Columns(prompt + steps - 1, ids.device, reads_all=self.fixed_shapes)
         layers = [PreallocatedLayer(self.columns) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=list(layers))
         additive = config._attn_implementation == "eager"
@@ -101,7 +105,7 @@ class Decoder:
         columns, prompt = self.prompt_mask.shape[1], self.prompt_mask
         causal = torch.ones(columns, columns, dtype=torch.bool, device=self.ids.device).tril()
         itself = torch.eye(columns, dtype=torch.bool, device=self.ids.device)  # padding's only one
-        read = self.columns.capacity if self.captures else columns
+        read = self.columns.capacity if self.fixed_shapes else columns
         visible = self.mask.new_full((len(prompt), 1, columns, read), self.hidden)
         attended = causal & (prompt[:, None] | itself)
         visible[:, 0, :, :columns].masked_fill_(attended, self.seen)
@@ -111,7 +115,7 @@ class Decoder:
         def advance() -> None:
             self.position += 1
             self.mask.index_fill_(3, self.columns.next, self.seen)
-            read = self.columns.capacity if self.captures else self.columns.filled + 1
+            read = self.columns.capacity if self.fixed_shapes else self.columns.filled + 1
             logits = self._logits(self.token, self.mask[..., :read], self.position)
             self.token.copy_(choose(logits)[:, None])
 

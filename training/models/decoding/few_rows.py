@@ -39,7 +39,8 @@ def _product(layer: nn.Linear, states: Tensor) -> Tensor:
     rows = states.numel() // states.shape[-1]
     if rows > MOST_ROWS:
         return nn.functional.linear(states, layer.weight, layer.bias)
-    product = (layer.weight @ states.reshape(rows, -1).T).T
+    # Contiguous, since attention is slow for strided queries.
+    product = (layer.weight @ states.reshape(rows, -1).T).T.contiguous()
     if layer.bias is not None:
         product = product + layer.bias
     return product.reshape(*states.shape[:-1], -1)
