@@ -70,6 +70,7 @@ launch() {
     trap 'pass_on TERM 129' HUP
     trap 'pass_on INT 130' INT
     trap 'pass_on USR1 138' USR1
+    [[ "$gpus" != 0 || -n "${LD_PRELOAD+set}" ]] || preload_tcmalloc
     # SIGUSR1 would end the launcher, so it inherits a handler that ignores the signal.
     # shellcheck disable=SC2086
     (trap '' USR1 && exec setsid deepspeed "${arguments[@]}" ${DEEPSPEED_ARGS:-} --module "${words[@]}") &
@@ -83,6 +84,15 @@ launch() {
     trap - TERM HUP INT USR1
     tidy
     return "$code"
+}
+
+# Training asks for large blocks of memory and frees them, over and over. glibc gives them back to the
+# system each time; tcmalloc keeps them, which saves a quarter of the time on a CPU. It is used where
+# it is installed (on Debian: apt install libtcmalloc-minimal4); LD_PRELOAD= turns that off.
+preload_tcmalloc() {
+    local library
+    library="$({ ldconfig -p 2>/dev/null || true; } | awk '/libtcmalloc(_minimal)?\.so/ { print $NF; exit }')"
+    [[ -z "$library" ]] || export LD_PRELOAD="$library"
 }
 
 # The number of processes over all nodes.

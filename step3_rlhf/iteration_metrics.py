@@ -45,6 +45,7 @@ class IterationMetrics:
         added = {
             "responses": torch.tensor(len(part.rollout)),
             "tokens": mask.sum(),
+            "prompt_tokens": part.rollout.prompt_tokens,
             "ended": part.rollout.ended.sum(),
             "logp": masked_sum(old.logp, mask),
             "log_ratio": masked_sum(old.logp - part.ref_logp, mask),
@@ -98,6 +99,7 @@ class IterationMetrics:
             "loss/value": sums["value_loss"] / tokens,
             "val/clipfrac": sums["value_clipped"] / tokens,
             "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+            "prompt/length": sums["prompt_tokens"] / n,
             "response/length": tokens / n,
             "response/ended_fraction": sums["ended"] / n,
         } | ({"sampling/logp_difference": sums["drawn_difference"] / tokens} if known else {})

@@ -44,6 +44,11 @@ class Rollout:
         return self.input_ids.shape[1] - self.response_mask.shape[1]
 
     @property
+    def prompt_tokens(self) -> Tensor:
+        """[] tokens of all prompts, padding left out."""
+        return self.attention_mask[:, : self.prompt_length].sum()
+
+    @property
     def lengths(self) -> Tensor:
         """[B] response tokens, EOS included."""
         return self.response_mask.sum(-1)
