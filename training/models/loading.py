@@ -227,6 +227,10 @@ def _load(
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+    # Some families keep a few parameters in float32; DeepSpeed trains all of them in one type, and
+    # a frozen model must compute as the trained one does. Buffers stay as they are in both.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(options.dtype)
     loaded: PreTrainedModel = model
     return loaded
 

@@ -214,10 +214,15 @@ def adamw(
 
 
 def frozen(module: nn.Module, section: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """Prepare a module that is never trained: a replica, or partitioned if `section` is ZeRO-3."""
+    """Prepare a module that is never trained: a replica, or partitioned if `section` is ZeRO-3.
+
+    Args:
+        dtype: that of the module's parameters. Buffers keep their own type, as they do in training:
+            rotary frequencies that are rounded to bfloat16 give other log-probabilities.
+    """
     module.eval().requires_grad_(False)
     if section.get("zero_optimization", {}).get("stage") != 3:
-        return module.to(device=device(), dtype=dtype)
+        return module.to(device=device())
     engine, _, _, _ = deepspeed.initialize(
         model=module,
         config={

@@ -1,0 +1,211 @@
+"""All three stages on a pretended GPU: no operation mixes devices, and how often the host waits.
+
+The first evidence for this code on a GPU that a machine without one can give. The counts hold for
+ZeRO stage 0 in float32.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from pretend_gpu import GPU, DeviceMismatch, OnGpu, Syncs, counted, pretend_gpu
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from step1_sft.config import SFTConfig
+from step1_sft.main import ResponseModelling
+from step2_reward.config import RewardConfig
+from step2_reward.main import PreferenceModelling
+from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.evaluation.held_out import load_held_out
+from step3_rlhf.evaluation.measure import evaluate
+from step3_rlhf.main import build, models_of
+from step3_rlhf.prompts import Prompts
+from step3_rlhf.roles import training_roles_of
+from step3_rlhf.trainer import PPOTrainer
+from training import fitting
+from training.config import check_config
+from training.data import read_records, tokenize
+from training.models.loading import load_policy, load_scalar_model
+from training.models.options import LoadOptions
+from training.models.pretrained import Pretrained
+from training.runtime import ranks
+from training.runtime.engine import TrainedModule
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+Settings = Callable[[str], dict[str, Any]]
+
+LORA = {"r": 2, "lora_alpha": 4.0}
+
+
+# The pretended GPU itself
+
+
+def test_mixing_devices_raises_and_scalars_may_mix() -> None:
+    with pretend_gpu():
+        x = torch.ones(2, 3, device="cuda")
+        assert x.device == GPU
+        assert (x * torch.tensor(2.0)).sum().item() == 12.0
+        for operation in (
+            lambda: x + torch.ones(3),
+            lambda: torch.cat([x, torch.ones(1, 3)]),
+            lambda: torch.stack([x.sum(), torch.tensor(1.0)]),
+            lambda: x @ torch.ones(3, 1),
+            lambda: torch.ones(2)[x[0].long()],
+        ):
+            with pytest.raises(DeviceMismatch):
+                operation()
+
+
+def test_waits_are_counted_where_they_are_made() -> None:
+    with pretend_gpu(), counted() as syncs:
+        x = torch.arange(4, device="cuda").float()
+        x[x > 1] = 0.0  # a fill needs no count
+        x = torch.where(x > 1, x, 0.0) + x.cumsum(0)
+        assert syncs.total == 0
+        with counted() as inner:
+            x.sum().item()
+            x[x > 1]
+            x.tolist()
+            bool(x.any())
+            torch.ones(2).to("cuda")
+            torch.ones(2).to("cuda", non_blocking=True)
+            x.cpu()
+    kinds = sorted(kind for kind, _ in inner.places)
+    assert kinds == ["boolean index", "copy to CPU", "copy to GPU", "item", "item", "tolist"]
+    assert inner.total == syncs.total == 6
+    assert inner.of("test_on_a_gpu.py") == 6
+
+
+def test_training_on_it_is_training() -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        with pretend_gpu():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(device)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+            for _ in range(3):
+                loss = model(torch.ones(2, 3, device=device)).square().sum()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(loss.item())
+    assert found[0] == found[1] != 0.0
+
+
+# The stages
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"lora": LORA}], ids=str)
+def test_stage_1(
+    stage_settings: Settings, world_tokenizer: PreTrainedTokenizerBase, changes: dict[str, Any]
+) -> None:
+    config = check_config(SFTConfig, stage_settings("sft") | changes, "config:")
+    data = tokenize(read_records(config.data, "sft"), world_tokenizer, config.data, "sft")
+    Path(config.output_dir).mkdir()
+    with pretend_gpu(), counted() as syncs:
+        pretrained = Pretrained(config.model_name_or_path)
+        policy = load_policy(pretrained, world_tokenizer, LoadOptions.trained(config))
+        trained = TrainedModule(policy, config, config, 2)
+        assert all(isinstance(parameter, OnGpu) for parameter in policy.parameters())
+        task = ResponseModelling(
+            trained, data.train, data.eval, config, world_tokenizer.pad_token_id
+        )
+        found = fitting.fit(config, trained, task, fitting.EarlyStopping())
+    assert found["eval/loss"] > 0
+    print(syncs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"lora": LORA}], ids=str)
+def test_stage_2(
+    stage_settings: Settings, world_tokenizer: PreTrainedTokenizerBase, changes: dict[str, Any]
+) -> None:
+    config = check_config(RewardConfig, stage_settings("reward") | changes, "config:")
+    data = tokenize(read_records(config.data, "reward"), world_tokenizer, config.data, "reward")
+    Path(config.output_dir).mkdir()
+    with pretend_gpu(), counted() as syncs:
+        pretrained = Pretrained(config.model_name_or_path)
+        options = LoadOptions.trained(config)
+        model = load_scalar_model(pretrained, world_tokenizer, options, new_head=True)
+        trained = TrainedModule(model, config, config, 2)
+        task = PreferenceModelling(
+            trained, data.train, data.eval, config, world_tokenizer.pad_token_id
+        )
+        found = fitting.fit(config, trained, task, fitting.EarlyStopping())
+    assert found["eval/loss"] > 0
+    print(syncs)
+
+
+@pytest.fixture
+def reward_model(tiny_world: Path, tmp_path: Path, world_tokenizer: Any) -> str:
+    pretrained = Pretrained(str(tiny_world / "base"))
+    model = load_scalar_model(pretrained, world_tokenizer, new_head=True).model
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path / "reward_model")
+    world_tokenizer.save_pretrained(tmp_path / "reward_model")
+    return str(tmp_path / "reward_model")
+
+
+@pytest.fixture
+def trainer(
+    stage_settings: Settings, world_tokenizer: PreTrainedTokenizerBase, reward_model: str
+) -> Callable[..., PPOTrainer]:
+    def built(**changes: Any) -> PPOTrainer:
+        settings = stage_settings("ppo") | {"reward": {"model_name_or_path": reward_model}}
+        config = check_config(PPOConfig, settings | changes, "config:")
+        data = tokenize(read_records(config.data, "ppo"), world_tokenizer, config.data, "ppo").train
+        return build(config, training_roles_of(config), Prompts(data, config), 2)
+
+    return built
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "single pass": {"gradient_accumulation_steps": 2},
+    "epochs and mini-batches": {
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 2,
+        "advantage_normalization": "full",
+        "total_episodes": 16,
+    },
+    "packing": {"packing": True, "gradient_accumulation_steps": 2},
+    "LoRA": {"lora": LORA, "reward_centering": "reference_mean", "reward_centering_samples": 4},
+    "checkpointing": {"gradient_checkpointing": True},
+    "conditional": {"regularizer": {"name": "conditional_pm", "alpha": 0.3}},
+    "sequence level": {
+        "regularizer": {"name": "conditional_pm", "level": "sequence", "alpha_per_token": 0.3},
+        "missing_eos_penalty": 1.0,
+        "reward_clip": 5.0,
+    },
+    "divergence": {"regularizer": {"name": "f_divergence", "divergence": "chi_squared"}},
+    "link": {"regularizer": {"name": "generalized_pl", "g": "sigmoid"}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stage_3(trainer: Callable[..., PPOTrainer], name: str) -> None:
+    with pretend_gpu():
+        run = trainer(**VARIANTS[name])
+        if run.config.reward_centering != "none":
+            run.center_rewards()
+        with counted() as syncs:
+            metrics = run.iteration(0)
+    assert metrics["response/length"] > 0
+    print(name, syncs)
+
+
+def test_evaluation(
+    trainer: Callable[..., PPOTrainer], world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pretend_gpu():
+        run = trainer()
+        config = EvaluationConfig.of(run.config)
+        data = tokenize(read_records(config.data, "ppo"), world_tokenizer, config.data, "ppo")
+        held_out = load_held_out(config, data.eval, world_tokenizer)
+        with counted() as syncs:
+            figures, _ = evaluate(models_of(run), held_out, config.regularizer, config)
+    assert figures["exact"]["outside_mass"]["mean"] > 0
+    print(syncs)
