@@ -21,7 +21,8 @@ from step3_rlhf.evaluation import measure
 from step3_rlhf.evaluation.settings import settings_of_run
 from training.config import check_config
 from training.errors import RunError, UserError
-from training.runtime.checkpoint import STATE, Checkpoints, complete_checkpoints
+from training.runtime.checkpoint import Checkpoints
+from training.runtime.resume import STATE, complete_checkpoints
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
