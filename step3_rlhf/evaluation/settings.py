@@ -42,7 +42,10 @@ def evaluation_config(options: argparse.Namespace) -> EvaluationConfig:
     """
     settings = run_settings(options.run_dir)
     faults = apply_overrides(settings, options.overrides)
-    faults += missing_models(settings, options.run_dir)
+    missing = missing_models(settings)
+    if missing and not Path(options.run_dir).exists():
+        raise UserError(f"{options.run_dir} does not exist")
+    faults += missing
     heading = f"{options.run_dir} cannot be evaluated:"
     config = check_config(EvaluationConfig, settings, heading, faults)
     results = Path(config.output_dir, "evaluation.json")
@@ -82,7 +85,7 @@ def settings_of_run(run_dir: str) -> EvaluationConfig:
     return check_config(EvaluationConfig, run_settings(run_dir), f"{run_dir} cannot be evaluated:")
 
 
-def missing_models(settings: dict[str, Any], run_dir: str) -> list[str]:
+def missing_models(settings: dict[str, Any]) -> list[str]:
     """The overrides that are still needed if RUN_DIR is not a run of stage 3."""
     needed = {
         "model_name_or_path": "model_name_or_path=POLICY, a directory or a Hub name",
@@ -92,8 +95,6 @@ def missing_models(settings: dict[str, Any], run_dir: str) -> list[str]:
     missing = [f"pass {remedy}" for name, remedy in needed.items() if name not in settings]
     if not missing:
         return []
-    if not Path(run_dir).exists():
-        return [f"{run_dir} does not exist; where no stage has written, name the models"]
     reason = "it is not the output of stage 3, so the command has to name the models"
     reference = "pass reference_model_name_or_path=REFERENCE, unless it is the policy"
     return [reason, *missing, reference]
