@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced: `launch MODULE ARGUMENTS...` starts a stage with the DeepSpeed launcher. With --dry-run
-# among the arguments it checks the config instead, for the number of processes that would start.
+# Sourced: `launch MODULE ARGUMENTS...` checks a stage's config and starts its processes with the
+# DeepSpeed launcher (training/runtime/launcher.py).
 #   NUM_PROCESSES=2   processes per node (default: every visible GPU; one on a CPU)
 #   HOSTFILE=path     several nodes, in DeepSpeed's hostfile format, reached by pdsh over ssh
 #   NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=port    with HOSTFILE: only this node's processes,
@@ -8,28 +8,28 @@
 #   MASTER_PORT=port  the port at which the processes meet (default: a free one)
 #   DEEPSPEED_ARGS=…  anything else for the launcher
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-source scripts/nodes.sh
+source "$root/scripts/nodes.sh"
 
 launch() {
-    # Without the launcher: help, a command that lacks its arguments, and a dry run, which is one
-    # process that is told how many there would be.
-    if (($# == 1)) || [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
-        case "$1" in
-            *.main) python -m "${1%.main}.config" "${@:2}" ;;
-            *) python -m "$1.settings" "${@:2}" ;;
-        esac
+    [[ -z "${NUM_PROCESSES:-}" || "$NUM_PROCESSES" =~ ^[1-9][0-9]*$ ]] ||
+        fail "NUM_PROCESSES=$NUM_PROCESSES: a number above 0 was expected"
+    [[ -z "${HOSTFILE:-}" || -f "$HOSTFILE" ]] || fail "HOSTFILE=$HOSTFILE: no such file"
+    LAUNCH_PROCESSES="$(processes_in_all)"
+    export LAUNCH_PROCESSES
+    # Help, a command that lacks its arguments, and a dry run start no other process.
+    if (($# == 1)) || [[ " $* " == *" --help "* || " $* " == *" -h "* || " $* " == *" --dry-run "* ]]; then
+        python -m "$@"
         return
     fi
-    if [[ " $* " == *" --dry-run "* ]]; then
-        python -m "$1" --processes "$(processes_in_all)" "${@:2}" # the user's own wins
-        return
-    fi
-    local arguments=(--log_level error) words=("$@")
+    local arguments=() words=("$@") processes="${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
     by_pdsh=""
-    arguments+=(--master_port "${MASTER_PORT:-$(free_port)}")
+    if ((gpus > 0 && processes > gpus)) && [[ -z "${HOSTFILE:-}" ]]; then
+        fail "NUM_PROCESSES=$processes, but only $gpus GPUs are visible: $visible"
+    fi
+    # Processes that each use all cores slow one another down.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}"
     if [[ -n "${HOSTFILE:-}" ]]; then
-        [[ -f "$HOSTFILE" ]] || fail "HOSTFILE=$HOSTFILE: no such file"
-        arguments+=(--hostfile "$HOSTFILE")
+        arguments+=(--master_port "${MASTER_PORT:-$(free_port)}" --hostfile "$HOSTFILE")
         [[ -z "${NUM_PROCESSES:-}" ]] || arguments+=(--num_gpus "$NUM_PROCESSES")
         if [[ -n "${NODE_RANK:-}" ]]; then
             [[ -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" ]] ||
@@ -42,27 +42,33 @@ launch() {
                 fail "HOSTFILE=$HOSTFILE names several nodes: pdsh is needed here (on Debian: apt install pdsh), or NODE_RANK on each node"
             by_pdsh=yes
         fi
-    else
+    elif [[ -n "${DEEPSPEED_ARGS:-}" ]]; then
         # Without this, DeepSpeed would use a hostfile that it finds on the machine.
-        arguments+=(--hostfile /dev/null)
-        if [[ "$gpus" == 0 ]]; then
-            local processes="${NUM_PROCESSES:-1}"
-            # Processes that each use all cores slow one another down.
-            export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}"
+        arguments+=(--master_port "${MASTER_PORT:-$(free_port)}" --hostfile /dev/null)
+        if ((gpus == 0)); then
             arguments+=(--num_gpus "$processes")
-        elif [[ -n "${NUM_PROCESSES:-}" && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+        else
             # With --num_gpus DeepSpeed would ignore which GPUs are visible.
-            arguments+=(--include "localhost:$(cut -d, -f"-$NUM_PROCESSES" <<<"$CUDA_VISIBLE_DEVICES")")
-        elif [[ -n "${NUM_PROCESSES:-}" ]]; then
-            arguments+=(--num_gpus "$NUM_PROCESSES")
+            arguments+=(--include "localhost:$(cut -d, -f"-$processes" <<<"$visible")")
         fi
+    elif ((gpus > 0)); then
+        LAUNCH_DEVICES="$(cut -d, -f"-$processes" <<<"$visible")"
+        export LAUNCH_DEVICES
+    else
+        LAUNCH_DEVICES="$(seq -s, 0 $((processes - 1)))"
+        export LAUNCH_DEVICES
     fi
+    # shellcheck disable=SC2206
+    arguments+=(${DEEPSPEED_ARGS:-})
+    LAUNCH_ARGUMENTS="$(printf '%s\n' "${arguments[@]}")"
+    export LAUNCH_ARGUMENTS
     # The launcher gets its own session, so that Ctrl-C reaches this script alone, which passes it on.
     RANK_PIDS="$(mktemp -d)"
     export RANK_PIDS
     launcher="" signals=0
     if [[ -n "$by_pdsh" ]]; then
-        quote_for_nodes
+        require_plain_paths
+        export LAUNCH_BY_PDSH=yes
         own_variables >"$RANK_PIDS.variables"
         export DS_ENV_FILE="$RANK_PIDS.variables" # DeepSpeed sets these on every node
     fi
@@ -72,8 +78,7 @@ launch() {
     trap 'pass_on USR1 138' USR1
     [[ "$gpus" != 0 || -n "${LD_PRELOAD+set}" ]] || preload_tcmalloc
     # SIGUSR1 would end the launcher, so it inherits a handler that ignores the signal.
-    # shellcheck disable=SC2086
-    (trap '' USR1 && exec setsid deepspeed "${arguments[@]}" ${DEEPSPEED_ARGS:-} --module "${words[@]}") &
+    (trap '' USR1 && exec setsid python -m "${words[@]}") &
     launcher=$!
     local code interrupted
     while :; do

@@ -9,6 +9,7 @@
 #                 world sft reward kl pm conditional_pm sft_evaluation report
 #                 maximum_entropy js_divergence forward_kl chi_squared
 set -euo pipefail
+called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PHASES=(world sft reward kl pm conditional_pm)
@@ -20,6 +21,11 @@ usage() { # MESSAGE: a mistake in the arguments
     exit 2
 }
 
+# PATH: absolute, if it is one outside the repository's root, where the user stands.
+from_there() {
+    if [[ -z "$1" || "$1" == /* || "$called_from" == "$PWD" ]]; then echo "$1"; else echo "$called_from/$1"; fi
+}
+
 while (($#)); do
     case "$1" in
         --full) full=true ;;
@@ -29,7 +35,7 @@ while (($#)); do
             (($# > 1)) || usage "$1 needs a value"
             case "$1" in
                 --seed) seed="$2" ;;
-                --output) directory="${2%/}" ;;
+                --output) directory="$(from_there "${2%/}")" ;;
                 --only) only="$2" ;;
             esac
             shift ;;
@@ -122,7 +128,7 @@ print("\n".join(f"{name}={json.dumps(config[name])}" for name in shared.split())
 EOF
         ppo_places sft
     )
-    phase sft_evaluation bash scripts/evaluate.sh "$directory/sft" "${overrides[@]}"
+    phase sft_evaluation bash scripts/evaluate.sh "$directory/sft" --overwrite "${overrides[@]}"
 }
 
 phase world python -m training.world --output_dir "$directory/world" --seed "$seed"

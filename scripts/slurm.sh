@@ -12,6 +12,10 @@
 # checkpoint; DeepSpeed's launcher, which would kill them on SIGTERM, ignores it. Submit the job
 # again with resume_from_checkpoint=latest to resume it.
 set -euo pipefail
+if (($# == 0)) || [[ "$1" == --help || "$1" == -h ]]; then
+    sed -n '2,/^set /{/^#SBATCH/d; /^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"
+    exit
+fi
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the root of the repository}"
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -17,14 +17,19 @@ usage() { # MESSAGE: a mistake in the arguments
     exit 2
 }
 
+# PATH: absolute, if it is one outside the repository's root, where the user stands.
+from_there() {
+    if [[ -z "$1" || "$1" == /* || "$called_from" == "$PWD" ]]; then echo "$1"; else echo "$called_from/$1"; fi
+}
+
 while (($#)); do
     case "$1" in
         --help | -h) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' scripts/smollm2.sh; exit ;;
         --data | --output | --seed)
             (($# > 1)) || usage "$1 needs a value"
             case "$1" in
-                --data) data="$2" ;;
-                --output) directory="${2%/}" ;;
+                --data) data="$(from_there "$2")" ;;
+                --output) directory="$(from_there "${2%/}")" ;;
                 --seed) seed="$2" ;;
             esac
             shift ;;
@@ -32,7 +37,6 @@ while (($#)); do
     esac
     shift
 done
-[[ -z "$data" || "$data" == /* ]] || data="$called_from/$data"
 [[ "$seed" =~ ^[0-9]+$ ]] || usage "--seed $seed: a whole number was expected"
 [[ -n "$directory" ]] || usage "--output: a directory was expected"
 [[ -z "$data" || -f "$data" ]] || usage "--data $data: no such file"

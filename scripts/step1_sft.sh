@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-launch step1_sft.main "$@"
+launch step1_sft.config "$@"

@@ -23,10 +23,9 @@
 # same sweep without --dry-run then skips these cells, measures the reference and writes tables and
 # figures. scripts/slurm.sh with sweep.sh on several nodes is refused.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
-    --help | -h) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' scripts/sweep.sh; exit ;;
+    --help | -h) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; exit ;;
 esac
 
-source scripts/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 exec python -m step3_rlhf.paper.grid "$@"

@@ -12,6 +12,7 @@ for argument in "$@"; do
     fi
 done
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$root"
 
 selection=(-m "not slow")
 case "${1:-}" in

@@ -9,7 +9,7 @@ class SFTConfig(SupervisedConfig):
     script = "step1_sft"
 
 
-if __name__ == "__main__":  # for --help, which needs nothing else
-    from training.cli import stage_parser
+if __name__ == "__main__":  # what scripts/launch.sh starts
+    from training.cli import command
 
-    stage_parser(SFTConfig).parse_args()
+    command(SFTConfig, "step1_sft.main")

@@ -16,7 +16,7 @@ class RewardConfig(SupervisedConfig):
     """Equally wide bins of the reliability diagram and the expected calibration error."""
 
 
-if __name__ == "__main__":  # for --help, which needs nothing else
-    from training.cli import stage_parser
+if __name__ == "__main__":  # what scripts/launch.sh starts
+    from training.cli import command
 
-    stage_parser(RewardConfig).parse_args()
+    command(RewardConfig, "step2_reward.main")

@@ -5,9 +5,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from step3_rlhf.ppo import AdvantageNormalization
 from step3_rlhf.regularizers.registry import REGULARIZERS, RegularizerField
-from training.config import Count, Fraction, NonNegative, Positive, StrictModel, Variants
+from training.config import (
+    Count,
+    Fraction,
+    NonNegative,
+    PathText,
+    Positive,
+    StrictModel,
+    Variants,
+)
 from training.data.settings import DataSettings
 from training.deepspeed_section import deepspeed_faults
 from training.stage_config import OptimizerSettings, RunConfig, StageConfig, model_path_faults
@@ -16,7 +23,7 @@ from training.stage_config import OptimizerSettings, RunConfig, StageConfig, mod
 class RewardModelSettings(StrictModel):
     """One sequence-classification model with one label, and its weight in the sum of rewards."""
 
-    model_name_or_path: str
+    model_name_or_path: PathText
     """Hub name or directory of a sequence-classification model with one label."""
     weight: float = 1.0
     """Factor of the model's reward in the sum."""
@@ -28,7 +35,7 @@ class RewardModelSettings(StrictModel):
 class RewardSettings(StrictModel):
     """Where rewards come from: one model, several with weights, or a Python function."""
 
-    model_name_or_path: str | None = None
+    model_name_or_path: PathText | None = None
     """A single reward model: what stage 2 wrote, or any with one label."""
     models: Annotated[tuple[RewardModelSettings, ...], Field(strict=False)] = ()
     """Several reward models, whose weighted rewards are added up."""
@@ -82,12 +89,12 @@ class SamplingSettings(StrictModel):
 class EvaluationSettings(StrictModel):
     """What is measured after training, and by `scripts/evaluate.sh`."""
 
-    response_sets: str | None = None
+    response_sets: PathText | None = None
     """JSONL file of prompts with all their natural responses, for the exact metrics; null measures
     none."""
     max_prompts: Count | None = None
-    """Number of held-out prompts, and of held-out texts, that are used, chosen at random; null uses
-    all."""
+    """Number of held-out prompts, of held-out texts and of response sets that are used, chosen at
+    random; null uses all."""
     pairs_per_prompt: Count = 1
     """Pairs of responses to each prompt for its PM divergence; the paper draws one."""
     sampling: SamplingSettings | None = None
@@ -115,7 +122,7 @@ def frozen_faults(section: dict[str, Any]) -> list[str]:
 class AlignmentConfig(SamplingSettings, RunConfig):
     """What training and evaluating an aligned policy have in common."""
 
-    reference_model_name_or_path: str | None = None
+    reference_model_name_or_path: PathText | None = None
     """π_ref; null is the policy named by model_name_or_path."""
     reward: RewardSettings = Field(examples=[{"function": "module:callable"}])
     """Where the rewards r(x, y) come from."""
@@ -149,7 +156,7 @@ class PPOConfig(StageConfig, AlignmentConfig):
     script = "step3_rlhf"
     variants: ClassVar[Variants] = {"regularizer": REGULARIZERS}
 
-    critic_model_name_or_path: str | None = None
+    critic_model_name_or_path: PathText | None = None
     """What the critic starts from. Null is the first reward model; or the policy, if there is none
     or if it has another vocabulary or no value after each token."""
     regularizer: RegularizerField = Field(examples=[{"name": "pm"}])
@@ -179,7 +186,7 @@ class PPOConfig(StageConfig, AlignmentConfig):
     """Discount per token. Only at 1 do the tokens' penalties add up to the response's."""
     lam: Fraction = 0.95
     """λ of generalized advantage estimation: 0 trusts the critic, 1 the drawn rewards."""
-    advantage_normalization: AdvantageNormalization = "none"
+    advantage_normalization: Literal["none", "center", "full"] = "none"
     """Subtract the batch's mean from the advantages ("center"), and divide by their deviation
     ("full", which blows up noise near the optimum)."""
 
@@ -264,7 +271,7 @@ class EvaluationConfig(AlignmentConfig):
         return cls(**shared)
 
 
-if __name__ == "__main__":  # for --help, which needs nothing else
-    from training.cli import stage_parser
+if __name__ == "__main__":  # what scripts/launch.sh starts
+    from training.cli import command
 
-    stage_parser(PPOConfig).parse_args()
+    command(PPOConfig, "step3_rlhf.main")

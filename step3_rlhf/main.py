@@ -26,17 +26,17 @@ from step3_rlhf.roles import TrainingRoles, training_roles_of
 from step3_rlhf.trainer import PPOTrainer
 from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
-from training.errors import UserError
-from training.fitting import require_evaluation
+from training.errors import Stopped, UserError
+from training.fitting import announce_resume, require_evaluation
 from training.models.export import export
 from training.models.loading import load_policy, load_scalar_model
 from training.models.lora import WithoutAdapter
 from training.models.options import LoadOptions
 from training.runtime import ranks
-from training.runtime.checkpoint import Checkpoints, check_resumable
+from training.runtime.checkpoint import Checkpoints
 from training.runtime.clock import peak_memory
 from training.runtime.engine import TrainedModule
-from training.runtime.signals import Stopped, stop_requests
+from training.runtime.signals import stop_requests
 from training.runtime.tracking import Tracker, say
 
 SHOWN = ("objective/rlhf_reward", "objective/kl", "policy/entropy_per_token", "response/length")
@@ -44,7 +44,7 @@ SHOWN = ("objective/rlhf_reward", "objective/kl", "policy/entropy_per_token", "r
 
 
 def main(config: PPOConfig) -> None:
-    check_resumable(config)
+    announce_resume(config)
     records = read_records(config.data, "ppo")
     require_evaluation(records)
     roles = training_roles_of(config)

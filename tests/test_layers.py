@@ -17,15 +17,16 @@ step1_sft step2_reward step2_reward.losses step3_rlhf step3_rlhf.evaluation step
 step3_rlhf.paper.grid step3_rlhf.paper.grid.paper_models step3_rlhf.paper.pages
 step3_rlhf.paper.quickstart step3_rlhf.paper.quickstart.machine
 step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards training training.data.batches
-training.data.tally training.errors training.models training.models.families
+training.data.tally training.deferred training.errors training.models training.models.families
 training.models.families.generation training.models.families.own_head training.models.logprobs
-training.runtime training.runtime.disk training.runtime.extensions training.runtime.random_states
-training.statistics training.world training.world.topics
+training.runtime training.runtime.disk training.runtime.extensions training.runtime.process
+training.runtime.random_states training.statistics training.world training.world.topics
 
 step3_rlhf.evaluation.metrics step3_rlhf.ppo step3_rlhf.response_sets training.config
 training.deepspeed_section training.memory training.models.families.noise training.models.packing
-training.models.pretrained training.plotting training.plugins training.runtime.ranks
-training.world.population training.world.prompts
+training.models.pretrained training.plotting training.plugins training.runtime.gpus
+training.runtime.launcher training.runtime.lock training.runtime.ranks training.world.population
+training.world.prompts
 
 step2_reward.calibration step3_rlhf.paper.quickstart.findings step3_rlhf.paper.quickstart.shares
 step3_rlhf.regularizers.base training.data.settings training.models.checks
@@ -40,7 +41,7 @@ training.models.scalar training.stage_config training.world.files
 step3_rlhf.paper.quickstart.page step3_rlhf.paper.quickstart.report_json
 step3_rlhf.regularizers.divergences step3_rlhf.regularizers.links training.data.records
 training.data.templates training.models.lora training.models.options training.runtime.engine
-training.world.__main__
+training.runtime.resume training.world.__main__
 
 step3_rlhf.regularizers.f_divergence step3_rlhf.regularizers.generalized_pl training.data.tokens
 training.models.partitioned training.runtime.checkpoint

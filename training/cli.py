@@ -1,10 +1,16 @@
-"""The command line of a stage: CONFIG.json [key.path=value ...], in each of its processes."""
+"""The command line of a stage: CONFIG.json [key.path=value ...].
+
+`command` is what scripts/launch.sh starts: it checks the config and launches the processes of the
+run. `run_stage` is what each of these processes does.
+"""
 
 import argparse
 import contextlib
+import gc
 import inspect
 import json
 import os
+import runpy
 import shutil
 import sys
 import time
@@ -14,12 +20,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from training.config import (
     StrictModel,
+    absolute_paths,
     apply_overrides,
     check_config,
     load_config,
     read_mapping,
 )
-from training.errors import RunError, UserError
+from training.errors import RunError, Stopped, UserError
+from training.runtime.gpus import require_usable_gpus
+from training.runtime.launcher import launch
+from training.runtime.lock import contents, occupy, require_free
+from training.runtime.resume import check_resumable
 from training.stage_config import RunConfig, StageConfig
 
 if TYPE_CHECKING:
@@ -39,6 +50,36 @@ EXAMPLE = """example:
 Stage = TypeVar("Stage", bound=StageConfig)
 
 
+def command(config_class: type[Stage], module: str) -> None:
+    """Check the command line and the config, then launch the stage's `module`.
+
+    Help, a dry run and every mistake that the config alone shows end without a launcher.
+    """
+    arguments = sys.argv[1:]
+    options = stage_parser(config_class).parse_intermixed_args(arguments)
+    if options.dry_run:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    with errors_end_cleanly(options.debug):
+        config = load_config(config_class, options.config, options.overrides)
+        check_resumable(config, processes_in_all())
+        launch_run(config, module, arguments)
+
+
+def launch_run(config: RunConfig, module: str, arguments: list[str]) -> None:
+    """Launch a run whose config is sound, unless another run works in its output directory."""
+    require_free(Path(config.output_dir))
+    require_usable_gpus()
+    count = processes_in_all()
+    print(f"Starting {count} process{'es' if count > 1 else ''}", flush=True)
+    launch(module, arguments)
+
+
+def processes_in_all() -> int:
+    """How many processes scripts/launch.sh wants, over all nodes."""
+    return int(os.environ.get("LAUNCH_PROCESSES", "1"))
+
+
 def run_stage(
     config_class: type[Stage],
     stage: Callable[[Stage], None],
@@ -54,8 +95,8 @@ def run_stage(
         stage: trains and writes the models.
         dry_run: adds to a dry run what the stage would do and need.
     """
-    parser = stage_parser(config_class)
-    options = parser.parse_intermixed_args(arguments)
+    gc.enable()  # off while the stage was imported, see process.py
+    options = stage_parser(config_class).parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
         if options.dry_run and dry_run is not None:
             from training.dry_run import replace_missing_models
@@ -77,6 +118,7 @@ def run_stage(
 def start(stage: Callable[[], None], config: RunConfig) -> None:
     """Run `stage` in the process group of the launcher, with all random states seeded."""
     announce_foreign_code(config.trust_remote_code)
+    require_usable_gpus()
     import transformers
 
     from training.runtime import engine, ranks
@@ -105,18 +147,21 @@ def errors_end_cleanly(debug: bool) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        from training.runtime.faults import remedy
-        from training.runtime.signals import Stopped
-
-        if debug and not isinstance(error, Stopped):
+    except Stopped as stopped:
+        _end(str(stopped), stopped.code)
+    except UserError as error:
+        if debug:
             raise
-        if isinstance(error, Stopped):
-            _end(str(error), error.code)
-        if isinstance(error, UserError):
-            _end(str(error), 2)
-        if isinstance(error, RunError):
-            _end(str(error), 1, error.everywhere)
+        _end(str(error), 2)
+    except RunError as error:
+        if debug:
+            raise
+        _end(str(error), 1, error.everywhere)
+    except Exception as error:
+        from training.runtime.faults import remedy  # needs torch
+
+        if debug:
+            raise
         if advice := remedy(error):
             _end(f"{error}\n\n{advice}", 1, everywhere=False)
         raise
@@ -142,12 +187,13 @@ class SettingsParser(argparse.ArgumentParser):
     def __init__(self, config_class: type[StrictModel], **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self._config_class = config_class
+        self._configs = Path(inspect.getfile(config_class)).with_name("configs")
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("the following arguments are required"):
             message = "an argument is missing"
-            if configs := sorted(Path(self._config_class.script, "configs").glob("*.json")):
-                message += f"; {configs[0].parent}/ has {', '.join(file.name for file in configs)}"
+            if configs := sorted(self._configs.glob("*.json")):
+                message += f"; {self._configs}/ has {', '.join(file.name for file in configs)}"
         self.exit(2, f"{self.format_usage()}{message}; --help shows an example and every setting\n")
 
     def format_help(self) -> str:
@@ -169,7 +215,11 @@ def stage_parser(config_class: type[StrictModel]) -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", help="key.path=value, over the config's own")
     parser.add_argument("--dry-run", action="store_true", help="check the config, load no weights")
     parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="of a dry run: GPUs in all"
+        "--processes",
+        type=int,
+        default=processes_in_all(),
+        metavar="N",
+        help="of a dry run: GPUs in all",
     )
     parser.add_argument(
         "--gpu-memory", type=float, metavar="GIB", help="of a dry run: memory of each GPU"
@@ -188,6 +238,14 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
+def reserve(output: Path) -> None:
+    """Create a directory and keep other runs out of it until this one ends; rank 0 does."""
+    from training.runtime.ranks import rank
+
+    if rank() == 0:
+        occupy(output)
+
+
 def prepare_output(config: StageConfig) -> Path:
     """Empty output_dir, unless the run resumes, and write the resolved config.json.
 
@@ -201,10 +259,11 @@ def prepare_output(config: StageConfig) -> Path:
         say(config.description)
     barrier()  # no rank may still be checking whether the directory is empty
     if rank() == 0:
-        if config.resume_from_checkpoint is None and output.is_dir():
-            shutil.rmtree(output)
-        output.mkdir(parents=True, exist_ok=True)
-        resolved = config.model_dump(mode="json")
+        occupy(output)
+        if config.resume_from_checkpoint is None:
+            for leftover in contents(output):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        resolved = absolute_paths(config.model_dump(mode="json"))
         (output / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
     barrier()
     return output

@@ -6,20 +6,42 @@ with its path in the file. stage_config.py has what the configs of all stages ha
 
 import copy
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from training.errors import UserError, did_you_mean
+from training.errors import KNOWN, UserError, did_you_mean
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def expanded(path: str) -> str:
+    """A path in which `~`, $NAME and ${NAME} are replaced, as a shell would do.
+
+    Raises:
+        ValueError: a variable is not set, or `~name` is no user.
+    """
+    found = os.path.expandvars(path)
+    if unset := re.search(r"\$(\w+|\{\w+\})", found):
+        raise ValueError(f"{path}: the variable {unset.group()} is not set")
+    if found.startswith("~"):
+        found = os.path.expanduser(found)
+        if found.startswith("~"):
+            raise ValueError(f"{path}: no home directory is known for {Path(found).parts[0]}")
+    return found
+
+
+PathText = Annotated[str, AfterValidator(expanded)]
+"""A path, or a name that may be one: `~` and $VARIABLES in it are expanded."""
 
 
 class StrictModel(BaseModel):
@@ -106,6 +128,8 @@ def check_config(
     if unreadable := list(_half_characters(data)):
         raise UserError(faults + unreadable, heading)
     config, found = _validated(config_class, data)
+    unknown = [str(at[0]) for at, text in found if len(at) == 1 and text.startswith("unknown key")]
+    faults += _of_another_stage(config_class, unknown)
     faults += [f"{_place(location)}: {message}" for location, message in found]
     if config is not None:
         try:
@@ -115,9 +139,33 @@ def check_config(
     else:
         faults += _faults_of_the_rest(config_class, data, [location for location, _ in found])
     if faults:
-        raise UserError(faults, heading)
+        raise UserError(_with_each_list_once(faults), heading)
     assert config is not None
     return config
+
+
+def _of_another_stage(config_class: type[StrictModel], unknown: list[str]) -> list[str]:
+    """Whose config it seems to be, if its unknown keys are all in another stage's examples."""
+    others = []
+    for directory in sorted(Path(__file__).parents[1].glob("step*/configs")):
+        examples = [json.loads(file.read_text("utf-8")) for file in directory.glob("*.json")]
+        known = {key for example in examples for key in example}
+        if unknown and config_class.script and known.issuperset(unknown):
+            others.append(f"scripts/{directory.parent.name}.sh")
+    if not others:
+        return []
+    return [f"this seems to be a config of {' or '.join(others)}: {', '.join(unknown)}"]
+
+
+def _with_each_list_once(faults: list[str]) -> list[str]:
+    """The faults, each list of known names only where it stands first."""
+    seen: set[str] = set()
+    found = []
+    for fault in faults:
+        text, _, names = fault.partition(KNOWN)
+        found.append(text if names in seen else fault)
+        seen |= {names} - {""}
+    return found
 
 
 def _validated(
@@ -194,6 +242,23 @@ def _half_characters(value: Any, place: str = "") -> Iterator[str]:
 
 def _place(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "(top level)"
+
+
+def absolute_paths(value: Any, name: str = "") -> Any:
+    """Plain data in which every text that is an existing path is replaced by its absolute path.
+
+    A text without a slash is taken as a path only where the setting's name says so.
+    """
+    if isinstance(value, dict):
+        return {key: absolute_paths(part, key) for key, part in value.items()}
+    if isinstance(value, list):
+        return [absolute_paths(part, name) for part in value]
+    if isinstance(value, str) and ("/" in value or name.endswith(("path", "dir", "sets"))):
+        try:
+            return str(Path(value).resolve()) if value and Path(value).exists() else value
+        except OSError:  # a long text with a slash
+            return value
+    return value
 
 
 def read_mapping(path: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Errors that end a program with one message and no traceback."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -30,8 +31,26 @@ class RunError(Exception):
         self.everywhere = everywhere
 
 
+class Stopped(Exception):
+    """The run ended early on request; `code` is the exit code that shells expect."""
+
+    def __init__(self, number: int, step: int | None = None) -> None:
+        """`step`: the step of the checkpoint; None if all steps were done and models written."""
+        name = signal.Signals(number).name
+        super().__init__(
+            f"Stopped by {name} after the training; its models are written"
+            if step is None
+            else f"Stopped by {name} after step {step}, with a checkpoint; "
+            "resume_from_checkpoint=latest resumes from it"
+        )
+        self.code = 128 + number
+
+
 class NotFiniteError(Exception):
     """A loss, reward or gradient is NaN or infinite; found before it reached the weights."""
+
+
+KNOWN = "; known here: "
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -40,4 +59,4 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if nearest:
         return f"; did you mean {nearest[0]!r}?"
-    return f"; known here: {', '.join(known)}"
+    return f"{KNOWN}{', '.join(known)}"

@@ -17,17 +17,18 @@ from training.data import (
     shard,
     tokenize,
 )
-from training.errors import RunError, UserError
+from training.errors import RunError, Stopped, UserError
 from training.models.checks import check_positions
 from training.models.pretrained import Pretrained
-from training.runtime.checkpoint import Checkpoints, check_resumable
+from training.runtime.checkpoint import Checkpoints
 from training.runtime.clock import Clock, peak_memory
 from training.runtime.engine import TrainedModule, optimizer_step
 from training.runtime.faults import dumped
 from training.runtime.ranks import rank, rank_zero_first, sum_over_ranks, world_size
-from training.runtime.signals import Stopped, stop_requests
+from training.runtime.resume import check_resumable
+from training.runtime.signals import stop_requests
 from training.runtime.tracking import Tracker, say
-from training.stage_config import SupervisedConfig
+from training.stage_config import StageConfig, SupervisedConfig
 
 Batch = TypeVar("Batch")
 
@@ -98,13 +99,23 @@ def require_evaluation(records: StageRecords) -> None:
         )
 
 
+def announce_resume(config: StageConfig) -> None:
+    """Say which settings differ from those of the checkpoint that a run resumes from.
+
+    Raises:
+        UserError: it is a checkpoint of a different run.
+    """
+    if changes := check_resumable(config, world_size()):
+        say("\n  - ".join(["The run resumes with other settings than before:", *changes]))
+
+
 def prepare(config: SupervisedConfig, stage: Stage) -> tuple[Pretrained, TokenizedData]:
     """Check the initial model of a supervised stage and read its data; loads no weights.
 
     Raises:
         UserError: the data, the tokenizer, a length or the checkpoint is at fault.
     """
-    check_resumable(config)
+    announce_resume(config)
     records = read_records(config.data, stage)
     require_evaluation(records)
     say(str(records.tally))

@@ -1,6 +1,8 @@
 """Import of users' own code by name; no other module imports what a config names."""
 
 import importlib
+import os
+import sys
 from typing import Any
 
 from training.errors import did_you_mean
@@ -18,6 +20,8 @@ def import_object(path: str, form: str = "package.module:name") -> Any:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise ValueError(f'{path!r}; write it as "{form}"')
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # modules beside the user; last, so that they replace none
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code runs here

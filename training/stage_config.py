@@ -1,14 +1,16 @@
 """What the configs of all stages have in common."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from training.config import Count, Fraction, NonNegative, Positive, StrictModel
+from training.config import Count, Fraction, NonNegative, PathText, Positive, StrictModel
 from training.data.settings import DataSettings
 from training.deepspeed_section import deepspeed_faults
+from training.runtime.lock import contents
 
 
 class OptimizerSettings(StrictModel):
@@ -49,9 +51,9 @@ class LoraSettings(StrictModel):
 class RunConfig(StrictModel):
     """What every run needs to know, one that trains or one that only measures."""
 
-    model_name_or_path: str = Field(examples=["owner/model"])
+    model_name_or_path: PathText = Field(examples=["owner/model"])
     """Hub name, Hugging Face directory or GGUF file of the weights that the run starts from."""
-    output_dir: str = Field(examples=["runs/example"])
+    output_dir: PathText = Field(examples=["runs/example"])
     """Directory that the run writes its results into."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of the order of the data and of every random draw."""
@@ -97,7 +99,7 @@ class StageConfig(RunConfig):
     the run."""
     save_total_limit: Count | None = None
     """Number of checkpoints that are kept, the newest ones; null keeps all."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: PathText | None = None
     """Path of a checkpoint, or "latest" for the newest one in output_dir (if there is none, the run
     starts at its beginning); null starts a new run."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -111,7 +113,7 @@ class StageConfig(RunConfig):
             found.append(f"output_dir: {output} is a file; name a directory")
         elif self.resume_from_checkpoint is not None:
             found += self._resume_faults(Path(self.resume_from_checkpoint))
-        elif output.is_dir() and any(output.iterdir()):
+        elif output.is_dir() and contents(output):
             if not self.overwrite_output_dir:
                 found.append(
                     f"output_dir: {output} exists and is not empty; choose another one, or pass "
@@ -130,7 +132,7 @@ class StageConfig(RunConfig):
         if self.overwrite_output_dir:
             found.append("overwrite_output_dir: contradicts resume_from_checkpoint; choose one")
         output = Path(self.output_dir)
-        if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        if output.is_dir() and contents(output) and not (output / "config.json").is_file():
             found.append(f"output_dir: {output} holds no config.json, so it is no run to resume")
         if self.resume_from_checkpoint == "latest":
             return found
@@ -170,10 +172,23 @@ def model_path_faults(field: str, name_or_path: str) -> list[str]:
         return [f"{field}: {name_or_path} is a file; name a model directory or a .gguf file"]
     if path.is_dir():
         if (path / "config.json").is_file():
-            return []
+            return _quantized_faults(field, path)
         return [f"{field}: {name_or_path} has no config.json; it is not a model directory"]
     looks_local = path.is_absolute() or len(path.parts) > 2 or name_or_path.startswith(".")
     return [f"{field}: {name_or_path} does not exist"] if looks_local else []
+
+
+def _quantized_faults(field: str, path: Path) -> list[str]:
+    """A quantized model has no gradients, and no stage dequantizes one."""
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []  # transformers says what is wrong with it
+    quantized = found.get("quantization_config") if isinstance(found, dict) else None
+    if not isinstance(quantized, dict):
+        return []
+    method = quantized.get("quant_method", "an unnamed method")
+    return [f"{field}: {path} is quantized ({method}); name the model that it was made from"]
 
 
 def _gguf_faults(field: str, path: Path) -> list[str]:

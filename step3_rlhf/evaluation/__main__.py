@@ -5,9 +5,11 @@
 RUN_DIR is the output directory of stage 3, whose config.json names the actor, reference, reward and
 regularizer; or that of stage 1; or any other directory, which may not exist yet, if the overrides
 name the models. Writes `evaluation.json` and `instances.jsonl` (one line per prompt) into RUN_DIR.
-An evaluation that was stopped resumes where it was.
+An evaluation that was stopped resumes where it was. One that is finished is replaced only with
+--overwrite.
 """
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +19,11 @@ from step3_rlhf.evaluation.held_out import load_held_out
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
 from step3_rlhf.evaluation.resume import FinishedBlocks, fingerprint
 from step3_rlhf.evaluation.scoring import Models
-from step3_rlhf.evaluation.settings import evaluation_parser, missing_models, run_settings
+from step3_rlhf.evaluation.settings import evaluation_config, evaluation_parser
 from step3_rlhf.loading import load_frozen_policy
 from step3_rlhf.rewards.sources import load_reward
 from step3_rlhf.roles import Roles, roles_of
-from training.cli import errors_end_cleanly, start
-from training.config import apply_overrides, check_config
+from training.cli import errors_end_cleanly, reserve, start
 from training.data import read_records, tokenize
 from training.fitting import require_evaluation
 from training.runtime import ranks
@@ -43,6 +44,7 @@ def run(config: EvaluationConfig) -> None:
     say("\n".join([*records.tally.lines(), *data.tally.lines()]))
     held_out = load_held_out(config, data.eval, tokenizer)
     output = Path(config.output_dir)
+    reserve(output)
     finished = FinishedBlocks(output, fingerprint(config, held_out))
     figures, instances = evaluate(
         load_models(config, roles), held_out, config.regularizer, config, finished
@@ -64,13 +66,10 @@ def load_models(config: EvaluationConfig, roles: Roles) -> Models:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    gc.enable()  # off while this was imported, see training/runtime/process.py
     options = evaluation_parser().parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
-        settings = run_settings(options.run_dir)
-        faults = apply_overrides(settings, options.overrides)
-        heading = f"{options.run_dir} cannot be evaluated:"
-        faults += missing_models(settings)
-        config = check_config(EvaluationConfig, settings, heading, faults)
+        config = evaluation_config(options)
         start(lambda: run(config), config)
 
 

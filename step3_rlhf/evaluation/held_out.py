@@ -35,7 +35,7 @@ def load_held_out(
 ) -> HeldOut:
     """Stage 3's evaluation prompts, held-out texts, and the finite response sets.
 
-    `max_prompts` selects prompts and texts at random, the same ones for every policy.
+    `max_prompts` selects prompts, texts and sets at random, the same ones for every policy.
 
     Args:
         prompts: rows with `prompt` and `prompt_ids`.
@@ -43,12 +43,13 @@ def load_held_out(
     with ranks.rank_zero_first():
         texts = held_out_texts(config, tokenizer)
     rows = chosen_rows(len(prompts), config, "prompts")
+    sets = read_response_sets(config.evaluation.response_sets)
     chosen = prompts.select(rows)[:]
     return HeldOut(
         chosen["prompt_ids"],
         chosen["prompt"],
         [texts[row] for row in chosen_rows(len(texts), config, "texts")],
-        read_response_sets(config.evaluation.response_sets),
+        [sets[row] for row in chosen_rows(len(sets), config, "response sets")],
     )
 
 

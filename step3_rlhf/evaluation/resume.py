@@ -8,6 +8,7 @@ from typing import Any
 
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import HeldOut
+from training.config import absolute_paths
 from training.plugins import module_file
 from training.runtime import ranks
 from training.runtime.ranks import barrier, gather_objects, rank
@@ -91,8 +92,8 @@ def fingerprint(config: EvaluationConfig, held_out: HeldOut) -> dict[str, Any]:
         paths.append(module_file(config.reward.function))
     settings = config.model_dump(mode="json", exclude={"output_dir": True, "data": {"cache_dir"}})
     return {
-        "config": resolved(settings),
-        "models": [model_fingerprint(resolved(path)) for path in paths if path],
+        "config": absolute_paths(settings),
+        "models": [model_fingerprint(absolute_paths(path)) for path in paths if path],
         "held_out": held_out.digest,
         "processes": ranks.world_size(),
     }
@@ -105,14 +106,3 @@ def model_fingerprint(path: str) -> list[Any]:
     if place.is_dir():
         files = sorted(file for suffix in MODEL_SUFFIXES for file in place.glob(f"*{suffix}"))
     return [path, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
-
-
-def resolved(value: Any) -> Any:
-    """JSON in which every text that is an existing path is replaced by its absolute path."""
-    if isinstance(value, dict):
-        return {name: resolved(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [resolved(part) for part in value]
-    if isinstance(value, str) and "/" in value and Path(value).exists():
-        return str(Path(value).resolve())
-    return value

@@ -1,11 +1,14 @@
 """The settings of an evaluation, as far as the run directory determines them."""
 
+import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from step3_rlhf.config import EvaluationConfig
-from training.cli import SettingsParser, add_common_options
-from training.config import check_config, read_mapping
+from training.cli import SettingsParser, add_common_options, errors_end_cleanly, launch_run
+from training.config import apply_overrides, check_config, read_mapping
+from training.errors import UserError
 
 EXAMPLES = """examples:
   bash scripts/evaluate.sh runs/quickstart/kl evaluation.max_prompts=64
@@ -24,8 +27,34 @@ def evaluation_parser() -> SettingsParser:
     )
     parser.add_argument("run_dir", help="what a stage wrote, and where the results go")
     parser.add_argument("overrides", nargs="*", help="key.path=value, over the run's own settings")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the evaluation.json that is there"
+    )
     add_common_options(parser)
     return parser
+
+
+def evaluation_config(options: argparse.Namespace) -> EvaluationConfig:
+    """The settings that a command line asks for.
+
+    Raises:
+        UserError: with every fault, or because the results of an earlier evaluation are in the way.
+    """
+    settings = run_settings(options.run_dir)
+    faults = apply_overrides(settings, options.overrides)
+    missing = missing_models(settings)
+    if missing and not Path(options.run_dir).exists():
+        raise UserError(f"{options.run_dir} does not exist")
+    faults += missing
+    heading = f"{options.run_dir} cannot be evaluated:"
+    config = check_config(EvaluationConfig, settings, heading, faults)
+    results = Path(config.output_dir, "evaluation.json")
+    if results.exists() and not options.overwrite:
+        raise UserError(
+            f"{results} exists; pass --overwrite to replace it, or output_dir=DIRECTORY to write "
+            "elsewhere"
+        )
+    return config
 
 
 def run_settings(run_dir: str) -> dict[str, Any]:
@@ -71,5 +100,13 @@ def missing_models(settings: dict[str, Any]) -> list[str]:
     return [reason, *missing, reference]
 
 
-if __name__ == "__main__":  # for --help, which needs nothing else
-    evaluation_parser().parse_args()
+def main() -> None:
+    """Check the command line and the settings, then launch the evaluation."""
+    arguments = sys.argv[1:]
+    options = evaluation_parser().parse_intermixed_args(arguments)
+    with errors_end_cleanly(options.debug):
+        launch_run(evaluation_config(options), "step3_rlhf.evaluation", arguments)
+
+
+if __name__ == "__main__":  # what scripts/launch.sh starts
+    main()

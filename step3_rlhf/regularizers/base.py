@@ -17,10 +17,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from training.config import Positive, StrictModel
+from training.deferred import Tensor, torch
 from training.errors import UserError
 
 LARGEST_EXPONENT = 80.0

@@ -13,11 +13,9 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from step3_rlhf.regularizers.base import NoOptimumError, log1p_exp
 from step3_rlhf.regularizers.solvers import decreasing_root
+from training.deferred import Tensor, torch
 
 
 class Divergence(ABC):

@@ -2,9 +2,7 @@
 
 from typing import Literal
 
-import torch
 from pydantic import model_validator
-from torch import Tensor
 
 from step3_rlhf.regularizers.base import (
     LARGEST_EXPONENT,
@@ -18,6 +16,7 @@ from step3_rlhf.regularizers.base import (
 from step3_rlhf.regularizers.divergences import Divergence, divergence
 from step3_rlhf.regularizers.solvers import backward_induction
 from training.config import Fraction, Positive
+from training.deferred import Tensor, torch
 
 
 class FDivergence(Regularizer):

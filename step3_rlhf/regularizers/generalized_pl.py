@@ -3,7 +3,6 @@
 from typing import Literal
 
 from pydantic import model_validator
-from torch import Tensor
 
 from step3_rlhf.regularizers.base import (
     Marginal,
@@ -15,6 +14,7 @@ from step3_rlhf.regularizers.base import (
 )
 from step3_rlhf.regularizers.links import Link, link
 from training.config import Positive
+from training.deferred import Tensor
 
 
 class GeneralizedPL(Regularizer):

@@ -9,11 +9,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
-from torch import Tensor
-
 from step3_rlhf.regularizers.base import log1p_exp
 from step3_rlhf.regularizers.solvers import decreasing_root
+from training.deferred import Tensor, torch
 
 
 class Link(ABC):

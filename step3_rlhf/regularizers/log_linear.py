@@ -7,9 +7,7 @@ import math
 from abc import abstractmethod
 from typing import Literal
 
-import torch
 from pydantic import model_validator
-from torch import Tensor
 
 from step3_rlhf.regularizers.base import (
     LARGEST_EXPONENT,
@@ -21,6 +19,7 @@ from step3_rlhf.regularizers.base import (
     unbound,
 )
 from training.config import Fraction, NonNegative, Positive
+from training.deferred import Tensor, torch
 
 
 class LogLinear(Regularizer):

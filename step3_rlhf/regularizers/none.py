@@ -3,10 +3,8 @@
 import math
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from step3_rlhf.regularizers.base import Marginal, Regularizer, ResponseSet, unbound
+from training.deferred import Tensor, torch
 
 
 class NoRegularizer(Regularizer):

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from step3_rlhf.regularizers.base import NoOptimumError, ResponseSet
+from training.deferred import Tensor, torch
 
 if TYPE_CHECKING:
     from step3_rlhf.regularizers.base import Regularizer

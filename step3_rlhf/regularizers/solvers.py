@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from step3_rlhf.regularizers.base import NoOptimumError, ResponseSet
+from training.deferred import Tensor, torch
 
 
 def decreasing_root(function: Callable[[float], float], low: float, high: float) -> float:

@@ -238,7 +238,8 @@ def test_every_fault_of_every_kind_in_one_message(refused: Refused) -> None:
 
 def test_the_evaluation_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in {
-        (str(tmp_path / "nowhere"),): "the command has to name the models",
+        (str(tmp_path / "nowhere"),): "nowhere does not exist",
+        (str(tmp_path),): "the command has to name the models",
         (str(tmp_path), "seed=x"): "pass model_name_or_path=POLICY",
     }.items():
         with pytest.raises(SystemExit) as caught:

@@ -136,7 +136,7 @@ def test_two_nodes_through_pdsh_until_a_signal(config: Path, tmp_path: Path) -> 
     """With stand-ins for pdsh and ssh, which pass on what they are given and nothing else."""
     hosts = tmp_path / "hostfile"
     hosts.write_text("# node1 slots=1\n127.0.0.1 slots=1\nlocalhost slots=1\n")
-    output = tmp_path / "it's $HOME, 5 %h"
+    output = tmp_path / "it's {a,b}; 5 %h"
     description = r"""{a,b} "quoted" \ `echo` %n"""
     sources = json.loads(config.read_text())["data"]["sources"]
     node = start(

@@ -320,7 +320,7 @@ def test_everything_divided_with_zero_3(
 def test_a_run_can_be_evaluated_again(ppo: tuple[Run, Run]) -> None:
     """evaluate.sh measures the exported actor: what training itself measured at its end."""
     own = means(ppo[0].json("evaluation.json"))
-    run = launch("evaluate.sh", 1, ppo[0].output, str(ppo[0].output))
+    run = launch("evaluate.sh", 1, ppo[0].output, str(ppo[0].output), "--overwrite")
     again = means(run.json("evaluation.json"))
     assert again == pytest.approx(own, rel=1e-3, abs=1e-5)
     assert str(run.output / "evaluation.json") in run.printed

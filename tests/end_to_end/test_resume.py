@@ -21,7 +21,8 @@ from step3_rlhf.evaluation import measure
 from step3_rlhf.evaluation.settings import settings_of_run
 from training.config import check_config
 from training.errors import RunError, UserError
-from training.runtime.checkpoint import STATE, Checkpoints, complete_checkpoints
+from training.runtime.checkpoint import Checkpoints
+from training.runtime.resume import STATE, complete_checkpoints
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -161,6 +162,50 @@ def test_another_runs_checkpoint_names_what_differs(run: Run) -> None:
     run("sft")
     with pytest.raises(UserError, match=r"learning_rate: 0\.001 in the checkpoint, 0\.01 now"):
         run("sft", resume_from_checkpoint="latest", learning_rate=0.01)
+
+
+REGROUPED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "sft": REGROUPED | {"packing": True, "logging_steps": 1, "per_device_eval_batch_size": 3},
+    "reward": REGROUPED | {"gradient_checkpointing": True},
+    "ppo": REGROUPED | {"rollout_batch_size": 2, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_other_batches_and_less_memory_end_with_the_same_weights(
+    stage: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the out-of-memory message advises; up to rounding, and the difference is said."""
+    exports = STAGES[stage][2]
+    output = run(stage)
+    whole = {name: load_file(output / name / "model.safetensors") for name in exports}
+    kill_after(output, 2, exports)
+    capsys.readouterr()
+    run(stage, resume_from_checkpoint="latest", **OTHERWISE[stage])
+    printed = capsys.readouterr().out
+    assert "The run resumes with other settings than before:" in printed
+    assert "gradient_accumulation_steps: 1 in the checkpoint, 2 now" in printed
+    for name, weights in whole.items():
+        resumed = load_file(output / name / "model.safetensors")
+        for key, value in weights.items():
+            assert torch.allclose(resumed[key], value, rtol=0, atol=2e-4), key
+    assert len(metrics_of(output)) == 6
+
+
+def test_a_run_may_become_longer_and_not_shorter(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = run("sft")
+    run("sft", resume_from_checkpoint="latest", max_steps=8)
+    assert [line["step"] for line in metrics_of(output)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    printed = capsys.readouterr().out
+    assert "max_steps: 6 in the checkpoint, 8 now" in printed
+    assert "the learning rate follows the schedule of the longer run" in printed
+    with pytest.raises(UserError, match="max_steps: 8 in the checkpoint, 7 now"):
+        run("sft", resume_from_checkpoint="latest", max_steps=7)
+    with pytest.raises(UserError, match="per_device_train_batch_size: 4 in the checkpoint, 2 now"):
+        run("sft", resume_from_checkpoint="latest", max_steps=8, per_device_train_batch_size=2)
 
 
 def test_another_number_of_processes_is_refused(run: Run) -> None:

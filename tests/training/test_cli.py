@@ -14,6 +14,7 @@ from training.cli import prepare_output, run_stage, stage_parser
 from training.config import check_config
 from training.errors import RunError, UserError
 from training.runtime import ranks, signals
+from training.runtime.lock import contents
 
 Settings = Callable[[str], dict[str, Any]]
 
@@ -128,7 +129,7 @@ def test_prepare_output_writes_the_resolved_config_into_an_empty_directory(
     (output / "config.json").write_text("{}")
     config = check_config(SFTConfig, data, "config:")
     assert prepare_output(config) == output
-    assert [path.name for path in output.iterdir()] == ["config.json"]
+    assert [path.name for path in contents(output)] == ["config.json"]
     resolved = json.loads((output / "config.json").read_text())
     assert resolved["per_device_eval_batch_size"] == 8  # a default
     assert check_config(SFTConfig, resolved, "config:") == config

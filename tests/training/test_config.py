@@ -13,8 +13,10 @@ from training.config import (
     Fraction,
     Positive,
     StrictModel,
+    absolute_paths,
     apply_overrides,
     check_config,
+    expanded,
     load_config,
     read_mapping,
 )
@@ -206,3 +208,36 @@ def test_nearest_names() -> None:
         "; did you mean 'learning_rate'?"
     )
     assert did_you_mean("q", ["b", "a"]) == "; known here: a, b"
+
+
+def test_a_list_of_known_names_is_given_once() -> None:
+    assert faults_of({"name": "x", "several": [{"zzz": 1}, {"qqq": 1}], "yyy": 2}) == [
+        "several.0.zzz: unknown key; known here: kind, width",
+        "several.1.qqq: unknown key",
+        "yyy: unknown key; known here: count, flag, inner, name, several, share",
+    ]
+
+
+def test_paths_expand_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ü")
+    monkeypatch.setenv("DATA", "/data")
+    assert expanded("~/runs") == "/home/ü/runs"
+    assert expanded("$DATA/${DATA}x") == "/data//datax"
+    assert expanded("owner/name") == "owner/name"
+    assert expanded("a~b/$") == "a~b/$"
+    with pytest.raises(ValueError, match=r"\$NO_SUCH: the variable \$NO_SUCH is not set"):
+        expanded("$NO_SUCH")
+    with pytest.raises(ValueError, match="no home directory is known for ~nobody_here"):
+        expanded("~nobody_here/x")
+
+
+def test_existing_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").touch()
+    data = {"model_name_or_path": "a", "description": "a", "sources": [{"path": "a/b"}, "c/d"]}
+    assert absolute_paths(data) == {
+        "model_name_or_path": f"{tmp_path}/a",
+        "description": "a",
+        "sources": [{"path": f"{tmp_path}/a/b"}, "c/d"],
+    }

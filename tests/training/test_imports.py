@@ -1,10 +1,14 @@
 """What importing a module brings with it: no optional package, and no engine for a config."""
 
 import ast
+import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("step1_sft", "step2_reward", "step3_rlhf")
@@ -69,8 +73,25 @@ def test_a_stage_starts_without_the_optional_packages(entry: str) -> None:
     assert len(seen) > 10
 
 
-def test_data_and_config_do_not_need_torch_engines() -> None:
-    """A config is checked before DeepSpeed or a model is loaded."""
-    for path in [ROOT / "training" / "config.py", ROOT / "training" / "stage_config.py"]:
-        eager = {package(name) for name in imports(path, top_level_only=True)}
-        assert not eager & {"torch", "deepspeed", "transformers"}
+HEAVY = ("torch", "transformers", "datasets", "deepspeed", "peft", "numpy")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [*(f"{stage}.config" for stage in STAGES), "step3_rlhf.evaluation.settings", "training.cli"],
+)
+def test_a_config_is_checked_without_torch(module: str) -> None:
+    """What scripts/launch.sh starts first: it must answer at once."""
+    program = f"import sys, {module}\nprint([n for n in {HEAVY} if n in sys.modules])"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "[]\n"
+
+
+def test_the_mathematics_finds_torch_when_it_computes() -> None:
+    from step3_rlhf.regularizers.base import log1p_exp
+    from training import deferred
+
+    assert deferred.torch.Tensor is torch.Tensor
+    assert log1p_exp(torch.tensor(0.0)).item() == pytest.approx(math.log(2.0))

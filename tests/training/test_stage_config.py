@@ -1,5 +1,6 @@
 """What every stage's config checks: precision, paths, output directories."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from step2_reward.config import RewardConfig
 from step3_rlhf.config import PPOConfig
 from training.config import check_config
 from training.errors import UserError
+from training.stage_config import model_path_faults
 
 Settings = Callable[[str], dict[str, Any]]
 CLASSES = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
@@ -183,3 +185,12 @@ def test_every_trap_that_is_on_is_said(stage_settings: Settings) -> None:
     assert len(warned) == len(traps)
     for name, text in zip(traps, warned, strict=True):
         assert text.startswith(name)
+
+
+def test_a_quantized_model_is_refused_from_its_config(tmp_path: Path) -> None:
+    saved = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (fault,) = model_path_faults("model_name_or_path", str(tmp_path))
+    assert f"{tmp_path} is quantized (bitsandbytes); name the model that it was made from" in fault
+    (tmp_path / "config.json").write_text("{}")
+    assert model_path_faults("model_name_or_path", str(tmp_path)) == []

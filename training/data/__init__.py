@@ -1,34 +1,50 @@
 """The data pipeline: sources -> records -> split by stage -> token ids -> padded batches."""
 
-from training.data.batches import (
-    FILLER,
-    GlobalBatches,
-    GroupedBatch,
-    SequenceBatch,
-    collate_groups,
-    collate_texts,
-    pad_prompts,
-    pad_sequences,
-    response_labels,
-    shard,
-)
-from training.data.formats import Record, prompt_messages
-from training.data.records import StageRecords, read_records
-from training.data.settings import STAGES, DataSettings, Source, Stage
-from training.data.split import chosen_at_random
-from training.data.tally import Tally
-from training.data.templates import (
-    decode_responses,
-    encode_dialogues,
-    encode_prompts,
-    encode_responses,
-    render_prompt,
-    response_end,
-    response_frame,
-    response_text,
-    truncate_prompt,
-)
-from training.data.tokens import TokenizedData, tokenize
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training.data.batches import (
+        FILLER,
+        GlobalBatches,
+        GroupedBatch,
+        SequenceBatch,
+        collate_groups,
+        collate_texts,
+        pad_prompts,
+        pad_sequences,
+        response_labels,
+        shard,
+    )
+    from training.data.formats import Record, prompt_messages
+    from training.data.records import StageRecords, read_records
+    from training.data.settings import STAGES, DataSettings, Source, Stage
+    from training.data.split import chosen_at_random
+    from training.data.tally import Tally
+    from training.data.templates import (
+        decode_responses,
+        encode_dialogues,
+        encode_prompts,
+        encode_responses,
+        render_prompt,
+        response_end,
+        response_frame,
+        response_text,
+        truncate_prompt,
+    )
+    from training.data.tokens import TokenizedData, tokenize
+else:
+    # A stage's config needs the settings alone, and no torch: the rest is imported when it is used.
+    _MODULES = "batches formats records settings split tally templates tokens".split()
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            for module in _MODULES:
+                contents = vars(import_module(f"{__name__}.{module}"))
+                if name in contents:
+                    return contents[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "FILLER",

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from training.config import Count, Fraction, NonNegative, StrictModel
+from training.config import Count, Fraction, NonNegative, PathText, StrictModel
 
 Stage = Literal["sft", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
@@ -20,7 +20,7 @@ LOCAL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 class Source(StrictModel):
     """One data set. In JSON, a plain string stands for `{"path": ...}`."""
 
-    path: str
+    path: PathText
     """Hub name, JSON, JSONL (also .gz) or Parquet file, or directory of a data set."""
     name: str | None = None
     """Configuration of a Hub data set that has several; null is its only one."""
@@ -108,7 +108,7 @@ class DataSettings(StrictModel):
     """Records to train on, chosen at random; null uses all."""
     max_eval_samples: Count | None = None
     """Records to evaluate on, chosen at random; null uses all."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Where token ids are cached; null is a folder of the Hugging Face data sets cache."""
 
     @property

@@ -4,7 +4,6 @@ import contextlib
 import copyreg
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,20 +14,13 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from training.errors import RunError, UserError
+from training.errors import RunError
 from training.runtime.disk import REMOVED, UNFINISHED, draft_of, publish, remove
 from training.runtime.engine import TrainedModule
 from training.runtime.random_states import random_states, set_random_states
 from training.runtime.ranks import barrier, rank, world_size
+from training.runtime.resume import STATE, complete_checkpoints, read_state, resumed_checkpoint
 from training.stage_config import StageConfig
-
-STATE = "state.json"
-
-FREE_TO_CHANGE = (
-    "description resume_from_checkpoint overwrite_output_dir output_dir save_steps "
-    "save_total_limit logging_steps"
-).split()
-"""Settings that a resumed run may change, since they do not affect what it computes."""
 
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """Environment variable of torch.load."""
@@ -148,70 +140,6 @@ class Checkpoints:
         set_random_states(torch.load(source / f"random-{rank()}.pt", weights_only=True))
 
 
-def resumed_checkpoint(config: StageConfig) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` names; None if there is none."""
-    wanted = config.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted == "latest":
-        found = complete_checkpoints(Path(config.output_dir) / "checkpoints")
-        return found[-1] if found else None
-    return Path(wanted)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint's `step`, `processes`, `config` and the stage's `state`.
-
-    Raises:
-        UserError: this is not a checkpoint of this project.
-    """
-    try:
-        record = json.loads((checkpoint / STATE).read_text())
-        kinds = {"step": int, "processes": int, "config": dict, "state": dict}
-        if all(isinstance(record[name], kind) for name, kind in kinds.items()):
-            return dict(record)
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    raise UserError(f"{checkpoint / STATE} is not what a checkpoint holds; name another one")
-
-
-def check_resumable(config: StageConfig) -> None:
-    """Refuse a checkpoint of a different run, before anything is loaded or written.
-
-    Raises:
-        UserError: settings or the number of processes differ; the message lists every difference.
-    """
-    source = resumed_checkpoint(config)
-    if source is None:
-        return
-    record = read_state(source)
-    now = _flat(config.model_dump(mode="json"))
-    then = _flat(record["config"])
-    faults = [
-        f"{name}: {then.get(name)!r} in the checkpoint, {now.get(name)!r} now"
-        for name in sorted(now.keys() | then.keys())
-        if now.get(name) != then.get(name) and name.split(".")[0] not in FREE_TO_CHANGE
-    ]
-    if record["processes"] != world_size():
-        faults.append(
-            f"it was made by {record['processes']} processes, and there are {world_size()} now; "
-            "start as many"
-        )
-    if faults:
-        raise UserError(faults, f"{source} cannot be resumed:")
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """The completely written checkpoints in `directory`, oldest first."""
-    if not directory.is_dir():
-        return []
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if re.fullmatch(r"step-\d{8}", path.name) and (path / STATE).is_file()
-    )
-
-
 @contextlib.contextmanager
 def _no_code_in_files() -> Iterator[None]:
     """Let torch unpickle plain data only, since DeepSpeed's loading could run code otherwise."""
@@ -224,12 +152,3 @@ def _no_code_in_files() -> Iterator[None]:
         del os.environ[FORCE_WEIGHTS_ONLY]
         if before is not None:
             os.environ[FORCE_WEIGHTS_ONLY] = before
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict) or not data:
-        return {prefix: data}
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
-    return flat

@@ -1,5 +1,6 @@
 """Atomic directories and files: complete or absent, even after a kill or a power failure."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,17 @@ def draft_of(directory: Path) -> Path:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     return draft
+
+
+def remove_draft(directory: Path) -> None:
+    """Delete what was written of `directory` before it got its name."""
+    shutil.rmtree(directory.with_name(directory.name + UNFINISHED), ignore_errors=True)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a disk or a quota is full; torch and safetensors have their own classes of errors."""
+    by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return by_number or "No space left on device" in str(error)
 
 
 def publish(draft: Path, directory: Path) -> None:

@@ -4,7 +4,7 @@ A value that is not finite stops the run before it reaches the weights, and the 
 is saved.
 """
 
-import errno
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from training.errors import NotFiniteError, RunError
+from training.runtime.disk import is_disk_full
 from training.runtime.ranks import gather_objects, rank, sum_over_ranks
 
 REMEDIES = (
@@ -25,19 +26,28 @@ REMEDIES = (
 )
 
 OUT_OF_MEMORY = """Out of memory. These settings need less, the cheapest first:
-  - gradient_checkpointing=true
-  - a smaller per_device_train_batch_size, with more gradient_accumulation_steps
+  - gradient_checkpointing=true; packing=true
+  - a smaller per_device_train_batch_size, with gradient_accumulation_steps larger in proportion
   - a smaller rollout_batch_size if it ran out while drawing responses, or a smaller
     per_device_eval_batch_size if it ran out while scoring
+  - zero_optimization.stage=3 in frozen_deepspeed
+A run that has a checkpoint resumes with any of these: add resume_from_checkpoint=latest.
+These need less too, but a new run:
   - bf16=true; lora
-  - deepspeed.zero_optimization.stage=2 or 3, and 3 in frozen_deepspeed
+  - deepspeed.zero_optimization.stage=2 or 3
   - deepspeed.zero_optimization.offload_optimizer.device=cpu
 --dry-run estimates the memory that a config needs without running it."""
 
 ALLOCATION = re.compile(r"can't allocate memory|not enough memory|CUDA error: out of memory")
 
-DISK_FULL = """The disk is full. Free some space and resume with resume_from_checkpoint=latest;
-save_total_limit keeps only the newest checkpoints."""
+TIMED_OUT = """A process waited for another for longer than DEEPSPEED_TIMEOUT ({minutes} minutes).
+If one has died, its message is above. If one is only slow (it encodes much data, saves a large
+model, or has a slow reward function), allow more, in minutes: DEEPSPEED_TIMEOUT=240"""
+
+WAITED = re.compile(r"[Tt]imed out|[Tt]imeout")
+
+DISK_FULL = """The disk is full. Free some space and, if the run has a checkpoint, resume with
+resume_from_checkpoint=latest; save_total_limit keeps only the newest checkpoints."""
 
 
 @contextmanager
@@ -85,7 +95,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def remedy(error: Exception) -> str | None:
-    """What to do about a lack of memory (GPU or CPU) or disk space; None for other errors.
+    """What to do about too little memory (GPU or CPU), disk or patience; None for other errors.
 
     torch and safetensors raise errors of other classes for both, so their messages are searched.
     """
@@ -94,5 +104,6 @@ def remedy(error: Exception) -> str | None:
         return OUT_OF_MEMORY
     if isinstance(error, RuntimeError) and ALLOCATION.search(words):
         return OUT_OF_MEMORY
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return DISK_FULL if full or "No space left on device" in words else None
+    if isinstance(error, RuntimeError) and WAITED.search(words):  # torch's DistError is one
+        return TIMED_OUT.format(minutes=os.environ.get("DEEPSPEED_TIMEOUT", "10"))
+    return DISK_FULL if is_disk_full(error) else None

@@ -2,7 +2,9 @@
 
 import atexit
 import contextlib
+import io
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,41 @@ from torch import Tensor
 
 from training.runtime.extensions import load_extension
 
+SHARED_MEMORY = Path("/dev/shm")
+MIB = 2**20
+SHARED_BUFFER = 67 * MIB
+"""Bytes that each process on a CPU shares with the others: 66 MiB of data, and a header."""
+
 
 def connect() -> None:
     """Join the process group that the launcher prepared."""
+    if device().type == "cpu" and not shared_memory_suffices():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does it all
     load_extension("ShareMemCommBuilder")  # ahead of DeepSpeed, whose own loading may hang
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    with contextlib.redirect_stdout(io.StringIO()):  # "built successfully", on every start
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
     if device().type == "cpu":  # else gloo's threads abort at exit, and the code is lost
         atexit.register(disconnect)  # with NCCL, disconnecting would wait for the other ranks
     barrier()  # by now all have opened one another's shared memory
     shared_memory().unlink(missing_ok=True)
+
+
+def shared_memory_suffices() -> bool:
+    """Whether the buffers of this node's processes fit into the shared memory.
+
+    Docker gives a container 64 MB. Whoever writes beyond the end is killed by SIGBUS.
+    """
+    needed = int(os.environ.get("LOCAL_SIZE", "1")) * SHARED_BUFFER
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+    if free < needed and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"{SHARED_MEMORY} has {free / MIB:.0f} MiB left and DeepSpeed's communication between "
+            f"processes takes {needed / MIB:.0f} MiB, so gloo is used, which is slower; "
+            "`docker run --shm-size=1g` gives more",
+            flush=True,
+        )
+    return free >= needed
 
 
 def shared_memory() -> Path:
@@ -33,7 +60,7 @@ def shared_memory() -> Path:
     opened the file it can be unlinked, and it disappears with the processes, however they end.
     """
     place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
-    return Path("/dev/shm", "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *place]))
+    return Path(SHARED_MEMORY, "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *place]))
 
 
 def disconnect() -> None:

@@ -12,27 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from training.errors import Stopped
 from training.runtime.ranks import max_over_ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 ONE_REQUEST = 1.0
 """Seconds within which signals count as one request: a launcher forwards what its ranks got too."""
-
-
-class Stopped(Exception):
-    """The run ended early on request; `code` is the exit code that shells expect."""
-
-    def __init__(self, number: int, step: int | None = None) -> None:
-        """`step`: the step of the checkpoint; None if all steps were done and models written."""
-        name = signal.Signals(number).name
-        super().__init__(
-            f"Stopped by {name} after the training; its models are written"
-            if step is None
-            else f"Stopped by {name} after step {step}, with a checkpoint; "
-            "resume_from_checkpoint=latest resumes from it"
-        )
-        self.code = 128 + number
 
 
 class StopRequests:

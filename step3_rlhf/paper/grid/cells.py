@@ -129,7 +129,7 @@ class State(Enum):
 
 def state_of(directory: Path) -> State:
     """What the cell's directory says."""
-    from training.runtime.checkpoint import complete_checkpoints
+    from training.runtime.resume import complete_checkpoints
 
     if is_finished(directory):
         return State.FINISHED
@@ -152,7 +152,8 @@ def is_finished(directory: Path) -> bool:
 
 def changed_settings(settings: PPOConfig | EvaluationConfig, record: Path) -> list[str]:
     """Names of the settings that differ from those that the cell was made with."""
-    from training.runtime.checkpoint import FREE_TO_CHANGE
+    from training.config import absolute_paths
+    from training.runtime.resume import NO_EFFECT
 
     try:
         then = type(settings).model_validate_json(record.read_text()).model_dump(mode="json")
@@ -160,5 +161,5 @@ def changed_settings(settings: PPOConfig | EvaluationConfig, record: Path) -> li
         return [f"{record.name}, which is missing"]
     except ValidationError as error:
         return [".".join(map(str, detail["loc"])) for detail in error.errors()]
-    now = settings.model_dump(mode="json")
-    return [name for name in now if name not in FREE_TO_CHANGE and now[name] != then[name]]
+    then, now = absolute_paths(then), absolute_paths(settings.model_dump(mode="json"))
+    return [name for name in now if name not in NO_EFFECT and now[name] != then[name]]

@@ -1,6 +1,7 @@
 """The job of each cell of a sweep. Every config is checked before the first job runs."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from step3_rlhf.paper.grid.cells import (
 from training.config import apply_overrides, check_config, read_mapping
 from training.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[3]
+
 OWN_SETTINGS = (
     "output_dir overwrite_output_dir resume_from_checkpoint regularizer.name regularizer.alpha "
     "regularizer.log_alpha regularizer.alpha_per_token regularizer.beta"
@@ -27,7 +30,7 @@ OWN_SETTINGS = (
 
 @dataclass(frozen=True)
 class Job:
-    """A cell and the command that finishes it, which runs in the repository's root."""
+    """A cell and the command that finishes it, which runs in the user's directory."""
 
     cell: Cell
     directory: Path
@@ -100,9 +103,9 @@ def training_job(cell: Cell, sweep: Sweep) -> Job:
         PPOConfig, data | own, f"{sweep.config} cannot be used for {cell.name}:"
     )
     arguments = [sweep.config, *sweep.overrides, *as_overrides(own)]
-    command = ["bash", "scripts/step3_rlhf.sh", *arguments]
+    command = ["bash", script("step3_rlhf.sh"), *arguments]
     if state is State.TRAINED:
-        command = ["bash", "scripts/evaluate.sh", str(directory)]
+        command = ["bash", script("evaluate.sh"), str(directory)]
     return Job(cell, directory, state, settings, command)
 
 
@@ -121,8 +124,13 @@ def reference_job(trained: Job, sweep: Sweep) -> Job:
         EvaluationConfig, settings, f"{sweep.config} cannot be used for {cell.name}:"
     )
     arguments = as_overrides(checked.model_dump(mode="json", exclude_defaults=True))
-    command = ["bash", "scripts/evaluate.sh", str(directory), *arguments]
+    command = ["bash", script("evaluate.sh"), str(directory), *arguments]
     return Job(cell, directory, state_of(directory), checked, command)
+
+
+def script(name: str) -> str:
+    """The path of one of scripts/, from where the user stands."""
+    return os.path.relpath(ROOT / "scripts" / name)
 
 
 def as_overrides(settings: dict[str, Any]) -> list[str]:

@@ -4,12 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import FrameType
 
 from training.runtime.signals import STOPPING
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 class Launcher:
@@ -38,7 +35,7 @@ class Launcher:
         """
         code = 0
         if not self._stopped_by:
-            self._process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+            self._process = subprocess.Popen(command, start_new_session=True)
             if self._stopped_by:  # the signal came while the command was being started
                 self._process.send_signal(self._stopped_by)
             code = self._process.wait()

@@ -53,9 +53,17 @@ def test_chosen_prompts_keep_their_ids_and_texts(
         {"prompt": [f"p{n}" for n in range(40)], "prompt_ids": [[n] for n in range(40)]}
     )
     found = load_held_out(
-        config(stage_settings("ppo"), evaluation={"max_prompts": 4}), prompts, world_tokenizer
+        config(stage_settings("ppo"), evaluation=stage_settings("ppo")["evaluation"]),
+        prompts,
+        world_tokenizer,
     )
     assert len(found.prompts) == 4
+    assert len(found.sets) == 2
+    one = config(
+        stage_settings("ppo"),
+        evaluation=stage_settings("ppo")["evaluation"] | {"max_prompts": 1},
+    )
+    assert load_held_out(one, prompts, world_tokenizer).sets in [found.sets[:1], found.sets[1:]]
     assert found.prompts == [f"p{ids[0]}" for ids in found.prompt_ids]
 
 

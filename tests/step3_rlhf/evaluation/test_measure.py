@@ -15,12 +15,13 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTo
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluation import shared_work as module
-from step3_rlhf.evaluation.__main__ import main, run_settings
+from step3_rlhf.evaluation.__main__ import main
 from step3_rlhf.evaluation.exact import EXACT_FIGURES, measure_set
 from step3_rlhf.evaluation.held_out import HeldOut
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
 from step3_rlhf.evaluation.sampled import Responses, held_out_perplexity, respond, sampled_metrics
 from step3_rlhf.evaluation.scoring import Models
+from step3_rlhf.evaluation.settings import run_settings
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.response_sets import FiniteSet, read_response_sets

@@ -28,7 +28,7 @@ from step3_rlhf.paper.grid.launcher import Launcher
 from step3_rlhf.paper.grid.run import duration, run
 from training.config import apply_overrides, check_config, load_config
 from training.errors import RunError, UserError
-from training.runtime.checkpoint import STATE
+from training.runtime.resume import STATE
 
 GRID = Grid("a/model", (0.1, 0.3), (0.5, 1.0))
 NAMES = [

@@ -1,9 +1,11 @@
 """What is exported loads with from_pretrained, in safetensors, whole or not at all."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -11,10 +13,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from training.models.export import export
+from training.errors import RunError
+from training.models.export import export, write_where_there_is_room
 from training.models.partitioned import is_partitioned
 from training.models.policy import Policy
 from training.runtime import engine
+from training.runtime.disk import draft_of, publish
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -79,3 +83,41 @@ def test_a_partitioned_model_is_exported_whole(
     export(tiny_llama, world_tokenizer, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.equal(value, own[name]) for name, value in loaded.items())
+
+
+def test_weights_that_have_no_room_are_written_where_there_is(tmp_path: Path) -> None:
+    """Both kinds of errors are real: the kernel's own, and one of safetensors' class."""
+    written: list[Path] = []
+    wanted = tmp_path / "runs" / "sft" / "model"
+
+    def write(place: Path) -> None:
+        draft = draft_of(place)
+        if place == wanted:
+            Path("/dev/full").write_text("x")
+        (draft / "weights").write_text("w")
+        publish(draft, place)
+        written.append(place)
+
+    with pytest.raises(RunError, match="The model was written to") as caught:
+        write_where_there_is_room(write, wanted)
+    (place,) = written
+    assert str(place) in str(caught.value)
+    assert (place / "weights").read_text() == "w"
+    assert place.name.startswith("saved-sft-model-")
+    assert place.parent.stat().st_dev != wanted.parent.stat().st_dev
+    assert list(wanted.parent.iterdir()) == []  # the draft was removed, which made room
+    shutil.rmtree(place)
+
+    def full(place: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(RunError, match="the model could not be written"):
+        write_where_there_is_room(full, wanted)
+
+
+def test_other_errors_of_writing_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    def write(place: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(place))
+
+    with pytest.raises(PermissionError):
+        write_where_there_is_room(write, tmp_path)

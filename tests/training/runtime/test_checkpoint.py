@@ -14,7 +14,8 @@ from training.config import check_config
 from training.errors import RunError
 from training.models.policy import Policy
 from training.runtime import engine
-from training.runtime.checkpoint import Checkpoints, complete_checkpoints
+from training.runtime.checkpoint import Checkpoints
+from training.runtime.resume import complete_checkpoints
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

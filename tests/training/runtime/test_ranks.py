@@ -49,3 +49,16 @@ def test_no_shared_memory_is_left_behind(tmp_path: Path) -> None:
     assert ended.stdout.count("sum 3.0") == 2
     left = {path.name for path in set(Path("/dev/shm").iterdir()) - before}
     assert not [name for name in left if "_29655_" in name]
+
+
+def test_shared_memory_that_is_too_small_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    monkeypatch.setattr(ranks, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(ranks, "SHARED_BUFFER", 2**60)
+    assert not ranks.shared_memory_suffices()
+    assert "docker run --shm-size=1g" in capsys.readouterr().out
+    monkeypatch.setattr(ranks, "SHARED_BUFFER", 1)
+    assert ranks.shared_memory_suffices()
+    assert capsys.readouterr().out == ""

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from training.runtime.signals import STOPPING, Stopped, StopRequests
+from training.errors import Stopped
+from training.runtime.signals import STOPPING, StopRequests
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
