@@ -23,19 +23,21 @@ training.runtime training.runtime.disk training.runtime.extensions training.runt
 training.statistics training.world training.world.topics
 
 step3_rlhf.evaluation.metrics step3_rlhf.ppo step3_rlhf.response_sets training.config
-training.deepspeed_section training.memory training.models.families.noise training.models.packing
-training.models.pretrained training.plotting training.plugins training.runtime.ranks
-training.world.population training.world.prompts
+training.data.chat_template training.data.fields training.deepspeed_section training.memory
+training.models.families.noise training.models.packing training.plotting training.plugins
+training.runtime.ranks training.world.population training.world.prompts
 
 step2_reward.calibration step3_rlhf.paper.quickstart.findings step3_rlhf.paper.quickstart.shares
-step3_rlhf.regularizers.base training.data.settings training.models.checks
-training.models.hidden_states training.runtime.faults training.runtime.signals
-training.runtime.tracking training.settings_reference training.world.base_model
+step3_rlhf.regularizers.base training.data.messages training.data.settings
+training.models.hidden_states training.models.pretrained training.runtime.faults
+training.runtime.signals training.runtime.tracking training.settings_reference
+training.world.base_model
 
 step3_rlhf.paper.grid.launcher step3_rlhf.paper.quickstart.table1
 step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimum
-step3_rlhf.regularizers.solvers training.data.files training.data.formats training.data.split
-training.models.scalar training.stage_config training.world.files
+step3_rlhf.regularizers.solvers training.data.cutting training.data.files training.data.formats
+training.data.split training.models.checks training.models.scalar training.stage_config
+training.world.files
 
 step3_rlhf.paper.quickstart.page step3_rlhf.paper.quickstart.report_json
 step3_rlhf.regularizers.divergences step3_rlhf.regularizers.links training.data.records
@@ -58,17 +60,17 @@ training.cli
 
 step1_sft.config step2_reward.config step3_rlhf.config step3_rlhf.paper.analytic_figures
 
-step1_sft.main step2_reward.main step3_rlhf.evaluation.held_out step3_rlhf.evaluation.settings
-step3_rlhf.loading step3_rlhf.paper.grid.cells step3_rlhf.paper.quickstart.__main__
-step3_rlhf.prompts step3_rlhf.roles step3_rlhf.rollout
+step1_sft.main step2_reward.main step3_rlhf.evaluation.settings step3_rlhf.loading
+step3_rlhf.paper.grid.cells step3_rlhf.paper.quickstart.__main__ step3_rlhf.prompts
+step3_rlhf.roles step3_rlhf.rollout
 
-step3_rlhf.evaluation.resume step3_rlhf.experience step3_rlhf.paper.grid.jobs
+step3_rlhf.evaluation.held_out step3_rlhf.experience step3_rlhf.paper.grid.jobs
 step3_rlhf.paper.grid.results step3_rlhf.rewards.readings
 
-step3_rlhf.evaluation.shared_work step3_rlhf.iteration_metrics step3_rlhf.paper.grid.figures
+step3_rlhf.evaluation.resume step3_rlhf.iteration_metrics step3_rlhf.paper.grid.figures
 step3_rlhf.paper.grid.run step3_rlhf.paper.grid.tables step3_rlhf.rewards.model
 
-step3_rlhf.paper.grid.page step3_rlhf.rewards.sources
+step3_rlhf.evaluation.shared_work step3_rlhf.paper.grid.page step3_rlhf.rewards.sources
 
 step3_rlhf.checks step3_rlhf.evaluation.scoring step3_rlhf.paper.grid.report step3_rlhf.trainer
 

@@ -9,7 +9,8 @@ from typing import Any, get_args
 import pytest
 
 from training.data import STAGES, DataSettings, Stage
-from training.data.formats import RecordFault, Unusable, check_usable, parse_record
+from training.data.fields import RecordFault, Unusable
+from training.data.formats import check_usable, parse_record
 from training.data.settings import SourceFormat
 
 ROOT = Path(__file__).resolve().parents[3]

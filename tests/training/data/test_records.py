@@ -10,7 +10,8 @@ import pytest
 
 from training.config import check_config
 from training.data import DataSettings, Source, prompt_messages, read_records
-from training.data.formats import Record, RecordFault, Unusable, parse_record
+from training.data.fields import RecordFault, Unusable
+from training.data.formats import Record, parse_record
 from training.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
