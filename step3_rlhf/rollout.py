@@ -86,7 +86,8 @@ class Rollout:
 
     def readable(self) -> dict[str, object]:
         """All fields by name, for the dump of a batch that went wrong."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"prompts": self.prompts}
 
     def rows(self, first: int, last: int) -> "Rollout":
         """Rows first … last − 1, trimmed to the longest prompt and response among them."""

@@ -37,8 +37,8 @@ class ChatTemplate:
     def faults(self) -> list[str]:
         """A template that cannot be found."""
         found = []
-        if self.source is not None and not Path(self.source).is_file():
-            names = bundled_names()
+        names = bundled_names()
+        if self.source not in (None, *names) and not Path(str(self.source)).is_file():
             found.append(
                 f"chat_template: {self.source!r} is neither a file nor one of {', '.join(names)}"
             )

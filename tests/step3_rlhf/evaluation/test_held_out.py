@@ -50,13 +50,16 @@ def test_chosen_prompts_keep_their_ids_and_texts(
     stage_settings, world_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = Dataset.from_dict(
-        {"prompt": [f"p{n}" for n in range(40)], "prompt_ids": [[n] for n in range(40)]}
+        {
+            "messages": [f'[{{"role": "user", "content": "p{n}"}}]' for n in range(40)],
+            "prompt_ids": [[n] for n in range(40)],
+        }
     )
     found = load_held_out(
         config(stage_settings("ppo"), evaluation={"max_prompts": 4}), prompts, world_tokenizer
     )
     assert len(found.prompts) == 4
-    assert found.prompts == [f"p{ids[0]}" for ids in found.prompt_ids]
+    assert found.prompt_texts == [f"p{ids[0]}" for ids in found.prompt_ids]
 
 
 def test_other_data_are_another_evaluation(stage_settings) -> None:
