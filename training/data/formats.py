@@ -58,6 +58,7 @@ from training.errors import did_you_mean
 
 DIFFERENT_PROMPTS = "dropped: the prompts of chosen and rejected differ"
 EMPTY_RESPONSE = "dropped: an empty response"
+UNLEARNED_ANSWERS = "answers not learned: weight 0, tool calls, thoughts, or no question before"
 NO_COMPARISON = "skipped: a text for SFT only, nothing to compare"
 
 
@@ -71,6 +72,7 @@ class Record:
     score: of a single response that makes a ranking together with the others of its prompt.
     all_turns: SFT learns the assistant's turns within the prompt as well.
     ties: responses that were left out, since their scores equal another's.
+    unlearned: the assistant's turns after the response, which cannot be learned.
     """
 
     prompt: Dialogue
@@ -79,6 +81,7 @@ class Record:
     score: float | None = None
     all_turns: bool = False
     ties: int = 0
+    unlearned: int = 0
 
     @property
     def prompt_text(self) -> str:
@@ -212,7 +215,7 @@ def _prompt(raw: Raw) -> Dialogue:
     if not has(raw, "prompt") and has(raw, "instruction"):
         return _with_system(raw, _instruction(raw))
     value = required(raw, "prompt")
-    if isinstance(value, list):
+    if isinstance(value, list | dict):
         turns = message_list(value, "prompt")
     else:
         turns = prompt_messages(text_of(raw, "prompt"))
@@ -222,9 +225,13 @@ def _prompt(raw: Raw) -> Dialogue:
 def _with_system(raw: Raw, turns: Dialogue) -> Dialogue:
     """The turns after the record's own `system` text, unless they begin with a system turn."""
     value = raw.get("system")
-    if not isinstance(value, str) or not value.strip() or turns[0]["role"] == "system":
+    if not value or turns[0]["role"] == "system":
         return turns
-    return ({"role": "system", "content": value.strip()}, *turns)
+    if isinstance(value, list | dict):  # a list with the one message
+        value = "\n\n".join(turn["content"] for turn in message_list(value, "system"))
+    if not isinstance(value, str):
+        raise RecordFault(f"'system' is {type(value).__name__}, a text was expected")
+    return ({"role": "system", "content": value.strip()}, *turns) if value.strip() else turns
 
 
 def _instruction(raw: Raw) -> Dialogue:
@@ -420,20 +427,25 @@ def _conversations(raw: Raw, stage: Stage) -> Record:
 
 def _whole_dialogue(raw: Raw, field: str, stage: Stage) -> Record:
     """A dialogue up to its last answer, and the answer; PPO may have one that asks for it."""
-    value = required(raw, field)
-    if not isinstance(value, list):
-        raise RecordFault(f"{field!r} is {type(value).__name__}, a list of messages was expected")
-    turns = _with_system(raw, message_list(value, field))
+    turns = _with_system(raw, message_list(required(raw, field), field))
     if stage == "ppo" and turns[-1]["role"] in ("user", "tool"):
         return Record(turns, (), "")
     for label in LABELS:
         if isinstance(raw.get(label), bool) and stage != "ppo":
             _require_desirable(raw[label], stage)
-    answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
-    learned = answers if stage == "ppo" else [n for n in answers if is_learnable(turns[n])]
+    answers = [
+        place
+        for place, turn in enumerate(turns)
+        if turn["role"] == "assistant" and place and turns[place - 1]["role"] in ("user", "tool")
+    ]
+    learned = [n for n in answers if stage == "ppo" or is_learnable(turns[n])]
     if not learned:
+        if not any(turn["role"] == "user" for turn in turns):
+            raise Unusable("dropped: an empty prompt")
         raise Unusable("dropped: a dialogue without an answer to learn")
-    return Record(turns[: learned[-1]], (turns[learned[-1]]["content"],), "")
+    last = learned[-1]
+    later = sum(turn["role"] == "assistant" for turn in turns[last + 1 :])
+    return Record(turns[:last], (turns[last]["content"],), "", unlearned=later)
 
 
 def _tldr_comparison(raw: Raw, stage: Stage) -> Record:

@@ -47,12 +47,17 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def message_list(value: Any, name: str) -> Dialogue:
-    """The messages in the field `name`.
+    """The messages in the field `name`: a list, one alone, or the JSON text of a list.
 
     Raises:
         RecordFault: it is no list of messages.
         Unusable: it is empty.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RecordFault(f"{name!r} is a text that is no JSON list of messages") from None
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list):
         raise RecordFault(f"{name!r} is {type(value).__name__}, a list of messages was expected")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from training.data.fields import RecordFault, Unusable
 from training.data.files import raw_records
 from training.data.formats import (
+    UNLEARNED_ANSWERS,
     Record,
     check_usable,
     parse_record,
@@ -152,6 +153,7 @@ def _usable(
         except Unusable as reason:
             count(str(reason))
         else:
+            count(UNLEARNED_ANSWERS, record.unlearned if stage == "sft" else 0)
             count("responses left out, with the score of another one", record.ties)
     return records
 

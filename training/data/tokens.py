@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.data.formats import Record
+from training.data.formats import UNLEARNED_ANSWERS, Record
 from training.data.messages import Dialogue, dialogue_text, is_learnable
 from training.data.records import StageRecords
 from training.data.settings import DataSettings, Stage
@@ -240,7 +240,7 @@ def _examples(record: Record, outcome: Outcome) -> list[tuple[Dialogue, tuple[st
         if is_learnable(turn) and before and before[-1]["role"] in ("user", "tool"):
             found.append((before, (turn["content"],)))
         else:
-            outcome.count("answers within dialogues not learned: tool calls, or no question before")
+            outcome.count(UNLEARNED_ANSWERS)
     return [*found, (record.prompt, record.responses)]
 
 

@@ -211,6 +211,36 @@ def test_responses_stay_with_their_prompts_across_batches(tokenizer, settings, m
         assert tuple(texts) == record.responses
 
 
+def test_every_answer_of_a_dialogue_is_learned_after_the_turns_before_it(tokenizer, settings):
+    """As many tokens carry loss as in the answers, each with the context in which it is drawn."""
+    asked = [{"role": "user", "content": text} for text in ("Hi", "Suggest a pet.", "Why?")]
+    answers = [
+        {"role": "assistant", "content": "Hello"},
+        {"role": "assistant", "content": "A cat", "weight": 0},
+    ]
+    prompt = (asked[0], answers[0], asked[1], answers[1], asked[2])
+    records = stage_records(Record(prompt, ("It sleeps",), "a:1", all_turns=True))
+    found = tokenize(records, tokenizer, settings(), "sft")
+    rows = [
+        (tokenizer.decode(row["prompt_ids"], skip_special_tokens=True).strip(),
+         tokenizer.decode(row["response_ids"]))
+        for row in found.train
+    ]  # fmt: skip
+    first = "Human: Hi\n\nAssistant:"
+    assert rows == [
+        (first, "Hello</s>"),
+        (f"{first} Hello\n\nHuman: Suggest a pet.\n\nAssistant: A cat\n\nHuman: Why?\n\nAssistant:",
+         "It sleeps</s>"),
+    ]  # fmt: skip
+    assert found.tally.lines() == [
+        "training: 1 answers not learned: weight 0, tool calls, thoughts, or no question before"
+    ]
+    last = tokenize(
+        stage_records(Record(prompt, ("It sleeps",), "a:1")), tokenizer, settings(), "sft"
+    )
+    assert len(last.train) == 1
+
+
 def test_the_second_run_reads_the_cache(tokenizer, settings, monkeypatch):
     records = stage_records(LONG, PAIR)
     options = settings(max_prompt_length=16)
