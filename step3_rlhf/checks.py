@@ -1,14 +1,24 @@
 """Checks the models of stage 3 or of its evaluation before any weights are loaded."""
 
+from dataclasses import replace
+
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import AlignmentConfig, PPOConfig
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
-from step3_rlhf.rewards.readings import reads_policy_tokens
+from step3_rlhf.rewards.readings import reads_policy_tokens, refusal
 from step3_rlhf.rewards.sources import check_reward
 from step3_rlhf.roles import CRITIC, Roles
 from step3_rlhf.rollout import encode_prompt_texts
-from training.data import encode_responses
+from training.data import (
+    Record,
+    StageRecords,
+    TemplateRefusal,
+    encode_responses,
+    prompt_messages,
+)
+from training.data.tally import Mistakes
+from training.data.tokens import WHAT_HELPS
 from training.errors import UserError
 from training.models.checks import check_positions, check_scalar, require_same_tokens
 from training.models.pretrained import Pretrained
@@ -35,6 +45,49 @@ def check_models(config: AlignmentConfig, roles: Roles, stand_in: str | None = N
     check_lengths(config, roles, sets)
 
 
+def readable_records(config: AlignmentConfig, roles: Roles, records: StageRecords) -> StageRecords:
+    """Try every prompt on the chat templates of the reward models that read it anew.
+
+    Returns:
+        The records without those that a template refuses, if the settings say to skip such records;
+        the tally has them.
+
+    Raises:
+        UserError: names those records, if the settings say to stop; or a response set.
+    """
+    mistakes = Mistakes()
+    parts: dict[str, list[Record]] = {"training": records.train, "evaluation": records.eval}
+    for _, reward in roles.rewards:
+        why = refusal(reward, roles.policy.tokenizer)
+        for finite in read_response_sets(config.evaluation.response_sets):
+            if reason := why(prompt_messages(finite.prompt)):
+                raise UserError(_refused_set(reward, finite, reason))
+        for name, content in parts.items():
+            kept, refused = [], Mistakes()
+            for record in content:
+                if reason := why(record.prompt):
+                    for found in (refused, mistakes):
+                        found.add(record.origin, f"the chat template of {reward} refuses: {reason}")
+                else:
+                    kept.append(record)
+            parts[name] = kept
+            for what, count in refused.left_out():
+                records.tally.add(name, what, count)
+    if mistakes and config.data.on_bad_record == "stop":
+        raise UserError([*mistakes.lines(), WHAT_HELPS], "The data cannot be used:")
+    for name, content in parts.items():
+        if not content and getattr(records, "train" if name == "training" else "eval"):
+            raise UserError(records.tally.lines(), f"No {name} records are left:")
+    return replace(records, train=parts["training"], eval=parts["evaluation"])
+
+
+def _refused_set(model: Pretrained, finite: FiniteSet, reason: str) -> str:
+    return (
+        f"evaluation.response_sets: the chat template of {model} refuses the prompt "
+        f"{finite.prompt!r}: {reason}"
+    )
+
+
 def check_critic(critic: Pretrained) -> None:
     """Refuse a model that cannot become a critic.
 
@@ -53,9 +106,15 @@ def check_lengths(config: AlignmentConfig, roles: Roles, sets: list[FiniteSet]) 
     """Refuse settings that allow sequences longer than one of the models can read.
 
     Raises:
-        UserError: names the model and the settings.
+        UserError: names the model and the settings; or the response set that the policy's chat
+            template refuses.
     """
     data = config.data
+    for finite in sets:
+        try:
+            encode_prompt_texts([finite.prompt], roles.policy.tokenizer)
+        except TemplateRefusal as reason:
+            raise UserError(_refused_set(roles.policy, finite, str(reason))) from None
     needs = {
         "data.max_prompt_length + response_length": data.max_prompt_length + config.response_length,
         **data.lengths(),  # the evaluation takes the perplexity of held-out texts

@@ -1,17 +1,17 @@
 """Estimates what a stage-3 config would do and need, for `--dry-run`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from step3_rlhf.checks import check_models
+from step3_rlhf.checks import check_models, readable_records
 from step3_rlhf.config import EvaluationConfig, PPOConfig, SamplingSettings
 from step3_rlhf.prompts import iterations
-from step3_rlhf.roles import training_roles_of
+from step3_rlhf.roles import TrainingRoles, training_roles_of
 from training.dry_run import DryRun
 from training.errors import UserError
 from training.memory import Shape, activations, drawing, forward, key_value_cache, logits
 from training.models.options import precision
-from training.models.pretrained import Pretrained
 
 
 def dry_run(config: PPOConfig, run: DryRun) -> None:
@@ -33,7 +33,7 @@ def dry_run(config: PPOConfig, run: DryRun) -> None:
         name = "reward" if len(roles.rewards) == 1 else f"reward {directory}"[:20]
         run.add_frozen(name, scoring[-1], config.frozen_deepspeed)
 
-    _count_iterations(config, run, roles.policy)
+    _count_iterations(config, run, roles)
     run.notes += [f"Warning: {warning}" for warning in config.warnings()]
     run.notes += [roles.critic_note] if roles.critic_note else []
     actor_divided = _partitioned(config.deepspeed)
@@ -100,9 +100,10 @@ def _partitioned(section: dict[str, Any]) -> bool:
     return isinstance(zero, dict) and zero.get("stage") == 3
 
 
-def _count_iterations(config: PPOConfig, run: DryRun, policy: Pretrained) -> None:
+def _count_iterations(config: PPOConfig, run: DryRun, roles: TrainingRoles) -> None:
     """Add the number of responses, tokens, iterations and optimizer steps to the facts."""
-    prompts = run.examples(config.data, "ppo", policy.tokenizer)
+    readable = partial(readable_records, config, roles)
+    prompts = run.examples(config.data, "ppo", roles.policy.tokenizer, readable)
     drawn = config.local_rollout_size() * run.processes
     count = None
     if prompts is not None or config.total_episodes is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from step3_rlhf.checks import check_models
+from step3_rlhf.checks import check_models, readable_records
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.dry_run import dry_run
 from step3_rlhf.evaluation.held_out import HeldOut, load_held_out
@@ -49,6 +49,7 @@ def main(config: PPOConfig) -> None:
     require_evaluation(records)
     roles = training_roles_of(config)
     check_models(config, roles)
+    records = readable_records(config, roles, records)
     tokenizer = roles.policy.tokenizer
     with ranks.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "ppo")

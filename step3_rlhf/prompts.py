@@ -1,12 +1,13 @@
 """The order of prompts and the seed of each draw, the same on any number of ranks."""
 
+import json
 from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 
 from step3_rlhf.config import PPOConfig
-from training.data import shard
+from training.data import Dialogue, shard
 from training.runtime.ranks import rank, world_size
 
 # Purposes of a draw: its seed is (config.seed, purpose, position in the stream of prompts).
@@ -16,13 +17,13 @@ TRAINING, CENTERING, EVALUATION = 0, 1, 2
 class PromptBatch(NamedTuple):
     """Prompts to draw one response each to.
 
-    ids    [B] lists of token ids
-    texts  [B] the same prompts as text
-    seeds  [B] one per draw; the same seed draws the same response
+    ids        [B] lists of token ids
+    dialogues  [B] the same prompts as messages
+    seeds      [B] one per draw; the same seed draws the same response
     """
 
     ids: list[list[int]]
-    texts: list[str]
+    dialogues: list[Dialogue]
     seeds: list[tuple[int, ...]]
 
 
@@ -32,7 +33,7 @@ class Prompts:
     def __init__(self, data: Dataset, config: PPOConfig) -> None:
         columns = data[:]  # all at once: Arrow is slow row by row
         self.ids: list[list[int]] = columns["prompt_ids"]
-        self.texts: list[str] = columns["prompt"]
+        self.dialogues = [dialogue(messages) for messages in columns["messages"]]
         self.config = config
         self._orders: dict[int, list[int]] = {}
 
@@ -62,18 +63,24 @@ class Prompts:
         seeds: list[tuple[int, ...]] = [
             (self.config.seed, purpose, position) for position in positions
         ]
-        return PromptBatch([list(self.ids[r]) for r in rows], [self.texts[r] for r in rows], seeds)
+        ids = [list(self.ids[row]) for row in rows]
+        return PromptBatch(ids, [self.dialogues[row] for row in rows], seeds)
 
     def _row(self, position: int) -> int:
         """Row of the data set at a position of the stream."""
-        epoch, offset = divmod(position, len(self.texts))
+        epoch, offset = divmod(position, len(self.ids))
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.texts), generator=generator).tolist()
+            order = torch.randperm(len(self.ids), generator=generator).tolist()
             # An iteration can straddle two epochs; older orders are dropped.
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
             self._orders[epoch] = order
         return self._orders[epoch][offset]
+
+
+def dialogue(messages: str) -> Dialogue:
+    """The messages in a row of the column `messages`, which is JSON."""
+    return tuple(json.loads(messages))
 
 
 def iterations(config: PPOConfig, prompts: int, processes: int | None = None) -> int:

@@ -41,7 +41,7 @@ class TrainingRoles(Roles):
 def roles_of(config: AlignmentConfig) -> Roles:
     """The models that an evaluation compares."""
     trusted = config.trust_remote_code
-    policy = Pretrained(config.model_name_or_path, trusted)
+    policy = Pretrained(config.model_name_or_path, trusted, template=config.template)
     other = config.reference_model_name_or_path
     reference = policy if other in (None, policy.name_or_path) else Pretrained(other, trusted)
     rewards = tuple(

@@ -10,7 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from step3_rlhf.config import SamplingSettings
 from step3_rlhf.generation.drawing import uniforms
 from step3_rlhf.generation.generator import generator_of
-from training.data import encode_prompts, pad_prompts, prompt_messages, render_prompt
+from training.data import (
+    Dialogue,
+    as_dialogue,
+    dialogue_text,
+    encode_prompts,
+    pad_prompts,
+    render_prompt,
+)
 from training.models.lora import WithoutAdapter
 from training.models.partitioned import whole_parameters
 from training.models.policy import Policy
@@ -32,12 +39,17 @@ class Rollout:
     attention_mask: Tensor  # [B, P + R] long
     response_mask: Tensor  # [B, R] bool
     ended: Tensor  # [B] bool: the response has its end
-    prompts: tuple[str, ...]
+    dialogues: tuple[Dialogue, ...]  # the prompts as messages
     responses: tuple[str, ...]  # without special tokens and surrounding whitespace
     drawn_logp: Tensor | None = None  # [B, R] log π as drawing computed it, nats; None: unknown
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts as people and reward functions read them."""
+        return tuple(dialogue_text(dialogue) for dialogue in self.dialogues)
 
     @property
     def prompt_length(self) -> int:
@@ -73,7 +85,8 @@ class Rollout:
 
     def readable(self) -> dict[str, object]:
         """All fields by name, for the dump of a batch that went wrong."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"prompts": self.prompts}
 
     def rows(self, first: int, last: int) -> "Rollout":
         """Rows first … last − 1, trimmed to the longest prompt and response among them."""
@@ -87,7 +100,7 @@ class Rollout:
             attention_mask=attention[:, left : width + responses],
             response_mask=self.response_mask[first:last, :responses],
             ended=self.ended[first:last],
-            prompts=self.prompts[first:last],
+            dialogues=self.dialogues[first:last],
             responses=self.responses[first:last],
             drawn_logp=None if drawn is None else drawn[first:last, :responses],
         )
@@ -98,7 +111,7 @@ def sample(
     policy: nn.Module | WithoutAdapter,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
-    prompts: list[str],
+    prompts: Sequence[Dialogue | str],
     seeds: list[tuple[int, ...]],
     settings: SamplingSettings,
 ) -> Rollout:
@@ -106,7 +119,8 @@ def sample(
 
     Args:
         policy: a Policy, the DeepSpeed engine around one, or one with its adapter switched off.
-        prompt_ids, prompts: [B] the prompts as token ids and as text.
+        prompt_ids: [B] the prompts as token ids.
+        prompts: [B] the same as messages, or as texts that a user wrote.
         seeds: [B] one per prompt; the same seed draws the same response.
     """
     responses: list[list[int]] = []
@@ -133,7 +147,7 @@ def sample(
 def assemble(
     prompt_ids: list[list[int]],
     response_ids: list[list[int]],
-    prompts: Sequence[str],
+    prompts: Sequence[Dialogue | str],
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     ends: tuple[int, ...] = (),
@@ -141,6 +155,7 @@ def assemble(
     """Build a Rollout from token ids; tokens after a response's first end are dropped.
 
     Args:
+        prompts: [B] messages, or texts that a user wrote.
         ends: the ids that end a response; () is the tokenizer's EOS alone.
     """
     ends, pad = ends or (tokenizer.eos_token_id,), tokenizer.pad_token_id
@@ -157,7 +172,7 @@ def assemble(
         attention_mask=torch.cat([mask.long(), response_mask.long()], dim=1).to(device),
         response_mask=response_mask.to(device),
         ended=torch.tensor(whole).to(device),
-        prompts=tuple(prompts),
+        dialogues=tuple(as_dialogue(prompt) for prompt in prompts),
         responses=tuple(text.strip() for text in texts),
     )
 
@@ -168,8 +183,12 @@ def _until_its_end(row: list[int], ends: tuple[int, ...]) -> list[int]:
 
 
 def encode_prompt_texts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Dialogue | str], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Token ids of prompts given as text, rendered in the tokenizer's chat template."""
-    rendered = [render_prompt(prompt_messages(prompt), tokenizer) for prompt in prompts]
+    """Token ids of messages, or texts that a user wrote, rendered in the chat template.
+
+    Raises:
+        TemplateRefusal: the chat template does not take one of them.
+    """
+    rendered = [render_prompt(as_dialogue(prompt), tokenizer) for prompt in prompts]
     return encode_prompts(rendered, tokenizer)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.accelerator import get_accelerator
-from pretend_gpu import GPU, DeviceMismatch, OnGpu, Syncs, counted, pretend_gpu
+from pretend_gpu import GPU, DeviceMismatch, OnGpu, counted, pretend_gpu
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +31,6 @@ from training.data import read_records, tokenize
 from training.models.loading import load_policy, load_scalar_model
 from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained
-from training.runtime import ranks
 from training.runtime.engine import TrainedModule
 
 pytestmark = pytest.mark.usefixtures("process_group")

@@ -23,6 +23,10 @@ Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
+UNKNOWN_KEY = "unknown key"
+EMPTY = "''"
+"""How messages write the empty text as a key."""
+
 
 def expanded(path: str) -> str:
     """A path in which `~`, $NAME and ${NAME} are replaced, as a shell would do.
@@ -77,7 +81,7 @@ class StrictModel(BaseModel):
         if kind == "extra_forbidden" and len(location) == 1:
             known = {field.alias or name for name, field in cls.model_fields.items()}
             hint = did_you_mean(str(location[0]), known)
-            kind = PydanticCustomError("unknown_key", f"unknown key{hint}")
+            kind = PydanticCustomError("unknown_key", f"{UNKNOWN_KEY}{hint}")
         elif kind not in ("value_error", "assertion_error") and "ctx" not in detail:
             kind = PydanticCustomError(kind, detail["msg"].replace("{", "(").replace("}", ")"))
         return InitErrorDetails(
@@ -126,7 +130,13 @@ def check_config(
     """
     faults = list(faults or [])
     if unreadable := list(_half_characters(data)):
-        raise UserError(faults + unreadable, heading)
+        # The rest of the config is checked with whole characters in their place.
+        _, found = _validated(config_class, _with_whole_characters(data))
+        unknown = [f"{_place(at)}: {message}" for at, message in found if _is_unknown(message)]
+        places = tuple(fault.partition(f": {UNKNOWN_KEY}")[0] for fault in unknown)
+        inside = tuple(f"{place}{end}" for place in places for end in (".", ":"))
+        elsewhere = [fault for fault in unreadable if not fault.startswith(inside)]
+        raise UserError(faults + unknown + elsewhere, heading)
     config, found = _validated(config_class, data)
     unknown = [str(at[0]) for at, text in found if len(at) == 1 and text.startswith("unknown key")]
     faults += _of_another_stage(config_class, unknown)
@@ -134,8 +144,8 @@ def check_config(
     if config is not None:
         try:
             faults += config.faults()
-        except OSError as error:  # of a path too long, or not to be looked into
-            faults.append(f"{error.filename}: {error.strerror}")
+        except OSError as error:
+            faults.append(_path_fault(data, error))
     else:
         faults += _faults_of_the_rest(config_class, data, [location for location, _ in found])
     if faults:
@@ -196,7 +206,7 @@ def _faults_of_the_rest(
             try:
                 return [f for f in config.faults() if not f.startswith(tuple(replaced))]
             except OSError as error:
-                return [f"{error.filename}: {error.strerror}"]
+                return [_path_fault(data, error)]
         faulty = [location for location, _ in found]
     return []
 
@@ -226,6 +236,39 @@ def _put_example(
     return index
 
 
+def _path_fault(data: Any, error: OSError) -> str:
+    """The fault of a path that is too long, or must not be looked into, under its key."""
+    path = str(error.filename)
+    found = (place for place, text in _texts(data) if text and text in path)
+    return f"{next(found, '(top level)')}: {path}: {error.strerror}"
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """All texts among the values, each with its place; the longest first within an object."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict | list):
+        members = value.items() if isinstance(value, dict) else enumerate(value)
+        below = [pair for name, part in members for pair in _texts(part, _below(place, str(name)))]
+        yield from sorted(below, key=lambda pair: -len(pair[1]))
+
+
+def _with_whole_characters(value: Any) -> Any:
+    """The same with U+FFFD in place of halves of surrogate pairs."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [_with_whole_characters(member) for member in value]
+    if isinstance(value, dict):
+        pairs = value.items()
+        return {_with_whole_characters(n): _with_whole_characters(m) for n, m in pairs}
+    return value
+
+
+def _is_unknown(message: str) -> bool:
+    return message.startswith(UNKNOWN_KEY)
+
+
 def _half_characters(value: Any, place: str = "") -> Iterator[str]:
     r"""Faults of texts with half of a surrogate pair (`\ud83d` alone), which no file can hold."""
     if isinstance(value, str):
@@ -234,14 +277,19 @@ def _half_characters(value: Any, place: str = "") -> Iterator[str]:
     elif isinstance(value, dict):
         for name, member in value.items():
             yield from _half_characters(name, f"the key {name!a}")
-            yield from _half_characters(member, f"{place}.{name}" if place else name)
+            yield from _half_characters(member, _below(place, name))
     elif isinstance(value, list):
         for index, member in enumerate(value):
-            yield from _half_characters(member, f"{place}.{index}")
+            yield from _half_characters(member, _below(place, str(index)))
+
+
+def _below(place: str, name: str) -> str:
+    """The place of a member; an empty name is written as one."""
+    return f"{place}.{name or EMPTY}" if place else name or EMPTY
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location) or "(top level)"
+    return ".".join(str(part) or EMPTY for part in location) or "(top level)"
 
 
 def absolute_paths(value: Any, name: str = "") -> Any:

@@ -1,6 +1,7 @@
 """Collects what a run would do and need, for `--dry-run`, without loading weights."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from training.data import DataSettings, Stage, read_records, tokenize
+from training.data import DataSettings, Stage, StageRecords, read_records, tokenize
 from training.errors import UnreachableError
 from training.fitting import global_batch_size, require_evaluation, total_steps
 from training.memory import (
@@ -48,8 +49,10 @@ class DryRun:
     """Memory that is needed for a while: phase -> what takes it -> bytes."""
 
     def pretrained(self, name_or_path: str) -> Pretrained:
-        """The model that the config names, with the config's `trust_remote_code`."""
-        return Pretrained(name_or_path, self.config.trust_remote_code)
+        """The model that the config names, with its `trust_remote_code` and chat template."""
+        return Pretrained(
+            name_or_path, self.config.trust_remote_code, template=self.config.template
+        )
 
     def policy_shape(self, model: Pretrained, lora: bool = False) -> Shape:
         """The shape of a language model, with an embedding for a pad token if it lacks one.
@@ -120,11 +123,18 @@ class DryRun:
         self.frozen.add(name)
 
     def examples(
-        self, data: DataSettings, stage: Stage, tokenizer: PreTrainedTokenizerBase
+        self,
+        data: DataSettings,
+        stage: Stage,
+        tokenizer: PreTrainedTokenizerBase,
+        usable: Callable[[StageRecords], StageRecords] = lambda records: records,
     ) -> int | None:
         """The number of training examples, or None if some are on the Hub and it is unreachable.
 
         All records are read and encoded as the run would do, which then finds them in the cache.
+
+        Args:
+            usable: checks the records, or leaves out those that the stage cannot use.
 
         Raises:
             UserError: the data that can be reached is at fault.
@@ -135,6 +145,7 @@ class DryRun:
             self.facts["data"] = f"not checked: {error.faults[0]}"
             return None
         require_evaluation(records)
+        records = usable(records)
         tokenized = tokenize(records, tokenizer, data, stage)
         self.facts["data"] = (
             f"{len(tokenized.train)} examples to train on, {len(tokenized.eval)} held out"

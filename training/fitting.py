@@ -119,7 +119,9 @@ def prepare(config: SupervisedConfig, stage: Stage) -> tuple[Pretrained, Tokeniz
     records = read_records(config.data, stage)
     require_evaluation(records)
     say(str(records.tally))
-    pretrained = Pretrained(config.model_name_or_path, config.trust_remote_code)
+    pretrained = Pretrained(
+        config.model_name_or_path, config.trust_remote_code, template=config.template
+    )
     check_positions(pretrained, config.data.lengths())
     with rank_zero_first():
         data = tokenize(records, pretrained.tokenizer, config.data, stage)

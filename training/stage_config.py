@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from training.config import Count, Fraction, NonNegative, PathText, Positive, StrictModel
+from training.data.chat_template import ChatTemplate
 from training.data.settings import DataSettings
 from training.deepspeed_section import deepspeed_faults
 from training.runtime.lock import contents
@@ -59,6 +60,12 @@ class RunConfig(StrictModel):
     """Seed of the order of the data and of every random draw."""
     trust_remote_code: bool = False
     """Whether code that comes with a model may run on this machine."""
+    chat_template: str | None = None
+    """Path of a Jinja file, or name of a bundled template (alpaca, chatml, llama-3, mistral,
+    zephyr); it is saved with the model. Null is the model's own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Values of the chat template's variables, such as {"enable_thinking": false}; they are saved
+    within the template."""
     bf16: bool = False
     """Compute in bfloat16; without it and fp16, in float32."""
     fp16: bool = False
@@ -70,10 +77,16 @@ class RunConfig(StrictModel):
     """Sequences (stage 2: comparisons or rankings) in one forward pass of one process that takes no
     gradients."""
 
+    @property
+    def template(self) -> ChatTemplate:
+        """How the model writes dialogues."""
+        return ChatTemplate(self.chat_template, self.chat_template_kwargs)
+
     def faults(self) -> list[str]:
         found = super().faults()
         if self.bf16 and self.fp16:
             found.append("fp16: contradicts bf16=true; choose one")
+        found += self.template.faults()
         return found + model_path_faults("model_name_or_path", self.model_name_or_path)
 
 

@@ -13,7 +13,7 @@ import gc
 from dataclasses import replace
 from pathlib import Path
 
-from step3_rlhf.checks import check_models
+from step3_rlhf.checks import check_models, readable_records
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import load_held_out
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
@@ -38,9 +38,10 @@ def run(config: EvaluationConfig) -> None:
     require_evaluation(records)
     roles = roles_of(config)
     check_models(config, roles)
+    records = readable_records(config, roles, replace(records, train=[]))
     tokenizer = roles.policy.tokenizer
     with ranks.rank_zero_first():
-        data = tokenize(replace(records, train=[]), tokenizer, config.data, "ppo")
+        data = tokenize(records, tokenizer, config.data, "ppo")
     say("\n".join([*records.tally.lines(), *data.tally.lines()]))
     held_out = load_held_out(config, data.eval, tokenizer)
     output = Path(config.output_dir)

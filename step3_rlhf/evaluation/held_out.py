@@ -8,8 +8,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import EvaluationConfig
+from step3_rlhf.prompts import dialogue
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
-from training.data import chosen_at_random, read_records, tokenize
+from training.data import (
+    Dialogue,
+    as_dialogue,
+    chosen_at_random,
+    dialogue_text,
+    read_records,
+    tokenize,
+)
 from training.errors import UserError
 from training.runtime import ranks
 from training.runtime.tracking import say
@@ -20,9 +28,14 @@ class HeldOut:
     """Data that no stage has trained on."""
 
     prompt_ids: list[list[int]]
-    prompts: list[str]
+    prompts: list[Dialogue | str]  # messages, or texts that a user wrote
     texts: list[tuple[list[int], list[int]]]  # prompt and response ids of held-out text
     sets: list[FiniteSet]
+
+    @property
+    def prompt_texts(self) -> list[str]:
+        """The prompts as people read them."""
+        return [dialogue_text(as_dialogue(prompt)) for prompt in self.prompts]
 
     @property
     def digest(self) -> str:
@@ -38,7 +51,7 @@ def load_held_out(
     `max_prompts` selects prompts, texts and sets at random, the same ones for every policy.
 
     Args:
-        prompts: rows with `prompt` and `prompt_ids`.
+        prompts: rows with `messages` and `prompt_ids`.
     """
     with ranks.rank_zero_first():
         texts = held_out_texts(config, tokenizer)
@@ -47,7 +60,7 @@ def load_held_out(
     chosen = prompts.select(rows)[:]
     return HeldOut(
         chosen["prompt_ids"],
-        chosen["prompt"],
+        [dialogue(messages) for messages in chosen["messages"]],
         [texts[row] for row in chosen_rows(len(texts), config, "texts")],
         [sets[row] for row in chosen_rows(len(sets), config, "response sets")],
     )

@@ -34,7 +34,7 @@ def evaluate(
     temperature = regularizer.preference_temperature if regularizer else 1.0
     draws = range(2 * config.evaluation.pairs_per_prompt)
     responses = [respond(models, held_out, config, draw, finished) for draw in draws]
-    figures, instances = sampled_metrics(held_out.prompts, responses, temperature)
+    figures, instances = sampled_metrics(held_out.prompt_texts, responses, temperature)
     if held_out.texts:
         figures["held_out_text"] = held_out_perplexity(models, held_out, config, finished)
     if held_out.sets:

@@ -75,6 +75,8 @@ def run_settings(run_dir: str) -> dict[str, Any]:
             saved.get("reference_model_name_or_path") or saved["model_name_or_path"]
         )
         known["model_name_or_path"] = str(directory / "actor")
+        for name in ("chat_template", "chat_template_kwargs"):  # they are saved with the actor
+            known.pop(name, None)
     elif (directory / "model").is_dir():
         known["model_name_or_path"] = str(directory / "model")
     return known | {"output_dir": run_dir}

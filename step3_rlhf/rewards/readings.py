@@ -1,7 +1,8 @@
 """How a reward model reads responses: in the policy's tokens, in its own, or as pairs of texts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,13 +13,17 @@ from transformers import (
 
 from step3_rlhf.rollout import Rollout, encode_prompt_texts
 from training.data import (
+    Dialogue,
+    TemplateRefusal,
     encode_dialogues,
     encode_responses,
+    fitting_prompt,
     pad_sequences,
-    prompt_messages,
+    render_prompt,
     response_frame,
     truncate_prompt,
 )
+from training.data.templates import UNWRITABLE
 from training.models.pretrained import Pretrained, reads_pairs
 from training.runtime.tracking import say
 
@@ -32,23 +37,56 @@ NO_LIMIT = 10**6
 """A tokenizer without a length limit states one larger than this."""
 
 
+Form = Literal["tokens", "pairs", "template", "prompt and end"]
+"""In what form a reward model reads: the policy's tokens; two texts; the whole dialogue as its chat
+template writes it; or the prompt and then the response with one end, as stage 2 trains."""
+
+
+def form_of(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> Form:
+    """In what form a reward model reads responses."""
+    if reads_policy_tokens(reward, policy_tokenizer):
+        return "tokens"
+    if reads_pairs(reward.tokenizer) and not reward.has_linear_score:
+        return "pairs"
+    templated = bool(reward.tokenizer.chat_template) and reward.learned_end is None
+    return "template" if templated else "prompt and end"
+
+
 def reading(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> Reading:
     """Choose how a reward model reads responses; prints it unless it is in the policy's tokens."""
-    tokenizer = reward.tokenizer
-    if reads_policy_tokens(reward, policy_tokenizer):
+    tokenizer, form = reward.tokenizer, form_of(reward, policy_tokenizer)
+    if form == "tokens":
         end = tokenizer.eos_token_id if reward.learned_end is None else reward.learned_end
         # Hugging Face's other heads look for the last token at the right end.
         if reward.has_linear_score:
             return partial(policy_tokens, end=end)
         return partial(right_padded, tokenizer=tokenizer, end=end)
     limit = known_positions(reward)
-    if reads_pairs(tokenizer) and not reward.has_linear_score:
+    if form == "pairs":
         say(f"{reward} reads prompt and response as two texts joined by its tokenizer")
         return TextPairs(tokenizer, limit)
-    by_template = bool(tokenizer.chat_template) and reward.learned_end is None
-    form = "chat template" if tokenizer.chat_template else "plain dialogue format"
-    say(f"{reward} reads prompts and responses anew, with its own tokenizer and in its {form}")
-    return OwnTokens(tokenizer, limit, by_template, reward.learned_end)
+    written = "chat template" if tokenizer.chat_template else "plain dialogue format"
+    say(f"{reward} reads prompts and responses anew, with its own tokenizer and in its {written}")
+    return OwnTokens(tokenizer, limit, form == "template", reward.learned_end)
+
+
+def refusal(
+    reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Dialogue], str]:
+    """A function that says why the reward model's chat template refuses a dialogue, or ""."""
+    form = form_of(reward, policy_tokenizer)
+
+    def why(dialogue: Dialogue) -> str:
+        try:
+            if form == "template":
+                response_frame(dialogue, reward.tokenizer)
+            else:
+                render_prompt(dialogue, reward.tokenizer)
+        except TemplateRefusal as reason:
+            return str(reason)
+        return ""
+
+    return why if form in ("template", "prompt and end") else lambda dialogue: ""
 
 
 def reads_policy_tokens(reward: Pretrained, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -102,7 +140,8 @@ def _padded(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase, rollout:
 class OwnTokens:
     """Prompt and response as one sequence, in the model's own format and tokens.
 
-    A sequence longer than the model's positions loses its beginning. A response that was cut before
+    A sequence longer than the model's positions loses the prompt's oldest turns, then the beginning
+    of what is left. A response that was cut before
     its EOS gets no end in these tokens either.
     """
 
@@ -127,22 +166,41 @@ class OwnTokens:
         self.end = end
 
     def __call__(self, rollout: Rollout) -> Inputs:
-        texts = self._encoded(rollout, rollout.ended.tolist())
+        ended = rollout.ended.tolist()
+        texts = self._encoded(rollout.dialogues, rollout.responses, ended)
         if self.positions is not None:
-            bos = self.tokenizer.bos_token_id
-            texts = [truncate_prompt(ids, self.positions, bos) for ids in texts]
+            rows = zip(texts, rollout.dialogues, rollout.responses, ended, strict=True)
+            texts = [self._fitting(*row, self.positions) for row in rows]
         return _padded(texts, self.tokenizer, rollout)
 
-    def _encoded(self, rollout: Rollout, ended: list[bool]) -> list[list[int]]:
+    def _encoded(
+        self, dialogues: Sequence[Dialogue], responses: Sequence[str], ended: Sequence[bool]
+    ) -> list[list[int]]:
         if self.by_template:
-            messages = [prompt_messages(prompt) for prompt in rollout.prompts]
-            return encode_dialogues(messages, rollout.responses, ended, self.tokenizer)
-        prompts = encode_prompt_texts(rollout.prompts, self.tokenizer)
-        responses = encode_responses(list(rollout.responses), self.tokenizer, self.end)
+            return encode_dialogues(dialogues, responses, ended, self.tokenizer)
+        prompts = encode_prompt_texts(dialogues, self.tokenizer)
+        answers = encode_responses(list(responses), self.tokenizer, self.end)
         return [
-            prompt + (response if whole else response[:-1])
-            for prompt, response, whole in zip(prompts, responses, ended, strict=True)
+            prompt + (answer if whole else answer[:-1])
+            for prompt, answer, whole in zip(prompts, answers, ended, strict=True)
         ]
+
+    def _fitting(
+        self, ids: list[int], dialogue: Dialogue, response: str, ended: bool, positions: int
+    ) -> list[int]:
+        if len(ids) <= positions:
+            return ids
+
+        def length(shorter: Dialogue) -> int:
+            try:
+                return len(self._encoded([shorter], [response], [ended])[0])
+            except TemplateRefusal:  # it takes the whole, but not what is left of it
+                return UNWRITABLE
+
+        shorter = fitting_prompt(dialogue, positions, self.tokenizer, length)
+        if shorter is None:  # even without any text in the prompt
+            return truncate_prompt(ids, positions, self.tokenizer.bos_token_id)
+        return self._encoded([shorter], [response], [ended])[0]
 
 
 class TextPairs:

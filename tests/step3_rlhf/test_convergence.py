@@ -146,7 +146,10 @@ def trainer_for(
     critic = LlamaForSequenceClassification(llama_config())
     nn.init.zeros_(critic.score.weight)
     data = Dataset.from_dict(
-        {"prompt_ids": PROMPTS, "prompt": [f"p{number}" for number in range(len(PROMPTS))]}
+        {
+            "prompt_ids": PROMPTS,
+            "messages": [f'[{{"role": "user", "content": "p{n}"}}]' for n in range(len(PROMPTS))],
+        }
     )
     return PPOTrainer(
         config,

@@ -1,5 +1,6 @@
 """The order of prompts and the seeds of draws: the same on any number of ranks."""
 
+import json
 from typing import Any
 
 import pytest
@@ -9,9 +10,15 @@ from step3_rlhf import prompts as module
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.prompts import Prompts, iterations
 from training.config import check_config
+from training.data import dialogue_text
 
+TEXTS = [f"prompt {i}" for i in range(10)]
 DATA = Dataset.from_dict(
-    {"prompt": [f"prompt {i}" for i in range(10)], "prompt_ids": [[1, i] for i in range(10)]}
+    {
+        "prompt": TEXTS,
+        "prompt_ids": [[1, i] for i in range(10)],
+        "messages": [json.dumps([{"role": "user", "content": text}]) for text in TEXTS],
+    }
 )
 
 
@@ -29,7 +36,8 @@ def of_all_ranks(config: PPOConfig, number: int, ranks: int, patch: pytest.Monke
     batches = []
     for rank in range(ranks):
         patch.setattr(module, "rank", lambda rank=rank: rank)
-        ids, texts, seeds = Prompts(DATA, config).of_iteration(number)
+        ids, dialogues, seeds = Prompts(DATA, config).of_iteration(number)
+        texts = [dialogue_text(dialogue) for dialogue in dialogues]
         batches.append([(tuple(i), t, s) for i, t, s in zip(ids, texts, seeds, strict=True)])
     return batches
 
@@ -53,13 +61,13 @@ def test_one_rank_and_two_see_the_same_in_every_optimizer_step(
 def test_every_epoch_is_a_permutation_of_its_own(configured, monkeypatch) -> None:
     config = configured(per_device_train_batch_size=5)
     texts = [text for n in range(4) for _, text, _ in of_all_ranks(config, n, 1, monkeypatch)[0]]
-    assert sorted(texts[:10]) == sorted(texts[10:]) == sorted(DATA["prompt"])
+    assert sorted(texts[:10]) == sorted(texts[10:]) == TEXTS
     assert texts[:10] != texts[10:]
 
 
 def test_ids_texts_and_seeds_belong_together(configured) -> None:
-    ids, texts, seeds = Prompts(DATA, configured()).of_iteration(3)
-    assert [f"prompt {row[1]}" for row in ids] == texts
+    ids, dialogues, seeds = Prompts(DATA, configured()).of_iteration(3)
+    assert [f"prompt {row[1]}" for row in ids] == [dialogue_text(d) for d in dialogues]
     assert seeds == [(42, module.TRAINING, position) for position in range(12, 16)]
 
 

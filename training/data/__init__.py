@@ -16,16 +16,25 @@ if TYPE_CHECKING:
         response_labels,
         shard,
     )
-    from training.data.formats import Record, prompt_messages
+    from training.data.formats import Record
+    from training.data.messages import (
+        Dialogue,
+        Message,
+        as_dialogue,
+        dialogue_text,
+        prompt_messages,
+    )
     from training.data.records import StageRecords, read_records
     from training.data.settings import STAGES, DataSettings, Source, Stage
     from training.data.split import chosen_at_random
     from training.data.tally import Tally
     from training.data.templates import (
+        TemplateRefusal,
         decode_responses,
         encode_dialogues,
         encode_prompts,
         encode_responses,
+        fitting_prompt,
         render_prompt,
         response_end,
         response_frame,
@@ -35,7 +44,7 @@ if TYPE_CHECKING:
     from training.data.tokens import TokenizedData, tokenize
 else:
     # A stage's config needs the settings alone, and no torch: the rest is imported when it is used.
-    _MODULES = "batches formats records settings split tally templates tokens".split()
+    _MODULES = "batches formats messages records settings split tally templates tokens".split()
 
     def __getattr__(name: str) -> object:
         if name in __all__:
@@ -50,22 +59,28 @@ __all__ = [
     "FILLER",
     "STAGES",
     "DataSettings",
+    "Dialogue",
     "GlobalBatches",
     "GroupedBatch",
+    "Message",
     "Record",
     "SequenceBatch",
     "Source",
     "Stage",
     "StageRecords",
     "Tally",
+    "TemplateRefusal",
     "TokenizedData",
+    "as_dialogue",
     "chosen_at_random",
     "collate_groups",
     "collate_texts",
     "decode_responses",
+    "dialogue_text",
     "encode_dialogues",
     "encode_prompts",
     "encode_responses",
+    "fitting_prompt",
     "pad_prompts",
     "pad_sequences",
     "prompt_messages",

@@ -1,19 +1,27 @@
 """Sources -> raw records, each with its origin."""
 
+import csv
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from training.data.settings import Source
 from training.data.tally import CountUp
-from training.errors import UnreachableError, UserError
+from training.errors import UnreachableError, UserError, did_you_mean
 
 BAD_UNICODE = "with invalid Unicode, replaced by U+FFFD"
+
+STRUCTURED = (
+    *"messages conversations conversation responses ranking scores completions history".split(),
+    *"summaries info choice label kto_tag score helpfulness".split(),
+)
+"""Fields that are never texts; in a table they are written as JSON."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -26,6 +34,8 @@ class RawRecord:
     origin: str
     value: dict[str, Any]
     fault: str = ""
+    is_table_row: bool = False
+    """All values are texts, whatever they stand for."""
 
 
 def raw_records(source: Source, count: CountUp) -> Iterator[RawRecord]:
@@ -38,12 +48,62 @@ def raw_records(source: Source, count: CountUp) -> Iterator[RawRecord]:
         UserError: the source as a whole cannot be read.
     """
     try:
-        if Path(source.path).is_file():
-            yield from _from_file(source.path, count)
-        else:
-            yield from _from_datasets(source)
+        records = _from_source(source, count)
+        if source.files and source.split != "train":
+            records = _part(list(records), source)
+        yield from (_renamed(record, source) for record in records)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{source.path}: unreadable: {_one_line(error)}") from None
+
+
+def _from_source(source: Source, count: CountUp) -> Iterator[RawRecord]:
+    folder = Path(source.path)
+    if files := source.files:
+        for file in files:
+            yield from _from_file(file, count)
+    elif any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        yield from _from_saved(source)
+    else:
+        yield from _from_datasets(source)
+
+
+def _part(records: list[RawRecord], source: Source) -> Iterator[RawRecord]:
+    """The part of a file's records that `split` names, as `datasets` counts it."""
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(source.split).to_absolute({"train": len(records)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{source.label}: {_one_line(error)}") from None
+    for part in parts:
+        yield from records[part.from_ : part.to]
+
+
+def _renamed(record: RawRecord, source: Source) -> RawRecord:
+    """The record under the formats' names of its fields; cells of tables get their types."""
+    value = record.value
+    if source.field_map and not record.fault:
+        for ours, theirs in source.field_map.items():
+            if theirs not in value:
+                near = did_you_mean(theirs, value) if value else ""
+                fault = f"no {theirs!r}, which field_map names for {ours!r}{near}"
+                return RawRecord(record.origin, {}, fault)
+        named = {ours: value[theirs] for ours, theirs in source.field_map.items()}
+        others = set(source.field_map.values())
+        value = {key: part for key, part in value.items() if key not in others} | named
+    if record.is_table_row:
+        value = {key: _typed(key, cell) for key, cell in value.items()}
+    return replace(record, value=value)
+
+
+def _typed(name: str, cell: str) -> Any:
+    """The value that a cell of a CSV table stands for, which itself is always text."""
+    if name in STRUCTURED or (name in ("prompt", "chosen", "rejected") and cell[:2] == "[{"):
+        try:
+            return json.loads(cell.lower() if cell in ("True", "False") else cell)
+        except (ValueError, RecursionError):
+            return cell
+    return cell
 
 
 def _from_file(path: str, count: CountUp) -> Iterator[RawRecord]:
@@ -53,13 +113,45 @@ def _from_file(path: str, count: CountUp) -> Iterator[RawRecord]:
         return
     opener: Any = gzip.open if lower.endswith(".gz") else open
     with opener(path, "rb") as file:
-        if lower.removesuffix(".gz").endswith(".json"):
+        plain = lower.removesuffix(".gz")
+        if plain.endswith((".csv", ".tsv")):
+            yield from _from_table(
+                path, file.read(), "\t" if plain.endswith(".tsv") else ",", count
+            )
+            return
+        if plain.endswith(".json"):
             content = file.read()
             if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 yield from _from_array(path, content, count)
                 return
             file = content.split(b"\n")
         yield from _from_lines(path, file, count)
+
+
+def _from_table(path: str, content: bytes, delimiter: str, count: CountUp) -> Iterator[RawRecord]:
+    """Rows under a line with the names of the columns; each knows the line that it begins in."""
+    text, replaced = _decoded(content)
+    if replaced:
+        count(BAD_UNICODE)
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        columns = next(rows, [])
+        while True:
+            line = rows.line_num + 1
+            row = next(rows, None)
+            if row is None:
+                return
+            origin = f"{path}:{line}"
+            if len(row) > len(columns):
+                fault = f"{len(row)} cells under {len(columns)} names of columns"
+                yield RawRecord(origin, {}, fault)
+            elif row:
+                value = dict(zip(columns, row, strict=False))
+                yield RawRecord(origin, value, is_table_row=True)
+    except csv.Error as error:
+        yield RawRecord(f"{path}:{line}", {}, f"malformed CSV: {_one_line(error)}")
 
 
 def _from_lines(path: str, lines: Iterable[bytes], count: CountUp) -> Iterator[RawRecord]:
@@ -114,6 +206,23 @@ def _from_parquet(path: str) -> Iterator[RawRecord]:
                 yield RawRecord(f"{path}:{number}", value)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: unreadable: {_one_line(error)}") from None
+
+
+def _from_saved(source: Source) -> Iterator[RawRecord]:
+    """A folder that `save_to_disk` wrote: a data set, or several splits."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(source.path)
+        splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+        lengths = {str(name): len(rows) for name, rows in splits.items()}
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    except (ValueError, AssertionError, OSError, LookupError, TypeError) as error:
+        raise UserError(f"{source.label}: cannot be loaded: {_one_line(error)}") from None
+    for part in parts:
+        rows = splits[part.splitname].select(range(part.from_, part.to))
+        for number, value in enumerate(rows, start=part.from_ + 1):
+            yield RawRecord(f"{source.label}:{number}", value)
 
 
 def _from_datasets(source: Source) -> Iterator[RawRecord]:

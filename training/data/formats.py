@@ -1,91 +1,100 @@
 r"""Raw records in any of the formats of preference data -> one typed Record.
 
-    preference        {"prompt", "chosen", "rejected"}, Dahoas/full-hh-rlhf among them
-    ranking           {"prompt", "responses", "ranking"}; `ranking` lists every index of
-                      `responses` once, best first
-    completion        {"prompt", "response"} or {"prompt", "completion"}: SFT only
+    preference        {"prompt", "chosen", "rejected"}, Dahoas/full-hh-rlhf and UltraFeedback's
+                      pairs among them; or Alpaca's "instruction" and "input" as the prompt
     transcript        {"chosen", "rejected"}: two whole dialogues that differ in their last turn,
                       as \n\nHuman: / \n\nAssistant: texts (Anthropic) or lists of messages
+    ranking           {"prompt", "responses"} with "ranking", which lists every index of
+                      `responses` once, best first, or with "scores"
+    completions       {"instruction", "completions": [{"response", "overall_score"}, ...]}
+                      (openbmb/UltraFeedback)
+    scored            {"prompt", "response", "helpfulness" or "score"}: the records of one prompt
+                      make a ranking (HelpSteer)
+    completion        {"prompt", "response" or "completion"}: SFT only
+    kto               {"prompt", "completion", "label"}: SFT learns those labelled true
+    instruction       {"instruction", "input", "output"} (Alpaca): SFT only
+    messages          {"messages": [{"role", "content"}, ...]}: SFT only
+    conversations     {"conversations": [{"from", "value"}, ...]} (ShareGPT): SFT only
     tldr_comparison   {"info", "summaries", "choice"} (openai/summarize_from_feedback)
     tldr_post         {"subreddit", "title", "post", "summary"}: SFT only
 
-A prompt is a text, a `\n\nHuman:` dialogue, or a list of {"role", "content"}. PPO needs prompts
-only, so its records need no other field.
+A prompt is a text, a `\n\nHuman:` dialogue, or a list of messages. PPO needs prompts only, so its
+records need no other field.
 """
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from training.data.settings import SourceFormat, Stage
+from training.data.fields import (
+    FIELDS,
+    LABELS,
+    RESPONSES,
+    SCORES,
+    SHAREGPT,
+    Raw,
+    RecordFault,
+    Unusable,
+    first_of,
+    has,
+    number,
+    optional_text,
+    required,
+    truth,
+)
+from training.data.fields import text as text_of
+from training.data.fields import texts as texts_of
+from training.data.messages import (
+    Dialogue,
+    dialogue_text,
+    has_turns,
+    is_learnable,
+    is_transcript,
+    message_list,
+    prompt_messages,
+    transcript_turns,
+)
+from training.data.settings import SourceFormat, Stage, TrainOn
 from training.errors import did_you_mean
 
-Message = Mapping[str, str]
-
-ROLES = {"Human": "user", "Assistant": "assistant"}
-SYSTEM = "System: "
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-class RecordFault(Exception):
-    """A record that violates its format; the user has to fix it."""
-
-
-class Unusable(Exception):
-    """A well-formed record that cannot be learned from; it is counted and dropped."""
+DIFFERENT_PROMPTS = "dropped: the prompts of chosen and rejected differ"
+EMPTY_RESPONSE = "dropped: an empty response"
+UNLEARNED_ANSWERS = "answers not learned: weight 0, tool calls, thoughts, or no question before"
+NO_COMPARISON = "skipped: a text for SFT only, nothing to compare"
 
 
 @dataclass(frozen=True)
 class Record:
     """A prompt and its responses.
 
-    prompt: messages {"role": "system" | "user" | "assistant", "content"}; the last is the user's.
+    prompt: messages; the last one is the user's, or a tool's.
     responses: best first; two for a comparison, one for an SFT text, none for a bare prompt.
     origin: "file:line".
+    score: of a single response that makes a ranking together with the others of its prompt.
+    all_turns: SFT learns the assistant's turns within the prompt as well.
+    ties: responses that were left out, since their scores equal another's.
+    unlearned: the assistant's turns after the response, which cannot be learned.
     """
 
-    prompt: tuple[Message, ...]
+    prompt: Dialogue
     responses: tuple[str, ...]
     origin: str
+    score: float | None = None
+    all_turns: bool = False
+    ties: int = 0
+    unlearned: int = 0
 
     @property
     def prompt_text(self) -> str:
         """The text of a single turn, or the transcript of a dialogue (a system message first)."""
-        if len(self.prompt) == 1:
-            return self.prompt[0]["content"]
-        start = SYSTEM if self.prompt[0]["role"] == "system" else ""
-        return start + transcript(self.prompt).strip()
-
-
-def transcript(messages: tuple[Message, ...] | list[Message]) -> str:
-    r"""Write a dialogue as `\n\nHuman: ...\n\nAssistant: ...`, a system message without a label."""
-    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
-    return "".join(names[message["role"]] + message["content"] for message in messages)
-
-
-def prompt_messages(text: str) -> tuple[Message, ...]:
-    r"""Parse a prompt given as text: a single user turn, or a `\n\nHuman:` dialogue.
-
-    The inverse of `Record.prompt_text`.
-    """
-    text = text.strip()
-    if text.startswith(SYSTEM) and (start := text.find("\n\nHuman:")) > 0:
-        system = {"role": "system", "content": text[len(SYSTEM) : start]}
-        return (system, *_asked(text[start:].strip()))
-    if not (text.startswith("Human:") and "\n\nAssistant:" in text):
-        return ({"role": "user", "content": text},)
-    return _asked(text)
-
-
-def _asked(text: str) -> tuple[Message, ...]:
-    turns = _turns(text)
-    # A final "\n\nAssistant:" asks for the answer; the template adds it again.
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+        return dialogue_text(self.prompt)
 
 
 def parse_record(
-    raw: Mapping[str, Any], origin: str, stage: Stage, source_format: SourceFormat = "auto"
+    raw: Raw,
+    origin: str,
+    stage: Stage,
+    source_format: SourceFormat = "auto",
+    train_on: TrainOn = "all",
 ) -> Record:
     """Parse a raw record.
 
@@ -93,23 +102,14 @@ def parse_record(
         RecordFault: a required field is missing, or a field has the wrong type.
         Unusable: the record is well-formed, but the stage cannot learn from it.
     """
+    if raw.get("tools") not in (None, [], "", "[]"):
+        raise RecordFault(
+            "'tools' describes functions, which are not read; write them into the system turn"
+        )
     found = _format_of(raw, stage) if source_format == "auto" else source_format
-    if stage == "ppo" and "prompt" in raw:
-        return Record(_prompt(raw), (), origin)
-    if found == "transcript":
-        return _from_transcripts(raw, origin)
-    if found == "tldr_comparison":
-        return _from_tldr_comparison(raw, origin)
-    if found == "tldr_post":
-        return Record(_tldr_prompt(raw), (_text(raw, "summary"),), origin)
-    prompt = _prompt(raw)
-    if found == "ranking":
-        return Record(prompt, _ranked(raw), origin)
-    if found == "preference":
-        responses = tuple(_last_answer(raw, field, prompt) for field in ("chosen", "rejected"))
-        return Record(prompt, responses, origin)
-    field = "completion" if "completion" in raw else "response"
-    return Record(prompt, (_last_answer(raw, field, prompt),), origin)
+    record = READERS[found](raw, stage)
+    whole_dialogue = found in ("messages", "conversations") and train_on == "all"
+    return replace(record, origin=origin, all_turns=whole_dialogue and stage == "sft")
 
 
 def check_usable(record: Record, stage: Stage) -> Record:
@@ -118,150 +118,244 @@ def check_usable(record: Record, stage: Stage) -> Record:
     Raises:
         Unusable: the stage cannot learn from the record; the message is the reason.
     """
-    if not all(
-        message["content"].strip() for message in record.prompt if message["role"] == "user"
-    ):
+    if not all(turn["content"].strip() for turn in record.prompt if turn["role"] == "user"):
         raise Unusable("dropped: an empty prompt")
-    if record.prompt[-1]["role"] != "user":
+    if not any(turn["role"] == "user" for turn in record.prompt):
+        raise Unusable("dropped: an empty prompt")
+    if record.prompt[-1]["role"] not in ("user", "tool"):
         raise Unusable("dropped: the prompt does not end with the user's turn")
     if stage == "ppo":
-        return Record(record.prompt, (), record.origin)
+        return replace(record, responses=(), score=None)
     if stage == "sft":
         if not record.responses[0]:
-            raise Unusable("dropped: an empty response")
-        return Record(record.prompt, record.responses[:1], record.origin)
+            raise Unusable(EMPTY_RESPONSE)
+        return replace(record, responses=record.responses[:1], score=None)
     if len(record.responses) == 1:
-        raise Unusable("skipped: a text for SFT only, nothing to compare")
+        raise Unusable(NO_COMPARISON)
     if not all(record.responses):
-        raise Unusable("dropped: an empty response")
+        raise Unusable(EMPTY_RESPONSE)
     if len(set(record.responses)) < len(record.responses):
         raise Unusable("dropped: identical responses")
     return record
 
 
-def _format_of(raw: Mapping[str, Any], stage: Stage) -> SourceFormat:
-    if {"summaries", "choice"} & raw.keys() and "prompt" not in raw:
+def ranked_by_score(
+    prompt: Dialogue, responses: Sequence[str], scores: Sequence[float], stage: Stage
+) -> Record:
+    """The responses, best first; of those with one score, the first stays.
+
+    Raises:
+        Unusable: all have the same score, and the stage compares them.
+    """
+    best: dict[float, str] = {}
+    for response, score in zip(responses, scores, strict=True):
+        best.setdefault(score, response)
+    if stage == "reward" and len(best) == 1 < len(responses):
+        raise Unusable("dropped: all responses have the same score")
+    ranked = tuple(best[score] for score in sorted(best, reverse=True))
+    return Record(prompt, ranked, "", ties=len(responses) - len(ranked))
+
+
+def _format_of(raw: Raw, stage: Stage) -> SourceFormat:
+    def given(*names: str) -> bool:
+        return has(raw, *names)
+
+    if given("summaries", "choice") and not given("prompt"):
         return "tldr_comparison"
-    if {"responses", "ranking"} & raw.keys():
+    if given("responses", "ranking", "scores"):
         return "ranking"
-    if {"chosen", "rejected"} & raw.keys():
-        if "prompt" in raw or _is_plain_text(raw.get("chosen") or raw.get("rejected")):
+    if isinstance(raw.get("completions"), list):
+        return "completions"
+    if given("chosen", "rejected"):
+        plain = _is_plain_text(raw.get("chosen") or raw.get("rejected"))
+        if given("prompt", "instruction", *SHAREGPT) or plain:
             return "preference"
         return "transcript"
-    if {"response", "completion"} & raw.keys():
+    if given("prompt", "instruction") and given(*RESPONSES):
+        if given(*LABELS):
+            return "kto"
+        if given("prompt") or not given("output"):
+            return "scored" if given(*SCORES) else "completion"
+    if given("messages"):
+        return "messages"
+    if given(*SHAREGPT):
+        return "conversations"
+    if given("instruction") or (given("input") and given("output")):
+        return "instruction"
+    if given("response", "completion"):
         return "completion"
-    if "summary" in raw and "prompt" not in raw:
+    if given("summary") and not given("prompt"):
         return "tldr_post"
-    if "prompt" in raw and stage == "ppo":
+    if given("prompt") and stage == "ppo":
         return "completion"
+    raise RecordFault(_unrecognized(raw))
+
+
+def _unrecognized(raw: Raw) -> str:
+    """Why no format fits, with the nearest name of a field."""
+    if nulls := [name for name in raw if raw[name] is None and name in FIELDS]:
+        null = f" ({', '.join(map(repr, nulls))} {'is' if len(nulls) == 1 else 'are'} null)"
+    else:
+        null = ""
+    if not has(raw, "prompt"):
+        return f"no 'prompt'{null or (did_you_mean('prompt', raw) if raw else '')}"
     known = ("chosen", "rejected", "response", "responses", "ranking")
     near = [hint for key in raw if (hint := did_you_mean(key, known)).startswith("; did")]
-    if "prompt" not in raw:
-        raise RecordFault(f"no 'prompt'{did_you_mean('prompt', raw) if raw else ''}")
-    raise RecordFault(
-        "a prompt without 'chosen' and 'rejected', 'responses' and 'ranking', or 'response'"
-        + (near[0] if near else "")
+    return "a prompt without 'chosen' and 'rejected', 'responses' and 'ranking', or 'response'" + (
+        null or (near[0] if near else "")
     )
 
 
-def _is_plain_text(value: Any) -> bool:
-    return isinstance(value, str) and not _TURN.search("\n\n" + value.lstrip())
+def _is_plain_text(value: object) -> bool:
+    return isinstance(value, str) and not has_turns(value)
 
 
-def _field(raw: Mapping[str, Any], name: str) -> Any:
-    if raw.get(name) is None:
-        others = [key for key in raw if key != name]
-        hint = did_you_mean(name, others) if others else ""
-        raise RecordFault(f"no {name!r}{hint}")
-    return raw[name]
+def _prompt(raw: Raw) -> Dialogue:
+    """The prompt: `prompt`, or Alpaca's `instruction` and `input`, after a `system` turn if any."""
+    if not has(raw, "prompt") and has(raw, "instruction"):
+        return _with_system(raw, _instruction(raw))
+    value = required(raw, "prompt")
+    if isinstance(value, list | dict):
+        turns = message_list(value, "prompt")
+    else:
+        turns = prompt_messages(text_of(raw, "prompt"))
+    return _with_system(raw, turns)
 
 
-def _text(raw: Mapping[str, Any], name: str) -> str:
-    value = _field(raw, name)
+def _with_system(raw: Raw, turns: Dialogue) -> Dialogue:
+    """The turns after the record's own `system` text, unless they begin with a system turn."""
+    value = raw.get("system")
+    if not value or turns[0]["role"] == "system":
+        return turns
+    if isinstance(value, list | dict):  # a list with the one message
+        value = "\n\n".join(turn["content"] for turn in message_list(value, "system"))
     if not isinstance(value, str):
-        raise RecordFault(f"{name!r} is {type(value).__name__}, a text was expected")
-    return value.strip()
+        raise RecordFault(f"'system' is {type(value).__name__}, a text was expected")
+    return ({"role": "system", "content": value.strip()}, *turns) if value.strip() else turns
 
 
-def _response(raw: Mapping[str, Any], name: str) -> Any:
-    """A response, which may be empty; Arrow turns a missing field into null."""
-    value = _field(raw, name)
-    if value == "":
-        raise Unusable("dropped: an empty response")
+def _instruction(raw: Raw) -> Dialogue:
+    """Alpaca's prompt: `history` of [question, answer], then `instruction` and `input`."""
+    history = raw.get("history") or []
+    pairs = isinstance(history, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        for pair in history
+    )
+    if not pairs:
+        raise RecordFault("'history' is not a list of [question, answer]")
+    turns = [
+        {"role": role, "content": part.strip()}
+        for pair in history
+        for role, part in zip(("user", "assistant"), pair, strict=True)
+    ]
+    more = first_of(raw, ("input", "context"), "input")
+    parts = [text_of(raw, "instruction"), optional_text(raw, more)]
+    return (*turns, {"role": "user", "content": "\n".join(part for part in parts if part)})
+
+
+def _response(raw: Raw, name: str) -> object:
+    """A response as it stands, which may not be empty."""
+    value = required(raw, name)
+    if value == "" or value == []:
+        raise Unusable(EMPTY_RESPONSE)
     return value
 
 
-def _prompt(raw: Mapping[str, Any]) -> tuple[Message, ...]:
-    value = _field(raw, "prompt")
-    if isinstance(value, list):
-        return _messages(value, "prompt")
-    return prompt_messages(_text(raw, "prompt"))
+def _answer(raw: Raw, name: str, prompt: Dialogue) -> tuple[Dialogue, str]:
+    """The turns before a response and the response, given as text or as messages.
 
-
-def _messages(value: list[Any], name: str) -> tuple[Message, ...]:
-    messages = []
-    for item in value:
-        if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
-            raise RecordFault(f"{name!r} is a list, but not of {{'role', 'content'}}")
-        role, content = item["role"], item["content"]
-        if role not in ("system", "user", "assistant"):
-            raise RecordFault(f"{name!r}: the role {role!r} is not system, user or assistant")
-        if not isinstance(content, str):
-            raise RecordFault(f"{name!r}: 'content' is {type(content).__name__}, not a text")
-        messages.append({"role": role, "content": content.strip()})
-    if not messages:
-        raise Unusable("dropped: an empty prompt")
-    return tuple(messages)
-
-
-def _turns(text: str) -> tuple[Message, ...]:
-    parts = _TURN.split("\n\n" + text.strip())
-    if parts[0].strip():
-        raise Unusable("dropped: text before the first turn")
-    return tuple(
-        {"role": ROLES[name], "content": content.strip()}
-        for name, content in zip(parts[1::2], parts[2::2], strict=True)
-    )
-
-
-def _dialogue(raw: Mapping[str, Any], name: str) -> tuple[tuple[Message, ...], str]:
-    """The turns before the last answer, and the answer."""
+    Messages may repeat the prompt. They may also begin with a system turn that the prompt, given as
+    text, does not have; then theirs is the prompt.
+    """
     value = _response(raw, name)
-    turns = _messages(value, name) if isinstance(value, list) else _turns(_text(raw, name))
+    if not isinstance(value, list | dict):
+        return prompt, _without_prompt(raw, text_of(raw, name))
+    turns = message_list(value, name)
+    before, answer = _split_last(turns)
+    repeats = not before or before == prompt
+    if not repeats and before[0]["role"] == "system" and before[1:] == prompt:
+        return before, answer
+    # UltraFeedback's `prompt` is the text of the first turn.
+    if not repeats and isinstance(raw.get("prompt"), str) and before[-1] == prompt[-1]:
+        return before, answer
+    if not repeats:
+        raise Unusable(DIFFERENT_PROMPTS)
+    return prompt, answer
+
+
+def _without_prompt(raw: Raw, response: str) -> str:
+    """The response alone, where its text repeats the transcript before it."""
+    given = raw.get("prompt")
+    start = given.strip() if isinstance(given, str) else ""
+    if not is_transcript(start) or not response.startswith(start):
+        return response
+    return response[len(start) :].strip().removeprefix("Assistant:").strip()
+
+
+def _split_last(turns: Dialogue) -> tuple[Dialogue, str]:
     if not turns or turns[-1]["role"] != "assistant":
         raise Unusable("dropped: the dialogue does not end with the assistant's turn")
-    if len(turns) == 1:
-        raise Unusable("dropped: an empty prompt")
-    return turns[:-1], turns[-1]["content"]
+    if "tool_calls" in turns[-1] or "reasoning_content" in turns[-1] or "thinking" in turns[-1]:
+        raise Unusable("dropped: a response with tool calls or thoughts, which are no text")
+    answer: str = turns[-1]["content"]
+    return turns[:-1], answer
 
 
-def _from_transcripts(raw: Mapping[str, Any], origin: str) -> Record:
-    prompt, chosen = _dialogue(raw, "chosen")
-    other_prompt, rejected = _dialogue(raw, "rejected")
-    if prompt != other_prompt:
-        raise Unusable("dropped: the prompts of chosen and rejected differ")
-    return Record(prompt, (chosen, rejected), origin)
+def _preference(raw: Raw, stage: Stage) -> Record:
+    if has(raw, "prompt", "instruction") or not has(raw, *SHAREGPT):
+        prompt = _prompt(raw)
+    else:
+        field = first_of(raw, SHAREGPT, "conversations")
+        prompt = _with_system(raw, message_list(raw[field], field))
+    if stage == "ppo":
+        return Record(_prompt_of_messages(raw, prompt), (), "")
+    (before, chosen), (other, rejected) = (_answer(raw, n, prompt) for n in ("chosen", "rejected"))
+    if before != other:
+        raise Unusable(DIFFERENT_PROMPTS)
+    return Record(before, (chosen, rejected), "")
 
 
-def _last_answer(raw: Mapping[str, Any], name: str, prompt: tuple[Message, ...]) -> str:
-    """The response, given as a text or as messages that may repeat the prompt."""
+def _prompt_of_messages(raw: Raw, prompt: Dialogue) -> Dialogue:
+    """The prompt as stage 2 reads it from the same record, so that both split it alike."""
+    if not isinstance(raw.get("chosen"), list):
+        return prompt
+    try:
+        return _answer(raw, "chosen", prompt)[0]
+    except (RecordFault, Unusable):  # stage 2 does not use the record
+        return prompt
+
+
+def _dialogue(raw: Raw, name: str) -> tuple[Dialogue, str]:
+    """The turns before the last answer, and the answer."""
     value = _response(raw, name)
-    if not isinstance(value, list):
-        return _text(raw, name)
-    turns = _messages(value, name)
-    if turns[-1]["role"] != "assistant":
-        raise Unusable("dropped: the dialogue does not end with the assistant's turn")
-    if turns[:-1] and turns[:-1] != prompt:
-        raise Unusable("dropped: the prompts of chosen and rejected differ")
-    return turns[-1]["content"]
+    listed = isinstance(value, list)
+    turns = message_list(value, name) if listed else transcript_turns(text_of(raw, name))
+    before, answer = _split_last(turns)
+    if not before:
+        raise Unusable("dropped: an empty prompt")
+    return _with_system(raw, before), answer
 
 
-def _ranked(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    responses, ranking = _field(raw, "responses"), _field(raw, "ranking")
-    if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
-        raise RecordFault("'responses' is not a list of texts")
-    if len(responses) < 2:
-        raise RecordFault("'responses' holds fewer than two texts")
+def _transcript(raw: Raw, stage: Stage) -> Record:
+    (prompt, chosen), (other, rejected) = (_dialogue(raw, name) for name in ("chosen", "rejected"))
+    if prompt != other:
+        raise Unusable(DIFFERENT_PROMPTS)
+    return Record(prompt, (chosen, rejected), "")
+
+
+def _ranking(raw: Raw, stage: Stage) -> Record:
+    prompt = _prompt(raw)
+    if stage == "ppo":
+        return Record(prompt, (), "")
+    if not has(raw, "ranking") and has(raw, "scores"):
+        responses, given = texts_of(raw, "responses"), required(raw, "scores")
+        if not isinstance(given, list) or len(given) != len(responses):
+            raise RecordFault("'scores' is not a list of one number per response")
+        scores = [number({"scores": score}, "scores") for score in given]
+        return ranked_by_score(prompt, responses, scores, stage)
+    required(raw, "responses")
+    ranking = required(raw, "ranking")
+    responses = texts_of(raw, "responses")
     if not isinstance(ranking, list) or any(type(index) is not int for index in ranking):
         raise RecordFault("'ranking' is not a list of indices")
     if sorted(ranking) != list(range(len(responses))):
@@ -269,11 +363,93 @@ def _ranked(raw: Mapping[str, Any]) -> tuple[str, ...]:
             f"'ranking' {ranking} does not list the indices 0 to {len(responses) - 1}, "
             "best first, each once"
         )
-    return tuple(responses[index].strip() for index in ranking)
+    return Record(prompt, tuple(responses[index] for index in ranking), "")
 
 
-def _from_tldr_comparison(raw: Mapping[str, Any], origin: str) -> Record:
-    info, summaries, choice = (_field(raw, name) for name in ("info", "summaries", "choice"))
+def _completions(raw: Raw, stage: Stage) -> Record:
+    prompt, completions = _prompt(raw), required(raw, "completions")
+    if stage == "ppo":
+        return Record(prompt, (), "")
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
+        raise RecordFault("'completions' is not a list of objects")
+    if not completions:
+        raise Unusable(EMPTY_RESPONSE)
+    responses = [text_of(entry, "response") for entry in completions]
+    scores = [
+        number(entry, first_of(entry, ("overall_score", "score"), "overall_score"))
+        for entry in completions
+    ]
+    return ranked_by_score(prompt, responses, scores, stage)
+
+
+def _completion(raw: Raw, stage: Stage) -> Record:
+    prompt = _prompt(raw)
+    if stage == "ppo":
+        return Record(prompt, (), "")
+    before, answer = _answer(raw, first_of(raw, RESPONSES, "response"), prompt)
+    return Record(before, (answer,), "")
+
+
+def _scored(raw: Raw, stage: Stage) -> Record:
+    record = _completion(raw, stage)
+    if stage == "ppo":
+        return record
+    return replace(record, score=number(raw, first_of(raw, SCORES, "score")))
+
+
+def _kto(raw: Raw, stage: Stage) -> Record:
+    record = _completion(raw, stage)
+    if stage != "ppo":
+        _require_desirable(truth(raw, first_of(raw, LABELS, "label")), stage)
+    return record
+
+
+def _require_desirable(desirable: bool, stage: Stage) -> None:
+    if stage == "reward":
+        raise Unusable("skipped: a response labelled by itself (KTO), nothing to compare")
+    if not desirable:
+        raise Unusable("skipped: labelled false, an undesirable response (KTO)")
+
+
+def _alpaca(raw: Raw, stage: Stage) -> Record:
+    if not has(raw, "instruction"):
+        raw = {**raw, "instruction": raw.get("input"), "input": None}
+    return _completion(raw, stage)
+
+
+def _messages(raw: Raw, stage: Stage) -> Record:
+    return _whole_dialogue(raw, "messages", stage)
+
+
+def _conversations(raw: Raw, stage: Stage) -> Record:
+    return _whole_dialogue(raw, first_of(raw, SHAREGPT, "conversations"), stage)
+
+
+def _whole_dialogue(raw: Raw, field: str, stage: Stage) -> Record:
+    """A dialogue up to its last answer, and the answer; PPO may have one that asks for it."""
+    turns = _with_system(raw, message_list(required(raw, field), field))
+    if stage == "ppo" and turns[-1]["role"] in ("user", "tool"):
+        return Record(turns, (), "")
+    for label in LABELS:
+        if isinstance(raw.get(label), bool) and stage != "ppo":
+            _require_desirable(raw[label], stage)
+    answers = [
+        place
+        for place, turn in enumerate(turns)
+        if turn["role"] == "assistant" and place and turns[place - 1]["role"] in ("user", "tool")
+    ]
+    learned = [n for n in answers if stage == "ppo" or is_learnable(turns[n])]
+    if not learned:
+        if not any(turn["role"] == "user" for turn in turns):
+            raise Unusable("dropped: an empty prompt")
+        raise Unusable("dropped: a dialogue without an answer to learn")
+    last = learned[-1]
+    later = sum(turn["role"] == "assistant" for turn in turns[last + 1 :])
+    return Record(turns[:last], (turns[last]["content"],), "", unlearned=later)
+
+
+def _tldr_comparison(raw: Raw, stage: Stage) -> Record:
+    info, summaries, choice = (required(raw, name) for name in ("info", "summaries", "choice"))
     if not isinstance(info, dict):
         raise RecordFault("'info' is not an object")
     if (
@@ -284,17 +460,37 @@ def _from_tldr_comparison(raw: Mapping[str, Any], origin: str) -> Record:
         raise RecordFault("'summaries' is not a list of two objects")
     if type(choice) is not int or choice not in (0, 1):
         raise RecordFault(f"'choice' is {choice!r}, not 0 or 1")
-    texts = [_text(summary, "text") for summary in summaries]
-    return Record(_tldr_prompt(info), (texts[choice], texts[1 - choice]), origin)
+    texts = [text_of(summary, "text") for summary in summaries]
+    return Record(_tldr_prompt(info), (texts[choice], texts[1 - choice]), "")
 
 
-def _tldr_prompt(info: Mapping[str, Any]) -> tuple[Message, ...]:
+def _tldr_post(raw: Raw, stage: Stage) -> Record:
+    return Record(_tldr_prompt(raw), (text_of(raw, "summary"),), "")
+
+
+def _tldr_prompt(info: Raw) -> Dialogue:
     """The prompt in the format of trl-lib/tldr, so that the data sets share their prompts."""
     if info.get("post") is None and info.get("article") is not None:
-        return ({"role": "user", "content": f"ARTICLE: {_text(info, 'article')}\n\nTL;DR:"},)
-    subreddit, title, post = (_text(info, name) for name in ("subreddit", "title", "post"))
+        return ({"role": "user", "content": f"ARTICLE: {text_of(info, 'article')}\n\nTL;DR:"},)
+    subreddit, title, post = (text_of(info, name) for name in ("subreddit", "title", "post"))
     if not post:
         raise Unusable("dropped: an empty prompt")
     subreddit = subreddit.removeprefix("r/")
     content = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
     return ({"role": "user", "content": content},)
+
+
+READERS: dict[str, Callable[[Raw, Stage], Record]] = {
+    "preference": _preference,
+    "transcript": _transcript,
+    "ranking": _ranking,
+    "completions": _completions,
+    "scored": _scored,
+    "completion": _completion,
+    "kto": _kto,
+    "instruction": _alpaca,
+    "messages": _messages,
+    "conversations": _conversations,
+    "tldr_comparison": _tldr_comparison,
+    "tldr_post": _tldr_post,
+}

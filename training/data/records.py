@@ -2,17 +2,24 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from training.data.fields import RecordFault, Unusable
 from training.data.files import raw_records
-from training.data.formats import Record, RecordFault, Unusable, check_usable, parse_record
+from training.data.formats import (
+    UNLEARNED_ANSWERS,
+    Record,
+    check_usable,
+    parse_record,
+    ranked_by_score,
+)
 from training.data.settings import DataSettings, Source, Stage
 from training.data.split import chosen_at_random, normalized, stage_of
-from training.data.tally import CountUp, Tally
+from training.data.tally import CountUp, Mistakes, Tally
 from training.errors import UnreachableError, UserError
 
 MAX_FAULTS = 20
-"""Faults that are listed; the rest are only counted."""
+"""Kinds of faults that are listed; the rest are only counted."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,13 @@ def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
     tally = Tally()
     faults = Faults()
     counts = [tally.under(heading) for heading in headings(settings)]
-    own = [
-        (source, count, _of_stage(_usable(source, stage, count, faults), settings, stage, count))
-        for source, count in zip(settings.sources, counts, strict=False)
-    ]
+    own = []
+    for source, count in zip(settings.sources, counts, strict=False):
+        usable = _usable(source, settings, stage, count, faults)
+        own.append((source, count, _of_stage(usable, settings, stage, count)))
     evaluation = []
     for source, count in zip(settings.eval_sources, counts[len(own) :], strict=True):
-        usable = _usable(source, stage, count, faults)
+        usable = _usable(source, settings, stage, count, faults)
         count("used for evaluation", len(usable))
         evaluation += usable
     faults.end()
@@ -110,26 +117,66 @@ def _key(record: Record) -> str:
     return normalized(record.prompt_text)
 
 
-def _usable(source: Source, stage: Stage, count: CountUp, faults: Faults) -> list[Record]:
-    records = []
+def _usable(
+    source: Source, settings: DataSettings, stage: Stage, count: CountUp, faults: Faults
+) -> list[Record]:
+    parsed: list[Record] = []
+    mistakes = Mistakes()
     try:
         for raw in raw_records(source, count):
             count("read")
-            if raw.fault:
-                faults.found.append(f"{raw.origin}: {raw.fault}")
-                continue
             try:
-                record = parse_record(raw.value, raw.origin, stage, source.format)
-                records.append(check_usable(record, stage))
+                if raw.fault:
+                    raise RecordFault(raw.fault)
+                parsed.append(
+                    parse_record(raw.value, raw.origin, stage, source.format, settings.train_on)
+                )
             except RecordFault as fault:
-                faults.found.append(f"{raw.origin}: {fault}")
+                mistakes.add(raw.origin, str(fault))
+            except RecursionError:
+                mistakes.add(raw.origin, "nested too deeply")
             except Unusable as reason:
                 count(str(reason))
     except UnreachableError as error:
         faults.unreachable += error.faults
     except UserError as error:
         faults.found += error.faults
+    if settings.on_bad_record == "stop":
+        faults.found += mistakes.lines()
+    else:
+        for what, number in mistakes.left_out():
+            count(what, number)
+    records = []
+    for record in _with_rankings(parsed, stage, count):
+        try:
+            records.append(check_usable(record, stage))
+        except Unusable as reason:
+            count(str(reason))
+        else:
+            count(UNLEARNED_ANSWERS, record.unlearned if stage == "sft" else 0)
+            count("responses left out, with the score of another one", record.ties)
     return records
+
+
+def _with_rankings(records: list[Record], stage: Stage, count: CountUp) -> list[Record]:
+    """The records, in which scored responses to one prompt have become one ranking."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record.score is not None:
+            groups.setdefault(_key(record), []).append(record)
+    found = [record for record in records if record.score is None]
+    for members in groups.values():
+        first = members[0]
+        scores = [member.score for member in members if member.score is not None]
+        responses = [member.responses[0] for member in members]
+        count("joined with others of their prompt into a ranking", len(members) - 1)
+        try:
+            ranking = ranked_by_score(first.prompt, responses, scores, stage)
+        except Unusable as reason:
+            count(str(reason))
+            continue
+        found.append(replace(ranking, origin=first.origin))
+    return found
 
 
 def _held_out(records: list[Record], settings: DataSettings) -> set[str]:

@@ -1,37 +1,63 @@
 """The `"data"` section of a stage's JSON."""
 
+import re
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from training.config import Count, Fraction, NonNegative, PathText, StrictModel
+from training.data.fields import FIELDS
+from training.errors import did_you_mean
 
 Stage = Literal["sft", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
 
 SourceFormat = Literal[
-    "auto", "preference", "ranking", "completion", "transcript", "tldr_comparison", "tldr_post"
+    "auto",
+    "preference",
+    "transcript",
+    "ranking",
+    "completions",
+    "scored",
+    "completion",
+    "kto",
+    "instruction",
+    "messages",
+    "conversations",
+    "tldr_comparison",
+    "tldr_post",
 ]
+TrainOn = Literal["all", "last"]
 
-LOCAL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+LOCAL_SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
+
+_SLICE = r"train(\[-?\d*%?:-?\d*%?\])?"
+_LOCAL_SPLIT = re.compile(rf"{_SLICE}(\+{_SLICE})*")
 
 
 class Source(StrictModel):
     """One data set. In JSON, a plain string stands for `{"path": ...}`."""
 
     path: PathText
-    """Hub name, JSON, JSONL (also .gz) or Parquet file, or directory of a data set."""
+    """Hub name; JSON, JSONL, CSV, TSV (also .gz) or Parquet file, or a pattern such as
+    data/*.jsonl; or directory of a data set, also of one that was saved with save_to_disk."""
     name: str | None = None
     """Configuration of a Hub data set that has several; null is its only one."""
     data_dir: str | None = None
     """Folder of a Hub data set that has several; null is its only one."""
     split: str = "train"
-    """Split of a Hub data set; a local file is one split."""
+    """Split of a Hub data set, or a part of it, such as train[:10%]; a local file is one split,
+    train."""
     format: SourceFormat = "auto"
     """How a record is read; auto decides record by record, from the names of its fields."""
     weight: NonNegative = 1.0
     """How often a training record is used: 0.5 is a random half, 2 is every record twice."""
+    field_map: dict[str, str] = Field(default_factory=dict)
+    """The data set's own names of fields, by the names that the formats give them:
+    {"prompt": "question"}."""
 
     @model_validator(mode="before")
     @classmethod
@@ -44,6 +70,7 @@ class Source(StrictModel):
         path = Path(self.path)
         return (
             self.path.lower().endswith(LOCAL_SUFFIXES)
+            or self.is_pattern
             or path.exists()
             or path.is_absolute()
             or self.path.startswith(".")
@@ -51,29 +78,54 @@ class Source(StrictModel):
         )
 
     @property
+    def is_pattern(self) -> bool:
+        """Whether the path stands for all files that match it."""
+        return any(sign in self.path for sign in "*?[") and not Path(self.path).exists()
+
+    @property
+    def files(self) -> list[str]:
+        """The local files that the path names, in the order of their names."""
+        if self.is_pattern:
+            found = sorted(glob(self.path, recursive=True))
+            return [name for name in found if name.lower().endswith(LOCAL_SUFFIXES)]
+        return [self.path] if Path(self.path).is_file() else []
+
+    @property
     def label(self) -> str:
         """What reports call it: a file's path, or a data set with its name, folder and split."""
-        if self.path.lower().endswith(LOCAL_SUFFIXES):
-            return self.path
+        if self.is_local and (self.is_pattern or self.path.lower().endswith(LOCAL_SUFFIXES)):
+            return self.path if self.split == "train" else f"{self.path}[{self.split}]"
         parts = [part for part in (self.name, self.data_dir) if part]
         return f"{self.path}[{':'.join([*parts, self.split])}]"
 
     def faults(self) -> list[str]:
-        if not self.is_local:
-            return []
+        found = [
+            f"field_map: no format has a field {name!r}{did_you_mean(name, FIELDS)}"
+            for name in self.field_map
+            if name not in FIELDS
+        ]
+        return found + (self._file_faults() if self.is_local else [])
+
+    def _file_faults(self) -> list[str]:
         path = Path(self.path)
-        if not path.exists():
+        if self.is_pattern:
+            if not self.files:
+                return [f"path: {self.path} matches no file of {', '.join(LOCAL_SUFFIXES)}"]
+        elif not path.exists():
             return [f"path: {self.path} does not exist"]
-        if path.is_dir():
+        elif path.is_dir():
             return []
         found = []
-        if not self.path.lower().endswith(LOCAL_SUFFIXES):
+        if not self.is_pattern and not self.path.lower().endswith(LOCAL_SUFFIXES):
             found.append(f"path: {self.path} is none of {', '.join(LOCAL_SUFFIXES)}")
         for field in ("name", "data_dir"):
             if getattr(self, field) is not None:
                 found.append(f"{field}: {self.path} is a local file and has none")
-        if self.split != "train":
-            found.append(f"split: {self.path} is a local file and has no split {self.split!r}")
+        if not _LOCAL_SPLIT.fullmatch(self.split):
+            found.append(
+                f"split: {self.path} is a local file and has no split {self.split!r}; write train, "
+                "or a part of it such as train[:10%]"
+            )
         return found
 
 
@@ -103,7 +155,13 @@ class DataSettings(StrictModel):
     max_length: Count | None = None
     """Tokens of prompt and response together, to which responses are cut too; null is no limit."""
     overlong_prompts: Literal["truncate", "drop"] = "truncate"
-    """Whether longer prompts lose their beginning or are left out."""
+    """Whether longer prompts lose their oldest turns, and then the beginning of what is left, or
+    are left out."""
+    train_on: TrainOn = "all"
+    """Which of the assistant's turns SFT learns in the formats messages and conversations: "all",
+    or the "last" one."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """Whether a record with a fault ends the run, or is left out and reported."""
     max_train_samples: Count | None = None
     """Records to train on, chosen at random; null uses all."""
     max_eval_samples: Count | None = None

@@ -7,13 +7,19 @@ with EOS, which is learned.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from training.data.formats import Message, transcript
+from training.data.cutting import shortened
+from training.data.messages import UNLEARNED, Dialogue, Message, transcript
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class TemplateRefusal(Exception):
+    """A chat template does not take a dialogue: a system turn, or roles that do not alternate."""
+
 
 # Some templates print today's date unless given one; the same data must give the same ids.
 _FIXED_DATE = "26 Jul 2024"
@@ -21,15 +27,32 @@ _ANSWER = "ThisIsTheAnswer"
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Render the prompt up to where the response begins."""
-    if not tokenizer.chat_template:
-        return transcript(list(messages)) + "\n\nAssistant:"
-    rendered: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=False,
-        add_generation_prompt=True,
-        date_string=_FIXED_DATE,
-    )
+    """Render the prompt up to where the response begins.
+
+    Raises:
+        TemplateRefusal: the chat template does not take the dialogue.
+    """
+    if tokenizer.chat_template:
+        return _rendered(messages, tokenizer, add_generation_prompt=True)
+    if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        raise TemplateRefusal("without a chat template there is no way to write turns of tools")
+    return transcript(list(messages)) + "\n\nAssistant:"
+
+
+def _rendered(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", **options: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    dialogue = [{k: v for k, v in message.items() if k != UNLEARNED} for message in messages]
+    try:
+        written: Any = tokenizer.apply_chat_template(
+            dialogue, tokenize=False, date_string=_FIXED_DATE, **options
+        )
+    # Templates are programs: what they do not expect can raise nearly anything.
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise TemplateRefusal(" ".join(str(error).split()) or type(error).__name__) from error
+    rendered: str = written
     return rendered
 
 
@@ -44,23 +67,20 @@ def response_frame(
     """What the chat template writes before and after the answer to `messages`.
 
     If the template refuses system messages, the system message joins the first user message.
+
+    Raises:
+        TemplateRefusal: the chat template does not take the dialogue.
     """
-    from jinja2 import TemplateError
 
     def rendered(prompt: Sequence[Message]) -> tuple[str, str]:
-        dialogue = [dict(message) for message in prompt]
-        whole: Any = tokenizer.apply_chat_template(
-            [*dialogue, {"role": "assistant", "content": _ANSWER}],
-            tokenize=False,
-            date_string=_FIXED_DATE,
-        )
+        whole = _rendered([*prompt, {"role": "assistant", "content": _ANSWER}], tokenizer)
         before, _, after = whole.rpartition(_ANSWER)
         return before, after
 
     try:
         return rendered(messages)
-    except TemplateError:
-        if messages[0]["role"] != "system":
+    except TemplateRefusal:
+        if len(messages) < 2 or messages[0]["role"] != "system":
             raise
         system, user, *rest = messages
         joined = {**user, "content": f"{system['content']}\n\n{user['content']}"}
@@ -73,14 +93,12 @@ def response_end(tokenizer: "PreTrainedTokenizerBase") -> int:
     It is the special token with which the chat template ends an assistant's turn; EOS where there
     is no template, or where it writes no such token.
     """
-    from jinja2 import TemplateError
-
     eos: int = tokenizer.eos_token_id
     if not tokenizer.chat_template:
         return eos
     try:
         before, after = response_frame([{"role": "user", "content": "Hi"}], tokenizer)
-    except TemplateError:  # one that takes other dialogues only
+    except TemplateRefusal:  # one that takes other dialogues only
         return eos
     # Before the answer there is nothing where the template does not show it as it is.
     if not before or not after.strip():
@@ -149,6 +167,43 @@ def decode_responses(
         for ids in response_ids
     ]
     return decoded if tokenizer.chat_template else [text.removeprefix(" ") for text in decoded]
+
+
+def fitting_prompt(
+    messages: Dialogue,
+    limit: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    length: Callable[[Dialogue], int] | None = None,
+) -> Dialogue | None:
+    """The dialogue without its oldest turns, so that it has at most `limit` tokens.
+
+    Args:
+        length: the tokens of a dialogue; None counts those of the prompt as it is rendered.
+
+    Returns:
+        None if the system turn and the headers alone are longer.
+    """
+
+    def tokens(dialogue: Dialogue) -> int:
+        try:
+            return len(encode_prompts([render_prompt(dialogue, tokenizer)], tokenizer)[0])
+        except TemplateRefusal:  # it takes the whole, but not what is left of it
+            return UNWRITABLE
+
+    def starts(text: str) -> Sequence[int]:
+        if not getattr(tokenizer, "is_fast", False):
+            return range(len(text))
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        # Several tokens of one character begin at the same place.
+        return sorted({0, *(begin for begin, _ in encoded["offset_mapping"])})
+
+    return shortened(messages, limit, length or tokens, starts)
+
+
+UNWRITABLE = 10**9
+"""The length of what a template refuses."""
 
 
 def truncate_prompt(ids: list[int], max_length: int, bos_token_id: int | None) -> list[int]:

@@ -1,7 +1,7 @@
 """Records -> token ids, encoded in batches and cached on disk.
 
 Columns: "prompt" (text) and "prompt_ids"; for sft also "response_ids"; for reward also
-"responses_ids", a list of lists, best first.
+"responses_ids", a list of lists, best first; for ppo also "messages", the prompt as JSON.
 """
 
 import hashlib
@@ -12,21 +12,22 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.data import formats, templates
-from training.data.formats import Record
+from training.data.formats import UNLEARNED_ANSWERS, Record
+from training.data.messages import Dialogue, dialogue_text, is_learnable
 from training.data.records import StageRecords
 from training.data.settings import DataSettings, Stage
-from training.data.tally import Tally
+from training.data.tally import Mistakes, Tally
 from training.data.templates import (
+    TemplateRefusal,
     encode_prompts,
     encode_responses,
+    fitting_prompt,
     render_prompt,
-    truncate_prompt,
 )
 from training.errors import UserError
 
@@ -38,6 +39,10 @@ BATCH_SIZE = 1000
 WORTH_A_PROGRESS_BAR = 50_000
 
 
+REFUSED = "the chat template refuses the dialogue: "
+WHAT_HELPS = "set another chat_template, or data.on_bad_record=skip to leave such records out"
+
+
 @dataclass(frozen=True)
 class TokenizedData:
     """The token ids of a stage's records, and the counts of what was cut or dropped."""
@@ -45,6 +50,23 @@ class TokenizedData:
     train: "Dataset"
     eval: "Dataset"
     tally: Tally
+
+
+@dataclass
+class Outcome:
+    """What became of records.
+
+    counts: what was cut or dropped, and how often.
+    refused: the numbers of the records that the chat template refuses, with its message.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Count `what`; zero adds no entry."""
+        if number:
+            self.counts[what] = self.counts.get(what, 0) + number
 
 
 def tokenize(
@@ -56,14 +78,24 @@ def tokenize(
     """Encode the records, or read them from the cache of an earlier run.
 
     Raises:
-        UserError: none of the training records, or none of the evaluation records, can be used.
+        UserError: none of the training records, or none of the evaluation records, can be used; or
+            the chat template refuses some, and the settings say to stop.
     """
-    tally = Tally()
+    tally, mistakes = Tally(), Mistakes()
     parts = {}
     for name, content in (("training", records.train), ("evaluation", records.eval)):
-        parts[name], counts = _cached(content, tokenizer, settings, stage)
-        for what, count in counts.items():
+        parts[name], outcome = _cached(content, tokenizer, settings, stage)
+        for what, count in outcome.counts.items():
             tally.add(name, what, count)
+        refused = Mistakes()
+        for number, reason in outcome.refused.items():
+            for found in (refused, mistakes):
+                found.add(content[number].origin, REFUSED + reason)
+        for what, count in refused.left_out():
+            tally.add(name, what, count)
+    if mistakes and settings.on_bad_record == "stop":
+        raise UserError([*mistakes.lines(), WHAT_HELPS], "The data cannot be used:")
+    for name, content in (("training", records.train), ("evaluation", records.eval)):
         if content and not len(parts[name]):
             raise UserError(tally.lines(), f"No {name} records are left for {stage!r}:")
     return TokenizedData(parts["training"], parts["evaluation"], tally)
@@ -74,23 +106,24 @@ def _cached(
     tokenizer: "PreTrainedTokenizerBase",
     settings: DataSettings,
     stage: Stage,
-) -> "tuple[Dataset, dict[str, int]]":
+) -> "tuple[Dataset, Outcome]":
     import datasets
 
     root = settings.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "token_ids"
     entry = Path(root).expanduser() / cache_key(records, tokenizer, settings, stage)
     if entry.is_dir():
         try:
-            counts = json.loads((entry / "counts.json").read_text(encoding="utf-8"))
-            return datasets.load_from_disk(str(entry)), counts
-        except (OSError, ValueError):
+            stored = json.loads((entry / "counts.json").read_text(encoding="utf-8"))
+            refused = {int(number): reason for number, reason in stored["refused"].items()}
+            return datasets.load_from_disk(str(entry)), Outcome(stored["counts"], refused)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             # Damaged from outside; encode again.
             shutil.rmtree(entry, ignore_errors=True)
     with _progress_bars(shown=len(records) >= WORTH_A_PROGRESS_BAR):
-        dataset, counts = _encoded(records, tokenizer, settings, stage, entry.name)
+        dataset, outcome = _encoded(records, tokenizer, settings, stage, entry.name)
         if len(dataset):  # an empty data set cannot be read back
-            _save(dataset, counts, entry)
-    return dataset, counts
+            _save(dataset, outcome, entry)
+    return dataset, outcome
 
 
 @contextmanager
@@ -127,7 +160,8 @@ def cache_key(
     ):
         digest.update(f"{part}\x1e".encode())
     for record in records:
-        line = json.dumps([[dict(message) for message in record.prompt], record.responses])
+        prompt = [dict(message) for message in record.prompt]
+        line = json.dumps([prompt, record.responses, record.all_turns])
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()[:32]
 
@@ -139,8 +173,9 @@ def code_version() -> str:
     import transformers
 
     digest = hashlib.sha256(f"{transformers.__version__} {tokenizers.__version__}".encode())
-    for file in (formats.__file__, templates.__file__, __file__):
-        digest.update(Path(file).read_bytes())
+    folder = Path(__file__).parent
+    for name in ("cutting", "fields", "formats", "messages", "templates", "tokens"):
+        digest.update((folder / f"{name}.py").read_bytes())
     return digest.hexdigest()
 
 
@@ -165,18 +200,18 @@ def _encoded(
     settings: DataSettings,
     stage: Stage,
     fingerprint: str,
-) -> "tuple[Dataset, dict[str, int]]":
+) -> "tuple[Dataset, Outcome]":
     from datasets import Dataset
 
-    tally = Tally()
+    outcome = Outcome()
 
     def encode(rows: dict[str, list[int]]) -> dict[str, list[Any]]:
-        batch = [records[index] for index in rows["row"]]
-        return _encode_batch(batch, tokenizer, settings, stage, tally)
+        batch = {number: records[number] for number in rows["row"]}
+        return _encode_batch(batch, tokenizer, settings, stage, outcome)
 
     features = _features(stage)
     if not records:
-        return Dataset.from_dict({name: [] for name in features}, features=features), {}
+        return Dataset.from_dict({name: [] for name in features}, features=features), outcome
     # With a given fingerprint, `datasets` need not pickle the tokenizer to compute one.
     dataset = Dataset.from_dict({"row": list(range(len(records)))}).map(
         encode,
@@ -189,55 +224,98 @@ def _encoded(
         new_fingerprint=fingerprint,
         desc="Tokenizing",
     )
-    return dataset, dict(tally.counts.get("", {}))
+    return dataset, outcome
+
+
+def _examples(record: Record, outcome: Outcome) -> list[tuple[Dialogue, tuple[str, ...]]]:
+    """The prompt with its responses; before it, each earlier answer that is learned too.
+
+    An answer within a dialogue is learned after the turns before it alone, as it will be drawn.
+    """
+    found: list[tuple[Dialogue, tuple[str, ...]]] = []
+    for place, turn in enumerate(record.prompt if record.all_turns else ()):
+        if turn["role"] != "assistant":
+            continue
+        before = record.prompt[:place]
+        if is_learnable(turn) and before and before[-1]["role"] in ("user", "tool"):
+            found.append((before, (turn["content"],)))
+        else:
+            outcome.count(UNLEARNED_ANSWERS)
+    return [*found, (record.prompt, record.responses)]
 
 
 def _encode_batch(
-    batch: list[Record],
+    batch: dict[int, Record],
     tokenizer: "PreTrainedTokenizerBase",
     settings: DataSettings,
     stage: Stage,
-    tally: Tally,
+    outcome: Outcome,
 ) -> dict[str, list[Any]]:
-    """The columns of the records that are kept; the rest are tallied under an empty heading."""
-    from jinja2 import TemplateError
+    """The columns of the records that are kept; what becomes of the others is in `outcome`.
 
+    Args:
+        batch: the records by their numbers.
+    """
     rendered, kept = [], []
-    for record in batch:
-        try:
-            rendered.append(render_prompt(record.prompt, tokenizer))
-            kept.append(record)
-        except TemplateError:
-            tally.add("", "dropped: the chat template refuses the prompt")
+    for number, record in batch.items():
+        for prompt, responses in _examples(record, outcome):
+            try:
+                rendered.append(render_prompt(prompt, tokenizer))
+                kept.append((prompt, responses))
+            except TemplateRefusal as refusal:
+                outcome.refused.setdefault(number, str(refusal))
     prompt_ids = encode_prompts(rendered, tokenizer)
-    flat = [response for record in kept for response in record.responses]
-    responses = iter(encode_responses(flat, tokenizer))
+    flat = [response for _, responses in kept for response in responses]
+    encoded = iter(encode_responses(flat, tokenizer))
     columns: dict[str, list[Any]] = {name: [] for name in _features(stage)}
-    for record, ids in zip(kept, prompt_ids, strict=True):
-        answers = [next(responses) for _ in record.responses]
-        if len(ids) > settings.max_prompt_length:
-            if settings.overlong_prompts == "drop":
-                tally.add("", "dropped: a prompt longer than max_prompt_length")
-                continue
-            tally.add("", "prompts truncated from the left to max_prompt_length")
-            ids = truncate_prompt(ids, settings.max_prompt_length, tokenizer.bos_token_id)
+    for (prompt, responses), whole in zip(kept, prompt_ids, strict=True):
+        answers = [next(encoded) for _ in responses]
+        ids = _within_length(prompt, whole, tokenizer, settings, outcome)
+        if ids is None:
+            continue
         limit, limited_by = _room(len(ids), settings)
         cut = [answer[:limit] for answer in answers]
         if stage == "reward" and len({tuple(answer) for answer in cut}) < len(cut):
-            tally.add("", f"dropped: responses identical up to {limited_by}")
+            outcome.count(f"dropped: responses identical up to {limited_by}")
             continue
-        tally.add(
-            "",
+        outcome.count(
             f"responses cut to {limited_by}, without EOS",
             sum(len(answer) > limit for answer in answers),
         )
-        columns["prompt"].append(record.prompt_text)
+        columns["prompt"].append(dialogue_text(prompt))
         columns["prompt_ids"].append(ids)
         if stage == "sft":
             columns["response_ids"].append(cut[0])
         elif stage == "reward":
             columns["responses_ids"].append(cut)
+        else:
+            columns["messages"].append(json.dumps(prompt))
     return columns
+
+
+def _within_length(
+    prompt: Dialogue,
+    ids: list[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: DataSettings,
+    outcome: Outcome,
+) -> list[int] | None:
+    """The ids of the prompt within max_prompt_length; None if it is dropped."""
+    limit = settings.max_prompt_length
+    if len(ids) <= limit:
+        return ids
+    if settings.overlong_prompts == "drop":
+        outcome.count("dropped: a prompt longer than max_prompt_length")
+        return None
+    shorter = fitting_prompt(prompt, limit, tokenizer)
+    if shorter is None:
+        outcome.count("dropped: system turn and headers alone longer than max_prompt_length")
+        return None
+    if shorter[-1] == prompt[-1] and len(shorter) < len(prompt):
+        outcome.count("prompts without their oldest turns, to fit max_prompt_length")
+    else:
+        outcome.count("prompts truncated from the left to max_prompt_length")
+    return encode_prompts([render_prompt(shorter, tokenizer)], tokenizer)[0]
 
 
 def _room(prompt_length: int, settings: DataSettings) -> tuple[int, str]:
@@ -258,10 +336,12 @@ def _features(stage: Stage) -> "Features":
         columns["response_ids"] = ids
     elif stage == "reward":
         columns["responses_ids"] = List(ids)
+    else:
+        columns["messages"] = Value("string")
     return Features(columns)
 
 
-def _save(dataset: "Dataset", counts: dict[str, int], entry: Path) -> None:
+def _save(dataset: "Dataset", outcome: Outcome, entry: Path) -> None:
     """Write the entry atomically: other processes may be writing the same one."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +351,7 @@ def _save(dataset: "Dataset", counts: dict[str, int], entry: Path) -> None:
         return
     try:
         dataset.save_to_disk(str(draft))
-        (draft / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+        (draft / "counts.json").write_text(json.dumps(asdict(outcome)), encoding="utf-8")
         draft.chmod(0o755)
         os.rename(draft, entry)
     except OSError:

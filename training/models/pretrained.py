@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from training.data.chat_template import ChatTemplate
 from training.errors import UserError
 
 PAD_TOKEN = "<pad>"
@@ -38,16 +39,19 @@ class Pretrained:
         scores_only: bool = False,
         config: PretrainedConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        template: ChatTemplate | None = None,
     ) -> None:
         """
         Args:
             scores_only: the model never generates, so its tokenizer may lack an EOS token if it
                 joins two texts with its own tokens (`reads_pairs`).
             config, tokenizer: these objects, if they have been read already.
+            template: the chat template to give to the tokenizer that is read.
         """
         self.name_or_path = name_or_path
         self.trust_remote_code = trust_remote_code
         self.scores_only = scores_only
+        self.template = template or ChatTemplate()
         if config is not None:
             self.config = config
         if tokenizer is not None:
@@ -88,7 +92,7 @@ class Pretrained:
         embeddings).
 
         Raises:
-            UserError: there is no tokenizer, or it has no EOS token.
+            UserError: there is no tokenizer, it has no EOS token, or the template is faulty.
         """
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -100,6 +104,7 @@ class Pretrained:
             raise UserError(f"the tokenizer of {self} has no EOS token; responses need an end")
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
             tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        self.template.apply(tokenizer, str(self))
         return tokenizer
 
     @property

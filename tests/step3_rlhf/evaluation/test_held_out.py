@@ -50,7 +50,10 @@ def test_chosen_prompts_keep_their_ids_and_texts(
     stage_settings, world_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = Dataset.from_dict(
-        {"prompt": [f"p{n}" for n in range(40)], "prompt_ids": [[n] for n in range(40)]}
+        {
+            "messages": [f'[{{"role": "user", "content": "p{n}"}}]' for n in range(40)],
+            "prompt_ids": [[n] for n in range(40)],
+        }
     )
     found = load_held_out(
         config(stage_settings("ppo"), evaluation=stage_settings("ppo")["evaluation"]),
@@ -64,7 +67,7 @@ def test_chosen_prompts_keep_their_ids_and_texts(
         evaluation=stage_settings("ppo")["evaluation"] | {"max_prompts": 1},
     )
     assert load_held_out(one, prompts, world_tokenizer).sets in [found.sets[:1], found.sets[1:]]
-    assert found.prompts == [f"p{ids[0]}" for ids in found.prompt_ids]
+    assert found.prompt_texts == [f"p{ids[0]}" for ids in found.prompt_ids]
 
 
 def test_other_data_are_another_evaluation(stage_settings) -> None:

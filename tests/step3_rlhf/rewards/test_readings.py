@@ -36,7 +36,7 @@ from step3_rlhf.rewards.sources import load_reward
 from step3_rlhf.roles import roles_of
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
 from training.config import check_config
-from training.data import Record, encode_responses, prompt_messages, response_frame
+from training.data import as_dialogue, encode_responses, response_frame
 from training.models.loading import load_scalar_model
 from training.models.pretrained import Pretrained
 from training.models.scalar import ScalarModel
@@ -228,16 +228,14 @@ def test_a_head_that_looks_for_the_last_token_at_the_right(
 
 def test_a_system_message_stays_one(world_tokenizer, templated) -> None:
     prompt = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
-    text = Record(prompt, (), "").prompt_text
-    assert prompt_messages(text) == prompt
-    before, after = response_frame(prompt_messages(text), templated)
+    before, after = response_frame(prompt, templated)
     assert before == "<s><|system|> Be brief.<|end|>\n<|user|> Hi<|end|>\n<|assistant|> "
     assert after == "<|end|>\n"
     templated.chat_template = TEMPLATE.replace(
         "{% for m in messages %}",
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}",
     )
-    before, _ = response_frame(prompt_messages(text), templated)
+    before, _ = response_frame(prompt, templated)
     assert before == "<s><|user|> Be brief.\n\nHi<|end|>\n<|assistant|> "
 
 
@@ -308,7 +306,9 @@ def test_pairs_fit_the_models_positions(rollout: Rollout, bert: str) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(bert)
     asked = ("pet " * 30 + "drink", "pet pet drink", "Hi")
     answered = ("tea", "cat " + "tea " * 20, "hello")
-    inputs = TextPairs(tokenizer, 10)(replace(rollout, prompts=asked, responses=answered))
+    inputs = TextPairs(tokenizer, 10)(
+        replace(rollout, dialogues=tuple(map(as_dialogue, asked)), responses=answered)
+    )
     words = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in inputs["input_ids"]]
     assert words[0] == ["[CLS]", *["pet"] * 5, "drink", "[SEP]", "tea", "[SEP]"]
     assert words[1] == ["[CLS]", "drink", "[SEP]", "cat", *["tea"] * 5, "[SEP]"]

@@ -10,7 +10,8 @@ import pytest
 
 from training.config import check_config
 from training.data import DataSettings, Source, prompt_messages, read_records
-from training.data.formats import Record, RecordFault, Unusable, parse_record
+from training.data.fields import RecordFault, Unusable
+from training.data.formats import Record, parse_record
 from training.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -189,7 +190,7 @@ def test_every_fault_has_its_file_and_line():
         f"{path}:3: an object was expected, not list",
         f"{path}:4: no 'chosen'; did you mean 'choosen'?",
         f"{path}:6: 'prompt' is int, a text was expected",
-        f"{path}:7: no 'rejected'; known here: chosen, prompt",
+        f"{path}:7: 'rejected' is null",
         f"{path}:8: no 'prompt'; did you mean 'promt'?",
         f"{path}:9: 'ranking' [1, 2] does not list the indices 0 to 1, best first, each once",
         f"{path}:10: a prompt without 'chosen' and 'rejected', 'responses' and 'ranking', "
@@ -201,9 +202,17 @@ def test_every_fault_has_its_file_and_line():
 def test_faults_of_all_sources_are_told_at_once_and_the_rest_is_counted(tmp_path):
     many = write(tmp_path / "many.jsonl", *[{"prompt": n, "response": "x"} for n in range(30)])
     faults = faults_of(FIXTURES / "rankings.jsonl", eval_sources=[str(many)])
-    assert faults[0] == f"{many}:1: 'prompt' is int, a text was expected"
-    assert faults[19].startswith(f"{many}:20:")
-    assert faults[20:] == ["... and 10 more"]
+    assert faults == [
+        f"{many}:1: 'prompt' is int, a text was expected (30 such records: 1, 2, 3, …)"
+    ]
+    kinds = [{"prompt": "a", f"a{'x' * n}b": "?"} for n in range(2, 32)]
+    found = faults_of(write(tmp_path / "kinds.jsonl", *kinds, {"prompt": 1, "response": "x"}))
+    assert len(found) == 2
+    assert found[0].endswith(" or 'response' (30 such records: 1, 2, 3, …)")
+    roles = [{"messages": [{"role": "x" * n, "content": "a"}]} for n in range(1, 31)]
+    found = faults_of(write(tmp_path / "roles.jsonl", *roles))
+    assert found[19].startswith(f"{tmp_path / 'roles.jsonl'}:20: ")
+    assert found[20:] == ["... and 10 more"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
@@ -290,7 +299,7 @@ def test_an_explicit_format_is_not_guessed(tmp_path):
     [
         ({}, "no 'prompt'"),
         ({"prompt": [{"role": "user"}], "response": "b"}, "'prompt' is a list, but not of"),
-        ({"prompt": [{"role": "tool", "content": ""}], "response": "b"}, "the role 'tool'"),
+        ({"prompt": [{"role": "critic", "content": ""}], "response": "b"}, "the role 'critic'"),
         ({"prompt": "a", "responses": ["b"], "ranking": [0]}, "fewer than two"),
         ({"prompt": "a", "responses": ["b", 1], "ranking": [0, 1]}, "not a list of texts"),
         ({"prompt": "a", "responses": ["b", "c"], "ranking": [0, True]}, "not a list of indices"),

@@ -40,11 +40,30 @@ def test_a_local_file_has_no_hub_options(tmp_path):
     file.write_text("{}\n")
     source = {"path": str(file), "split": "test", "name": "x", "data_dir": "y"}
     assert faults_of({"sources": [source]}) == [
-        f"sources.0.path: {file} is none of .jsonl, .json, .jsonl.gz, .json.gz, .parquet",
+        f"sources.0.path: {file} is none of .jsonl, .json, .csv, .tsv, .jsonl.gz, "
+        ".json.gz, .csv.gz, .tsv.gz, .parquet",
         f"sources.0.name: {file} is a local file and has none",
         f"sources.0.data_dir: {file} is a local file and has none",
-        f"sources.0.split: {file} is a local file and has no split 'test'",
+        f"sources.0.split: {file} is a local file and has no split 'test'; write train, "
+        "or a part of it such as train[:10%]",
     ]
+
+
+def test_fields_and_patterns_that_fit_nothing(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    pattern = str(tmp_path / "b*.jsonl")
+    sources = [
+        {"path": str(tmp_path / "*.jsonl"), "field_map": {"promt": "question"}},
+        pattern,
+        {"path": str(tmp_path / "a.jsonl"), "split": "train[:10%"},
+    ]
+    found = faults_of({"sources": sources})
+    assert found[0] == (
+        "sources.0.field_map: no format has a field 'promt'; did you mean 'prompt'?"
+    )
+    assert found[1].startswith(f"sources.1.path: {pattern} matches no file of .jsonl, ")
+    assert found[2].startswith("sources.2.split: ")
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Token ids: columns, lengths, counts, and a cache that knows what it depends on."""
 
 import dataclasses
+import json
 from typing import Any, ClassVar
 
 import pytest
@@ -48,7 +49,7 @@ def test_columns(tokenizer, settings):
     for stage, count, expected in (
         ("sft", 1, {**common, "response_ids": tea}),
         ("reward", 2, {**common, "responses_ids": [tea, cat]}),
-        ("ppo", 0, common),
+        ("ppo", 0, {**common, "messages": json.dumps(PAIR.prompt)}),
     ):
         found = tokenize(stage_records(keep(PAIR, count)), tokenizer, settings(), stage)
         assert found.train[0] == expected
@@ -59,10 +60,13 @@ def test_columns(tokenizer, settings):
 
 def test_overlong_prompts_lose_their_beginning(tokenizer, settings):
     records = stage_records(keep(PAIR, 1), keep(LONG, 1), evaluation=[keep(LONG, 1)])
-    whole = tokenize(records, tokenizer, settings(), "sft").train[1]["prompt_ids"]
     found = tokenize(records, tokenizer, settings(max_prompt_length=16), "sft")
     cut = found.train[1]["prompt_ids"]
-    assert cut == [tokenizer.bos_token_id, *whole[-15:]]
+    assert len(cut) == 16
+    text = tokenizer.decode(cut, skip_special_tokens=True)
+    # Header and end stay; from the text in between the beginning is gone.
+    assert text.lstrip("\n").startswith("Human: ")
+    assert text.endswith("long long \n\nAssistant:")
     assert found.tally.counts == {
         "training": {"prompts truncated from the left to max_prompt_length": 1},
         "evaluation": {"prompts truncated from the left to max_prompt_length": 1},
@@ -177,10 +181,19 @@ def test_a_prompt_that_the_chat_template_refuses_is_dropped_and_counted(settings
     system = dataclasses.replace(
         PAIR, prompt=({"role": "system", "content": "Be brief."}, *PAIR.prompt)
     )
-    found = tokenize(stage_records(system, PAIR), tokenizer, settings(), "reward")
-    assert found.train["prompt"][:] == ["Suggest a drink."]
-    assert len(found.train[0]["responses_ids"]) == 2
-    assert found.tally.count("dropped: the chat template refuses the prompt") == 1
+    options = settings(on_bad_record="skip")
+    for _ in range(2):  # encoded, and read from the cache
+        found = tokenize(stage_records(system, PAIR), tokenizer, options, "reward")
+        assert found.train["prompt"][:] == ["Suggest a drink."]
+        assert len(found.train[0]["responses_ids"]) == 2
+        reason = "left out: the chat template refuses the dialogue: no system (at 1)"
+        assert found.tally.counts == {"training": {reason: 1}}
+    with pytest.raises(UserError) as caught:
+        tokenize(stage_records(system, PAIR, system), tokenizer, settings(), "reward")
+    assert caught.value.faults == [
+        "a:1: the chat template refuses the dialogue: no system (2 such records: 1, 1)",
+        "set another chat_template, or data.on_bad_record=skip to leave such records out",
+    ]
 
 
 def test_responses_stay_with_their_prompts_across_batches(tokenizer, settings, monkeypatch):
@@ -196,6 +209,36 @@ def test_responses_stay_with_their_prompts_across_batches(tokenizer, settings, m
         assert row["prompt"] == record.prompt_text
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in row["responses_ids"]]
         assert tuple(texts) == record.responses
+
+
+def test_every_answer_of_a_dialogue_is_learned_after_the_turns_before_it(tokenizer, settings):
+    """As many tokens carry loss as in the answers, each with the context in which it is drawn."""
+    asked = [{"role": "user", "content": text} for text in ("Hi", "Suggest a pet.", "Why?")]
+    answers = [
+        {"role": "assistant", "content": "Hello"},
+        {"role": "assistant", "content": "A cat", "weight": 0},
+    ]
+    prompt = (asked[0], answers[0], asked[1], answers[1], asked[2])
+    records = stage_records(Record(prompt, ("It sleeps",), "a:1", all_turns=True))
+    found = tokenize(records, tokenizer, settings(), "sft")
+    rows = [
+        (tokenizer.decode(row["prompt_ids"], skip_special_tokens=True).strip(),
+         tokenizer.decode(row["response_ids"]))
+        for row in found.train
+    ]  # fmt: skip
+    first = "Human: Hi\n\nAssistant:"
+    assert rows == [
+        (first, "Hello</s>"),
+        (f"{first} Hello\n\nHuman: Suggest a pet.\n\nAssistant: A cat\n\nHuman: Why?\n\nAssistant:",
+         "It sleeps</s>"),
+    ]  # fmt: skip
+    assert found.tally.lines() == [
+        "training: 1 answers not learned: weight 0, tool calls, thoughts, or no question before"
+    ]
+    last = tokenize(
+        stage_records(Record(prompt, ("It sleeps",), "a:1")), tokenizer, settings(), "sft"
+    )
+    assert len(last.train) == 1
 
 
 def test_the_second_run_reads_the_cache(tokenizer, settings, monkeypatch):
