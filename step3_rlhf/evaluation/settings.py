@@ -11,7 +11,7 @@ from training.config import apply_overrides, check_config, read_mapping
 from training.errors import UserError
 
 EXAMPLES = """examples:
-  bash scripts/evaluate.sh runs/quickstart/kl evaluation.max_prompts=64
+  bash scripts/evaluate.sh runs/quickstart/kl evaluation.max_prompts=64 --overwrite
   bash scripts/evaluate.sh runs/any model_name_or_path=POLICY reward.model_name_or_path=REWARD \\
       'data.sources=["PATH"]'
 Every setting below can be overridden as key.path=value."""

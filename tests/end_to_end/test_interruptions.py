@@ -166,7 +166,10 @@ def test_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
     run = Launched(stage, config, processes)
     run.wait_for(tmp_path / "stopped" / "metrics.jsonl")
     run.script.send_signal(number)
-    assert f"Stopped by {number.name} after step" in run.end(128 + number, within=60)
+    printed = run.end(128 + number, within=60)
+    assert f"Stopped by {number.name} after step" in printed
+    assert "return code" not in printed  # our message alone, none of the launcher's
+    assert printed.rstrip().endswith("resume_from_checkpoint=latest resumes from it")
     (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
     assert int(checkpoint.name.removeprefix("step-")) >= 1
 
@@ -194,6 +197,7 @@ def test_when_a_rank_dies_the_others_end(configured: Configured, tmp_path: Path)
     run.wait_for(tmp_path / "bereft" / "metrics.jsonl")
     run.ranks()[1].kill()
     assert run.script.wait(timeout=60) not in (0, 2)
+    assert "A process of the run was ended by SIGKILL" in run.log.read_text()
     assert not run.ranks()
 
 
@@ -232,6 +236,7 @@ def test_a_mistake_that_rank_0_finds_first_ends_with_its_message(configured: Con
     printed = run.end(2, within=120)
     assert "No training records are left for 'sft'" in printed
     assert "Traceback" not in printed
+    assert "return code" not in printed
     assert not run.ranks()
 
 

@@ -164,6 +164,7 @@ def test_two_nodes_through_pdsh_until_a_signal(config: Path, tmp_path: Path) -> 
     assert json.loads((output / "config.json").read_text())["description"] == description
     assert handed_over["HF_HOME"] == str(tmp_path)
     assert handed_over["DS_ACCELERATOR"] == "cpu"
+    assert handed_over["DEEPSPEED_TIMEOUT"] == os.environ.get("DEEPSPEED_TIMEOUT", "60")
     assert "WANDB_API_KEY" not in handed_over
 
 

@@ -25,8 +25,9 @@ def check_policy(model: Pretrained) -> None:
     """Refuse anything but a causal language model.
 
     Raises:
-        UserError: the model is a sequence-classification model.
+        UserError: the model is a sequence-classification model, or quantized.
     """
+    refuse_quantized(model)
     if any("SequenceClassification" in name for name in model.config.architectures or []):
         raise UserError(f"{model} is a sequence-classification model, not a language model")
 
@@ -40,6 +41,7 @@ def check_scalar(model: Pretrained, new_head: bool) -> bool:
     Raises:
         UserError: the model cannot give one scalar per sequence.
     """
+    refuse_quantized(model)
     config = model.config
     trained = any("SequenceClassification" in name for name in config.architectures or [])
     if trained and config.num_labels != 1:
@@ -54,6 +56,18 @@ def check_scalar(model: Pretrained, new_head: bool) -> bool:
             "arbitrary; stage 2 makes one from it"
         )
     return trained
+
+
+def refuse_quantized(model: Pretrained) -> None:
+    """Refuse quantized weights, of the Hub too: they have no gradients, and cannot change dtype.
+
+    Raises:
+        UserError: the model's config says that it is quantized.
+    """
+    quantized = getattr(model.config, "quantization_config", None)
+    if quantized:
+        method = dict(quantized).get("quant_method", "an unnamed method")
+        raise UserError(f"{model} is quantized ({method}); name the model that it was made from")
 
 
 def check_head(model: PreTrainedModel, name_or_path: str) -> None:

@@ -1,5 +1,7 @@
 """What is loaded is whole, of the right kind, and has an EOS that it can learn."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,12 @@ from transformers import (
 )
 
 from training.errors import UserError
-from training.models.checks import check_positions, require_same_tokens
+from training.models.checks import (
+    check_policy,
+    check_positions,
+    check_scalar,
+    require_same_tokens,
+)
 from training.models.loading import load_policy, load_reward_model, load_scalar_model
 from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained, reads_pairs
@@ -114,6 +121,20 @@ def test_pickled_weights_are_refused(tmp_path: Path, world_tokenizer) -> None:
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="no model could be loaded"):
         load_policy(Pretrained(str(tmp_path)), world_tokenizer)
+
+
+def test_a_quantized_model_is_refused_before_its_weights_are_loaded(
+    tiny_world: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_world / "base", model)
+    saved = json.loads((model / "config.json").read_text())
+    saved["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (model / "config.json").write_text(json.dumps(saved))
+    (model / "model.safetensors").unlink()
+    for check in (check_policy, lambda name: check_scalar(name, new_head=True)):
+        with pytest.raises(UserError, match=r"is quantized \(gptq\)"):
+            check(Pretrained(str(model)))
 
 
 def test_a_new_reward_head_prefers_nothing(tmp_path: Path) -> None:
