@@ -211,10 +211,10 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def mean_over_ranks(total: float, count: float) -> float:
-    """total / count, each summed over all ranks."""
-    both = sum_over_ranks(torch.tensor([total, count], dtype=torch.float64))
-    return (both[0] / both[1].clamp(min=1)).item()
+def mean_over_ranks(total_and_count: torch.Tensor) -> float:
+    """total / count of [total, count], each summed over all ranks."""
+    total, count = sum_over_ranks(total_and_count).tolist()
+    return float(total / max(count, 1.0))
 
 
 def evaluation_batches(examples: int, batch_size: int) -> list[list[int]]:

@@ -199,7 +199,9 @@ def adamw(
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         load_extension("CPUAdamBuilder")
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, **options)
+    # Fused: one kernel for many tensors, and a step count that stays on the GPU.
+    fused = True if any(parameter.is_cuda for parameter in parameters) else None
+    return torch.optim.AdamW(groups, fused=fused, **options)
 
 
 def frozen(module: nn.Module, section: dict[str, Any], dtype: torch.dtype) -> nn.Module:
