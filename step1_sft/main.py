@@ -56,12 +56,11 @@ class ResponseModelling:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        total, tokens = 0.0, 0
+        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device())
         for rows in fitting.evaluation_batches(len(self.held_out), self.eval_batch_size):
             batch = self.collate(rows, training=False)
-            total += self.loss_sum(batch).item()
-            tokens += self.items(batch)
-        loss = fitting.mean_over_ranks(total, tokens)
+            sums += torch.stack([self.loss_sum(batch).double(), batch.response_mask.sum()])
+        loss = fitting.mean_over_ranks(sums)
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
 

@@ -73,19 +73,19 @@ class PreferenceModelling:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        total, rankings = 0.0, 0
+        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device())
         margins: list[tuple[float, int]] = []
         batch_size = self.config.per_device_eval_batch_size
         for rows in fitting.evaluation_batches(len(self.held_out), batch_size):
             batch = self.collate(rows, training=False)
             rewards, present = self._rewards(batch)
-            total += plackett_luce_loss(rewards, present).sum().item()
-            rankings += self.items(batch)
+            loss_sum = plackett_luce_loss(rewards, present).sum()
+            sums += torch.stack([loss_sum.double(), batch.group_mask.sum()])
             margins += [
                 (margin, self._prompt_numbers[rows[group]])
-                for margin, group in pair_margins(rewards, present)
+                for margin, group in pair_margins(rewards.cpu(), present.cpu())
             ]
-        loss = fitting.mean_over_ranks(total, rankings)
+        loss = fitting.mean_over_ranks(sums)
         everywhere, prompts = zip(*ranks.gather_objects(margins), strict=True)
         self.calibration = calibration_figures(
             torch.tensor(everywhere), torch.tensor(prompts), self.config.calibration_bins

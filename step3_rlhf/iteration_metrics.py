@@ -18,7 +18,13 @@ class IterationMetrics:
 
     def __init__(self, regularizer: Regularizer) -> None:
         self.regularizer = regularizer
-        self.sums: dict[str, Tensor] = {}
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None  # [names] float64, on the device until `averages`
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """This rank's sums so far by name, [] float64 each; empty before the first `add`."""
+        return {} if self._sums is None else dict(zip(self._names, self._sums, strict=True))
 
     @torch.no_grad()
     def add(
@@ -40,10 +46,10 @@ class IterationMetrics:
         mask, old = part.rollout.response_mask, part.old
         regularizer = self.regularizer.value(old.logp, part.ref_logp, mask)
         bound = self.regularizer.marginal(old.logp, part.ref_logp, mask).bound
-        returns = part.returns[mask].double()
-        errors = (part.returns - old.values)[mask].double()
+        returns = torch.where(mask, part.returns, 0.0).double()
+        errors = torch.where(mask, part.returns - old.values, 0.0).double()
         added = {
-            "responses": torch.tensor(len(part.rollout)),
+            "responses": part.rewards.new_full((), len(part.rollout)),
             "tokens": mask.sum(),
             "prompt_tokens": part.rollout.prompt_tokens,
             "ended": part.rollout.ended.sum(),
@@ -66,9 +72,9 @@ class IterationMetrics:
         }
         if (drawn := part.rollout.drawn_logp) is not None:
             added["drawn_difference"] = masked_sum((drawn - old.logp).abs(), mask)
-        for name, value_sum in added.items():
-            before = self.sums.get(name, torch.zeros((), dtype=torch.float64))
-            self.sums[name] = before + value_sum.detach().double().cpu()
+        values = torch.stack([value_sum.detach().double() for value_sum in added.values()])
+        self._names = tuple(added)
+        self._sums = values if self._sums is None else self._sums + values
 
     def averages(self, rewards: Tensor) -> dict[str, float]:
         """The iteration's metrics, the same on every rank; averages over all passes as well.
@@ -76,17 +82,20 @@ class IterationMetrics:
         Args:
             rewards: [this rank's responses], as the reward source gave them.
         """
-        own = torch.stack([torch.tensor(float(len(rewards))), rewards.sum().cpu()]).double()
-        drawn, reward = sum_over_ranks(own).tolist()
-        totals = sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
-        sums = dict(zip(self.sums, totals, strict=True))
+        own = {
+            **self.sums,
+            "drawn": rewards.new_full((), len(rewards), dtype=torch.float64),
+            "rewards": rewards.sum().double(),
+        }
+        totals = sum_over_ranks(torch.stack(list(own.values()))).tolist()  # the only wait
+        sums = dict(zip(own, totals, strict=True))
         n, tokens = sums["responses"], sums["tokens"]
         variance = sums["squared_returns"] / tokens - (sums["returns"] / tokens) ** 2
         unexplained = sums["squared_errors"] / tokens - (sums["errors"] / tokens) ** 2
         known = "drawn_difference" in sums
         return {
             "objective/rlhf_reward": sums["objective"] / n,
-            "objective/scores": reward / drawn,
+            "objective/scores": sums["rewards"] / sums["drawn"],
             "objective/regularizer": sums["regularizer"] / n,
             "objective/kl": sums["log_ratio"] / n,
             "objective/entropy": -sums["logp"] / n,

@@ -34,10 +34,9 @@ from training.models.lora import WithoutAdapter
 from training.models.options import LoadOptions
 from training.runtime import ranks
 from training.runtime.checkpoint import Checkpoints
-from training.runtime.clock import peak_memory
 from training.runtime.engine import TrainedModule
 from training.runtime.signals import stop_requests
-from training.runtime.tracking import Tracker, say
+from training.runtime.tracking import Tracker, peak_memory, say
 
 SHOWN = ("objective/rlhf_reward", "objective/kl", "policy/entropy_per_token", "response/length")
 """Metrics that are shown beside the progress bar."""

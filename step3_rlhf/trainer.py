@@ -18,10 +18,10 @@ from step3_rlhf.prompts import Prompts
 from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout, sample
 from training.models.lora import WithoutAdapter
-from training.runtime.clock import Clock
 from training.runtime.engine import TrainedModule, optimizer_step
 from training.runtime.faults import dumped, require_finite
 from training.runtime.ranks import sum_over_ranks
+from training.runtime.tracking import Clock
 
 Part = TypeVar("Part", bound=Judged)
 

@@ -21,13 +21,12 @@ from training.errors import RunError, Stopped, UserError
 from training.models.checks import check_positions
 from training.models.pretrained import Pretrained
 from training.runtime.checkpoint import Checkpoints
-from training.runtime.clock import Clock, peak_memory
 from training.runtime.engine import TrainedModule, optimizer_step
 from training.runtime.faults import dumped
 from training.runtime.ranks import rank, rank_zero_first, sum_over_ranks, world_size
 from training.runtime.resume import check_resumable
 from training.runtime.signals import stop_requests
-from training.runtime.tracking import Tracker, say
+from training.runtime.tracking import Clock, Tracker, peak_memory, say
 from training.stage_config import StageConfig, SupervisedConfig
 
 Batch = TypeVar("Batch")
@@ -229,10 +228,10 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def mean_over_ranks(total: float, count: float) -> float:
-    """total / count, each summed over all ranks."""
-    both = sum_over_ranks(torch.tensor([total, count], dtype=torch.float64))
-    return (both[0] / both[1].clamp(min=1)).item()
+def mean_over_ranks(total_and_count: torch.Tensor) -> float:
+    """total / count of [total, count], each summed over all ranks."""
+    total, count = sum_over_ranks(total_and_count).tolist()
+    return float(total / max(count, 1.0))
 
 
 def evaluation_batches(examples: int, batch_size: int) -> list[list[int]]:

@@ -177,6 +177,7 @@ def test_each_phase_of_ppo_is_counted(
         f"output_dir={tmp_path / 'out'}",
         'frozen_deepspeed={"zero_optimization": {"stage": 3}}',
         'evaluation.sampling={"response_length": 768, "rollout_batch_size": 48, "top_p": 0.5}',
+        "num_mini_batches=1",  # 16 responses in an iteration, fewer than rollout_batch_size
         "--processes=4",
     )
     path = ROOT / "step3_rlhf" / "configs" / "opt-1.3b.json"
@@ -184,9 +185,9 @@ def test_each_phase_of_ppo_is_counted(
     phases = dict(line.strip().split(":", 1) for line in lines if "(" in line and ":" in line)
     a_token = 2 * 24 * 2048 * 2 / 2**30
     weights = 2 * 1_315_758_080 / 2**30
-    assert f"key-value cache {a_token * 24 * 512:.2f}" in phases["centering rewards"]
+    assert f"key-value cache {a_token * 64 * 512:.2f}" in phases["centering rewards"]
     assert f"gathered weights {weights:.2f}" in phases["centering rewards"]  # ZeRO-3's reference
-    assert f"key-value cache {a_token * 4 * 512:.2f}" in phases["drawing responses"]
+    assert f"key-value cache {a_token * 16 * 512:.2f}" in phases["drawing responses"]
     assert "gathered" not in phases["drawing responses"]  # ZeRO-2's actor
     assert f"key-value cache {a_token * 48 * 1024:.2f}" in phases["evaluating"]
     assert sum("top_p=0.5" in line for line in lines) == 1

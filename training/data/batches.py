@@ -42,7 +42,8 @@ class SequenceBatch:
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
         """The same batch on `device`."""
-        return SequenceBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+        parts = (getattr(self, field.name) for field in fields(self))
+        return SequenceBatch(*(part.to(device, non_blocking=True) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ class GroupedBatch:
 
     def to(self, device: torch.device | str) -> "GroupedBatch":
         """The same batch on `device`."""
-        return GroupedBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+        groups = (self.group_index, self.group_sizes, self.group_mask)
+        return GroupedBatch(
+            self.sequences.to(device), *(part.to(device, non_blocking=True) for part in groups)
+        )
 
 
 def pad_sequences(

@@ -145,7 +145,7 @@ def without_absent(logits: Tensor, absent: Tensor | None) -> Tensor:
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum `values` where `mask` is true; masked values cannot leak, not even as NaN."""
-    kept = torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype).to(values))
+    kept = values.masked_fill(~mask.bool(), 0)
     return kept.sum() if dim is None else kept.sum(dim)
 
 

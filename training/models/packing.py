@@ -27,6 +27,8 @@ class Packed:
         position_ids  [[0, 1, 2, 3], [0, 1, 0, 0]]
         rows          [0, 0, 0, 0, 1, 1, 1]   for the batch's tokens, row by row
         columns       [0, 1, 2, 3, 0, 1, 2]
+        from_rows     [0, 0, 0, 0, 1, 1, 2]   and their places in the batch
+        from_columns  [0, 1, 2, 3, 0, 1, 3]
     """
 
     input_ids: Tensor  # [R, L] long
@@ -34,12 +36,14 @@ class Packed:
     attention_mask: Tensor  # [R, 1, L, L] bool: whether token q attends to token k
     rows: Tensor  # [tokens] long
     columns: Tensor  # [tokens] long
-    valid: Tensor  # [B, L] bool: the places of the tokens in the batch
+    from_rows: Tensor  # [tokens] long
+    from_columns: Tensor  # [tokens] long
+    sequences: int  # B
 
     def unpacked(self, hidden: Tensor) -> Tensor:
         """Move hidden states [R, L, H] back to [B, L, H]; 0 on padding."""
-        batch = hidden.new_zeros(*self.valid.shape, hidden.shape[-1])
-        batch[self.valid] = hidden[self.rows, self.columns]
+        batch = hidden.new_zeros(self.sequences, *hidden.shape[1:])
+        batch[self.from_rows, self.from_columns] = hidden[self.rows, self.columns]
         return batch
 
 
@@ -50,7 +54,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
         input_ids: [B, L], padded on either side.
         attention_mask: [B, L], 0 on padding.
     """
-    valid = attention_mask.bool()
+    valid = attention_mask.bool().cpu()  # the only wait for a GPU: the plan is made on the host
     width = valid.shape[1]
     lengths: list[int] = valid.sum(-1).tolist()
     row_of, start_of, used = [0] * len(lengths), [0] * len(lengths), list[int]()
@@ -62,17 +66,24 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
         row_of[sequence], start_of[sequence] = row, used[row]
         used[row] += lengths[sequence]
 
-    sequence_of, place = valid.nonzero(as_tuple=True)[0], (valid.cumsum(-1) - 1)[valid]
-    rows = torch.tensor(row_of, device=valid.device)[sequence_of]
-    columns = torch.tensor(start_of, device=valid.device)[sequence_of] + place
-    packed_ids = input_ids.new_zeros(len(used), width)
-    packed_ids[rows, columns] = input_ids[valid]
-    positions = torch.zeros_like(packed_ids)
+    from_rows, from_columns = valid.nonzero(as_tuple=True)
+    place = (valid.cumsum(-1) - 1)[valid]
+    rows = torch.tensor(row_of)[from_rows]
+    columns = torch.tensor(start_of)[from_rows] + place
+    positions = torch.zeros(len(used), width, dtype=torch.long)
     positions[rows, columns] = place
-    owner = torch.zeros_like(packed_ids)  # 0: padding, which attends to padding
-    owner[rows, columns] = sequence_of + 1
+    owner = torch.zeros_like(positions)  # 0: padding, which attends to padding
+    owner[rows, columns] = from_rows + 1
+    plan = (positions, owner, rows, columns, from_rows, from_columns)
+    positions, owner, rows, columns, from_rows, from_columns = (
+        part.to(input_ids.device, non_blocking=True) for part in plan
+    )
+    packed_ids = input_ids.new_zeros(positions.shape)
+    packed_ids[rows, columns] = input_ids[from_rows, from_columns]
     within = (owner[:, :, None] == owner[:, None, :]).tril()
-    return Packed(packed_ids, positions, within[:, None], rows, columns, valid)
+    return Packed(
+        packed_ids, positions, within[:, None], rows, columns, from_rows, from_columns, len(valid)
+    )
 
 
 def refuse_unpackable(config: PretrainedConfig, name_or_path: str) -> None:

@@ -74,9 +74,10 @@ class Policy(Quiet):
             self._takes_positions,
             self._packing,
         )
-        predicting = scored_mask[:, 1:].bool()
-        hidden = states[:, :-1][predicting]
-        targets = input_ids[:, 1:][predicting]
+        # Once for both: the host waits for the number of scored tokens.
+        rows, columns = scored_mask[:, 1:].nonzero(as_tuple=True)
+        hidden = states[rows, columns]
+        targets = input_ids[rows, columns + 1]
         chunks = chunks_of(len(targets))
         if is_partitioned(self.model):  # ranks have different numbers of tokens
             chunks = max_over_ranks(chunks)

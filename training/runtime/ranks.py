@@ -92,7 +92,7 @@ def device() -> torch.device:
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a small tensor elementwise over all processes, in float64."""
-    total = values.detach().clone().double().to(device())
+    total = values.detach().clone().double().to(device(), non_blocking=True)
     if world_size() > 1:
         torch.distributed.all_reduce(total)
     return total
