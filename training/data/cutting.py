@@ -1,5 +1,6 @@
 """Shortens long dialogues: whole old turns go first, then the beginning of what is left."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from training.data.messages import Dialogue
@@ -28,11 +29,16 @@ def shortened(
     first = next((n for n, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
     system, turns = messages[:first], messages[first:]
     asked = [n for n, turn in enumerate(turns) if turn["role"] == "user"]
-    for start in asked:
-        if start > 0 and length(kept := (*system, *turns[start:])) <= limit:
-            return kept
     if not asked:
         return None
+    later = [start for start in asked if start > 0]
+
+    def fits(start: int) -> bool:
+        return length((*system, *turns[start:])) <= limit
+
+    place = bisect_left(later, True, key=fits)  # the fewer turns are left, the shorter they are
+    if place < len(later):
+        return (*system, *turns[later[place] :])
     long, *rest = turns[asked[-1] :]
     places = starts(long["content"])
     place, excess = 0, length((*system, long, *rest)) - limit

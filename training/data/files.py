@@ -34,6 +34,8 @@ class RawRecord:
     origin: str
     value: dict[str, Any]
     fault: str = ""
+    is_rest: bool = False
+    """The fault hides what follows it: it cannot be left out as one record."""
     is_table_row: bool = False
     """All values are texts, whatever they stand for."""
 
@@ -151,7 +153,7 @@ def _from_table(path: str, content: bytes, delimiter: str, count: CountUp) -> It
                 value = dict(zip(columns, row, strict=False))
                 yield RawRecord(origin, value, is_table_row=True)
     except csv.Error as error:
-        yield RawRecord(f"{path}:{line}", {}, f"malformed CSV: {_one_line(error)}")
+        yield RawRecord(f"{path}:{line}", {}, f"malformed CSV: {_one_line(error)}", is_rest=True)
 
 
 def _from_lines(path: str, lines: Iterable[bytes], count: CountUp) -> Iterator[RawRecord]:
@@ -177,7 +179,8 @@ def _from_array(path: str, content: bytes, count: CountUp) -> Iterator[RawRecord
         json.loads(text)
     except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        yield RawRecord(f"{path}:{line}", {}, f"malformed JSON: {_json_message(error)}")
+        fault = f"malformed JSON: {_json_message(error)}"
+        yield RawRecord(f"{path}:{line}", {}, fault, is_rest=True)
         return
     decoder = json.JSONDecoder()
     between = re.compile(r"[\s,]*")

@@ -124,6 +124,9 @@ def _usable(
     mistakes = Mistakes()
     try:
         for raw in raw_records(source, count):
+            if raw.is_rest:
+                faults.found.append(f"{raw.origin}: {raw.fault}")
+                continue
             count("read")
             try:
                 if raw.fault:

@@ -359,6 +359,17 @@ def test_parts_of_files_and_saved_data_sets(tmp_path: Path, split: str, rows: An
             read(tmp_path / folder, "sft", {"split": "dev"})
 
 
+def test_a_folder_of_files_has_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = [{"prompt": f"{split} {n}", "response": str(n)} for n in range(10)]
+        write(folder / f"{split}.jsonl", *rows)
+    found = read(folder, "sft", {"split": "test[20%:40%]"})
+    assert texts(found) == [("test 2", "2"), ("test 3", "3")]
+
+
 def test_patterns_name_many_files(tmp_path: Path) -> None:
     for number in (2, 1):
         write(tmp_path / f"part-{number}.jsonl", {"prompt": f"p{number}", "response": "x"})
@@ -412,6 +423,22 @@ def test_bad_records_are_left_out_and_reported(tmp_path: Path) -> None:
         "'response' ('response' is null)",
         f"{path}:8: malformed JSON: Expecting ':' delimiter (column 10)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("a.json", '[{"prompt": "a", "response": "b"}, {"prompt"', "malformed JSON"),
+        ("a.csv", 'prompt,response\na,b\n"c', "malformed CSV"),
+    ],
+)
+def test_what_hides_the_rest_of_a_file_is_not_skipped_as_one_record(
+    tmp_path: Path, name: str, content: str, fault: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UserError, match=fault):
+        read(path, "sft", on_bad_record="skip")
 
 
 def test_deep_nesting_is_a_fault_of_its_record(tmp_path: Path) -> None:
