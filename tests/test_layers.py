@@ -21,9 +21,8 @@ step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards training training.data.ba
 training.data.tally training.deferred training.errors training.models training.models.decoding
 training.models.decoding.cache training.models.decoding.few_rows training.models.families
 training.models.families.generation training.models.families.own_head training.models.logprobs
-training.runtime training.runtime.clock training.runtime.disk training.runtime.extensions
-training.runtime.process training.runtime.random_states training.statistics training.world
-training.world.topics
+training.runtime training.runtime.disk training.runtime.extensions training.runtime.process
+training.runtime.random_states training.statistics training.world training.world.topics
 
 step3_rlhf.benchmark.measure step3_rlhf.evaluation.metrics step3_rlhf.ppo step3_rlhf.response_sets
 training.config training.data.chat_template training.data.fields training.deepspeed_section
