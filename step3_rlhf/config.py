@@ -222,6 +222,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
                 "lora.lora_dropout: PPO scores what it trains, and dropout would score another "
                 "policy; 0 is the value here"
             )
+        if self.eval_steps and self.data.validation_share == 0:
+            found.append("eval_steps: needs validation data, a data.validation_share above 0")
         rollout = self.local_rollout_size()
         if rollout % self.rollout_batch_size and self.rollout_batch_size < rollout:
             found.append(

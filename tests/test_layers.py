@@ -13,39 +13,41 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("training", "step1_sft", "step2_reward", "step3_rlhf")
 
 LAYERS = """
-step1_sft step2_reward step2_reward.losses step3_rlhf step3_rlhf.evaluation step3_rlhf.paper
-step3_rlhf.paper.grid step3_rlhf.paper.grid.paper_models step3_rlhf.paper.pages
-step3_rlhf.paper.quickstart step3_rlhf.paper.quickstart.machine
-step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards training training.data.batches
-training.data.tally training.errors training.models training.models.families
-training.models.families.generation training.models.families.own_head training.models.logprobs
-training.runtime training.runtime.disk training.runtime.extensions training.runtime.random_states
-training.statistics training.world training.world.topics
+step1_sft step2_reward step2_reward.losses step3_rlhf step3_rlhf.evaluation
+step3_rlhf.evaluation.metrics step3_rlhf.paper step3_rlhf.paper.grid
+step3_rlhf.paper.grid.paper_models step3_rlhf.paper.pages step3_rlhf.paper.quickstart
+step3_rlhf.paper.quickstart.machine step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards
+training training.data.batches training.data.tally training.errors training.models
+training.models.families training.models.families.generation training.models.families.own_head
+training.models.logprobs training.runtime training.runtime.disk training.runtime.extensions
+training.runtime.json_text training.runtime.random_states training.statistics training.world
+training.world.topics
 
-step3_rlhf.evaluation.metrics step3_rlhf.ppo step3_rlhf.response_sets training.config
-training.deepspeed_section training.memory training.models.families.noise training.models.packing
-training.models.pretrained training.plotting training.plugins training.runtime.ranks
-training.world.population training.world.prompts
+step3_rlhf.ppo step3_rlhf.response_sets training.config training.deepspeed_section training.memory
+training.models.families.noise training.models.packing training.models.pretrained
+training.plotting training.plugins training.runtime.ranks training.world.population
+training.world.prompts
 
-step2_reward.calibration step3_rlhf.paper.quickstart.findings step3_rlhf.paper.quickstart.shares
-step3_rlhf.regularizers.base training.data.settings training.models.checks
-training.models.hidden_states training.runtime.faults training.runtime.signals
-training.runtime.tracking training.settings_reference training.world.base_model
+step2_reward.calibration step3_rlhf.paper.quickstart.shares step3_rlhf.regularizers.base
+training.data.settings training.models.checks training.models.hidden_states
+training.runtime.faults training.runtime.signals training.runtime.tracking
+training.settings_reference training.world.base_model
 
-step3_rlhf.paper.grid.launcher step3_rlhf.paper.quickstart.table1
-step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimum
-step3_rlhf.regularizers.solvers training.data.files training.data.formats training.data.split
-training.models.scalar training.stage_config training.world.files
+step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none
+step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers training.data.files
+training.data.formats training.data.split training.models.scalar training.stage_config
+training.world.files
 
-step3_rlhf.paper.quickstart.page step3_rlhf.paper.quickstart.report_json
-step3_rlhf.regularizers.divergences step3_rlhf.regularizers.links training.data.records
-training.data.templates training.models.lora training.models.options training.runtime.engine
-training.world.__main__
+step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.divergences
+step3_rlhf.regularizers.links training.data.records training.data.templates training.models.lora
+training.models.options training.runtime.engine training.world.__main__
 
-step3_rlhf.regularizers.f_divergence step3_rlhf.regularizers.generalized_pl training.data.tokens
-training.models.partitioned training.runtime.checkpoint
+step3_rlhf.paper.quickstart.table1 step3_rlhf.regularizers.f_divergence
+step3_rlhf.regularizers.generalized_pl training.data.tokens training.models.partitioned
+training.runtime.checkpoint
 
-step3_rlhf.regularizers.registry training.data training.models.export training.models.policy
+step3_rlhf.paper.quickstart.page step3_rlhf.regularizers.registry training.data
+training.models.export training.models.policy
 
 step3_rlhf.regularizers training.fitting training.models.comparison
 training.models.families.vocabulary
@@ -59,8 +61,8 @@ training.cli
 step1_sft.config step2_reward.config step3_rlhf.config step3_rlhf.paper.analytic_figures
 
 step1_sft.main step2_reward.main step3_rlhf.evaluation.held_out step3_rlhf.evaluation.settings
-step3_rlhf.loading step3_rlhf.paper.grid.cells step3_rlhf.paper.quickstart.__main__
-step3_rlhf.prompts step3_rlhf.roles step3_rlhf.rollout
+step3_rlhf.loading step3_rlhf.paper.grid.cells step3_rlhf.prompts step3_rlhf.roles
+step3_rlhf.rollout
 
 step3_rlhf.evaluation.resume step3_rlhf.experience step3_rlhf.paper.grid.jobs
 step3_rlhf.paper.grid.results step3_rlhf.rewards.readings
@@ -75,9 +77,9 @@ step3_rlhf.checks step3_rlhf.evaluation.scoring step3_rlhf.paper.grid.report ste
 step3_rlhf.dry_run step3_rlhf.evaluation.exact step3_rlhf.evaluation.sampled
 step3_rlhf.paper.grid.__main__
 
-step3_rlhf.evaluation.measure
+step3_rlhf.evaluation.measure step3_rlhf.paper.quickstart.report_json
 
-step3_rlhf.evaluation.__main__ step3_rlhf.main
+step3_rlhf.evaluation.__main__ step3_rlhf.main step3_rlhf.paper.quickstart.__main__
 """
 
 

@@ -160,6 +160,12 @@ class SupervisedConfig(StageConfig, OptimizerSettings):
     data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
     """What the stage learns from."""
 
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.data.validation_share == 0:
+            found.append("data.validation_share: 0 leaves nothing to choose the weights by")
+        return found
+
 
 def model_path_faults(field: str, name_or_path: str) -> list[str]:
     """Faults of a model's name: a path must exist; `owner/name` may be on the Hub."""

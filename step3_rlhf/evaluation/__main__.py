@@ -41,7 +41,7 @@ def run(config: EvaluationConfig) -> None:
     with ranks.rank_zero_first():
         data = tokenize(replace(records, train=[]), tokenizer, config.data, "ppo")
     say("\n".join([*records.tally.lines(), *data.tally.lines()]))
-    held_out = load_held_out(config, data.eval, tokenizer)
+    held_out = load_held_out(config, data.eval, tokenizer, "test")
     output = Path(config.output_dir)
     finished = FinishedBlocks(output, fingerprint(config, held_out))
     figures, instances = evaluate(

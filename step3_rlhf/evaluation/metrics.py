@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.statistics import Z95, ratio_standard_error
-
 
 def pm_divergence(
     logp_1: Tensor, logp_2: Tensor, reward_1: Tensor, reward_2: Tensor, temperature: float
@@ -46,18 +44,6 @@ def response_perplexity(logp: Tensor, lengths: Tensor) -> Tensor:
 def text_perplexity(logp: Tensor, lengths: Tensor) -> float:
     """exp(−Σ log π / Σ tokens) over all texts."""
     return torch.exp(-logp.double().sum() / lengths.sum()).item()
-
-
-def text_perplexity_ci95(logp: Tensor, lengths: Tensor) -> float:
-    """Half the width of `text_perplexity`'s 95 % confidence interval over texts.
-
-    H = −Σ log π / Σ tokens is a ratio of sums over texts, and the standard error of exp H is exp H
-    times that of H (delta method). 0 for a single text.
-    """
-    if len(logp) < 2:
-        return 0.0
-    error = ratio_standard_error(-logp, lengths)
-    return Z95 * text_perplexity(logp, lengths) * error
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Metrics of sampled responses (section 6.1) and the perplexity of held-out texts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +12,6 @@ from step3_rlhf.evaluation.held_out import HeldOut
 from step3_rlhf.evaluation.metrics import (
     pm_divergence,
     response_perplexity,
-    text_perplexity,
-    text_perplexity_ci95,
 )
 from step3_rlhf.evaluation.resume import FinishedBlocks
 from step3_rlhf.evaluation.scoring import Models, sequence_logps
@@ -22,7 +20,14 @@ from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.rollout import assemble, sample
 from training.data import response_end
 from training.runtime import ranks
-from training.statistics import Estimate, estimate
+from training.statistics import Estimate, estimate, log_ratio_estimate, numbered
+
+ESTIMAND = (
+    "the mean over held-out prompts of the mean over a prompt's draws; 95 % intervals, for other "
+    "groups of prompts drawn like these, are cluster-robust with Student's t and G - 1 degrees of "
+    "freedom, G the number of groups (`clusters`)"
+)
+"""What the sampled figures of evaluation.json estimate."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,15 @@ class Responses:
 
 
 def sampled_metrics(
-    prompts: list[str], responses: list[Responses], temperature: float
+    prompts: list[str],
+    responses: list[Responses],
+    temperature: float,
+    groups: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of section 6.1 from independent responses to each prompt.
 
-    Each figure averages over a prompt's draws, then over prompts; intervals are over prompts.
+    Each figure averages over a prompt's draws, then over prompts; intervals are over groups of
+    prompts, and if `groups` is empty, over prompts.
 
     Args:
         responses: an even number of draws. Consecutive draws make a pair, and a prompt's PM
@@ -57,11 +66,13 @@ def sampled_metrics(
         [pm_divergence(a.logp, b.logp, a.rewards, b.rewards, temperature) for a, b in pairs]
     ).mean(0)
 
+    clusters = numbered(groups or prompts)
+
     def mean(value: Callable[[Responses], Tensor]) -> Estimate:
-        return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0))
+        return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0), clusters)
 
     estimates = {
-        "pm_divergence": estimate(divergence),
+        "pm_divergence": estimate(divergence, clusters),
         "reward": mean(lambda y: y.rewards),
         "length": mean(lambda y: y.lengths),
         "ended_fraction": mean(lambda y: y.ended),
@@ -73,7 +84,9 @@ def sampled_metrics(
         "kl_per_token": mean(lambda y: (y.logp - y.ref_logp) / y.lengths),
     }
     figures: dict[str, Any] = {
+        "estimand": ESTIMAND,
         "prompts": len(prompts),
+        "clusters": len(clusters.unique()),
         "pairs_per_prompt": len(pairs),
         "preference_temperature": temperature,
     }
@@ -145,8 +158,11 @@ def held_out_perplexity(
     held_out: HeldOut,
     config: EvaluationConfig,
     finished: FinishedBlocks | None = None,
-) -> dict[str, float]:
-    """Perplexity of texts that people wrote, under policy and reference."""
+) -> dict[str, Any]:
+    """Perplexity of texts that people wrote, under policy and reference.
+
+    exp(−Σ log π / Σ tokens) with the interval of its logarithm, over groups of texts.
+    """
 
     def measure(rows: list[int]) -> list[tuple[float, float, int]]:
         texts = [held_out.texts[row] for row in rows]
@@ -168,10 +184,10 @@ def held_out_perplexity(
     size = config.per_device_eval_batch_size
     rows = over_ranks(len(held_out.texts), size, measure, "held-out texts", finished)
     logp, ref_logp, lengths = (torch.tensor(column).double() for column in zip(*rows, strict=True))
-    return {
-        "texts": len(rows),
-        "perplexity": text_perplexity(logp, lengths),
-        "perplexity_ci95": text_perplexity_ci95(logp, lengths),
-        "reference_perplexity": text_perplexity(ref_logp, lengths),
-        "reference_perplexity_ci95": text_perplexity_ci95(ref_logp, lengths),
-    }
+    clusters = numbered(held_out.text_groups or range(len(rows)))
+    figures: dict[str, Any] = {"texts": len(rows), "clusters": len(clusters.unique())}
+    for name, scored in (("perplexity", logp), ("reference_perplexity", ref_logp)):
+        found = log_ratio_estimate(-scored, lengths, clusters)
+        figures |= {name: found.mean, f"{name}_ci95": found.ci95}
+        figures |= {f"{name}_low": found.low, f"{name}_high": found.high}
+    return figures

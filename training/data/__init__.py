@@ -14,8 +14,8 @@ from training.data.batches import (
 )
 from training.data.formats import Record, prompt_messages
 from training.data.records import StageRecords, read_records
-from training.data.settings import STAGES, DataSettings, Source, Stage
-from training.data.split import chosen_at_random
+from training.data.settings import STAGES, DataSettings, Source, Split, Stage
+from training.data.split import chosen_at_random, split_rows
 from training.data.tally import Tally
 from training.data.templates import (
     decode_responses,
@@ -39,6 +39,7 @@ __all__ = [
     "Record",
     "SequenceBatch",
     "Source",
+    "Split",
     "Stage",
     "StageRecords",
     "Tally",
@@ -60,6 +61,7 @@ __all__ = [
     "response_labels",
     "response_text",
     "shard",
+    "split_rows",
     "tokenize",
     "truncate_prompt",
 ]

@@ -43,11 +43,13 @@ class Record:
     prompt: messages {"role": "system" | "user" | "assistant", "content"}; the last is the user's.
     responses: best first; two for a comparison, one for an SFT text, none for a bare prompt.
     origin: "file:line".
+    group: what the record shares with others that are not independent of it; empty is its prompt.
     """
 
     prompt: tuple[Message, ...]
     responses: tuple[str, ...]
     origin: str
+    group: str = ""
 
     @property
     def prompt_text(self) -> str:
@@ -110,6 +112,15 @@ def parse_record(
         return Record(prompt, responses, origin)
     field = "completion" if "completion" in raw else "response"
     return Record(prompt, (_last_answer(raw, field, prompt),), origin)
+
+
+def group_of(raw: Mapping[str, Any]) -> str:
+    """The optional field `group` of a record in any format; empty if it has none.
+
+    Raises:
+        RecordFault: it is not a text.
+    """
+    return _text(raw, "group") if raw.get("group") is not None else ""
 
 
 def check_usable(record: Record, stage: Stage) -> Record:

@@ -2,10 +2,17 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from training.data.files import raw_records
-from training.data.formats import Record, RecordFault, Unusable, check_usable, parse_record
+from training.data.formats import (
+    Record,
+    RecordFault,
+    Unusable,
+    check_usable,
+    group_of,
+    parse_record,
+)
 from training.data.settings import DataSettings, Source, Stage
 from training.data.split import chosen_at_random, normalized, stage_of
 from training.data.tally import CountUp, Tally
@@ -120,7 +127,8 @@ def _usable(source: Source, stage: Stage, count: CountUp, faults: Faults) -> lis
                 continue
             try:
                 record = parse_record(raw.value, raw.origin, stage, source.format)
-                records.append(check_usable(record, stage))
+                usable = check_usable(record, stage)
+                records.append(replace(usable, group=group_of(raw.value)))
             except RecordFault as fault:
                 faults.found.append(f"{raw.origin}: {fault}")
             except Unusable as reason:

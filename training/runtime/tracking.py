@@ -1,7 +1,6 @@
 """The progress bar, metrics.jsonl, and DeepSpeed's monitors (TensorBoard, W&B, CSV)."""
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from tqdm import tqdm
 
 from training.runtime.disk import write_whole
+from training.runtime.json_text import json_line
 from training.runtime.ranks import rank
 
 
@@ -47,9 +47,7 @@ class Tracker:
         if not self._leads:
             return
         seconds = round(time.perf_counter() - self._start, 3)
-        # JSON has no NaN or infinity, so such values are written as null.
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, "seconds": seconds, **finite}) + "\n")
+        self._file.write(json_line({"step": step, "seconds": seconds, **metrics}))
         self._file.flush()
         if self._monitor.enabled:
             self._monitor.write_events([(name, value, step) for name, value in metrics.items()])

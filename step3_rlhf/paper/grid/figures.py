@@ -132,7 +132,7 @@ def draw_perplexity(axes: Axes, results: Results) -> None:
     found = [results.measured[cell].estimate("perplexity") for cell in cells]
     for place, (colour, value) in enumerate(zip(cells.values(), found, strict=True)):
         axes.bar(place, value.mean, width=0.55, color=colour, zorder=2)
-        error = value.ci95 if math.isfinite(value.ci95) else 0.0
+        error = value.ci95 or 0.0
         axes.errorbar(place, value.mean, yerr=error, color="black", capsize=4, zorder=3)
         axes.annotate(
             f"{value.mean:.2f}",
@@ -210,7 +210,7 @@ def draw_means(axes: Axes, results: Results, beta: float) -> None:
             axes.text(place, 0.5, "missing", transform=axes.get_xaxis_transform(), **MISSING_LABEL)
             continue
         value = measured.estimate("pm_divergence")
-        error = value.ci95 if math.isfinite(value.ci95) else 0.0
+        error = value.ci95 or 0.0
         colour = plotting.KL if cell.kind == "kl" else plotting.PM
         axes.errorbar(place, value.mean, yerr=error, fmt="o", color=colour, capsize=4, zorder=3)
         highest = max(highest, value.mean + error)

@@ -6,7 +6,6 @@ the same rows with what the paper does not show: intervals, and the perplexity o
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +196,7 @@ def comma_separated(results: Results) -> str:
 def rounded(figure: Estimate, decimals: int, plus_minus: str | None) -> str:
     """Without the sign of a zero; without the interval where a single prompt gives none."""
     mean = f"{round(figure.mean, decimals) + 0.0:.{decimals}f}"
-    if plus_minus is None or not math.isfinite(figure.ci95):
+    if plus_minus is None or figure.ci95 is None:
         return mean
     return f"{mean}{plus_minus}{figure.ci95:.{decimals}f}"
 

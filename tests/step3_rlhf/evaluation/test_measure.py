@@ -74,9 +74,15 @@ def test_sampled_metrics_by_hand() -> None:
             "kl_per_token": (0.5 + 0.0 + 0.0 + 2.0) / 4,
         }
     )
-    # Intervals are over prompts: two means per figure, 1.96 · |a − b| / √2 / √2.
+    # Intervals are over prompts: two means per figure, t(1) · |a − b| / √2 / √2.
     assert figures["entropy"]["ci95"] == pytest.approx(0.0)
-    assert figures["length"]["ci95"] == pytest.approx(1.96 * 1.5 / 2)
+    assert figures["length"]["ci95"] == pytest.approx(12.7062047 * 1.5 / 2)
+    assert (figures["clusters"], "groups" in figures["estimand"]) == (2, True)
+    # Two phrasings of one question are one observation, which has no interval.
+    together, _ = sampled_metrics(["x", "y"], [first, second], 2.0, ["question", "question"])
+    assert together["length"] == figures["length"] | {
+        "ci95": None, "low": None, "high": None, "clusters": 1,
+    }  # fmt: skip
     assert [entry["pm_divergence"] for entry in instances] == pytest.approx(divergences)
     assert instances[1]["prompt"] == "y"
     assert instances[1]["responses"][1] == {
@@ -239,11 +245,14 @@ def test_perplexity_of_held_out_text_is_per_token(models: Models, held_out, conf
     ):  # fmt: skip
         total = sum(own_logp(model, models.tokenizer, p, r) for p, r in texts)
         assert found[name] == pytest.approx(math.exp(-total / tokens), rel=1e-4)
-    assert found["texts"] == 2
+    assert (found["texts"], found["clusters"]) == (2, 2)
+    assert 1 < found["perplexity_low"] < found["perplexity"] < found["perplexity_high"]
+    one = held_out_perplexity(models, HeldOut([], [], ids[:1], []), config)
+    assert one["perplexity_ci95"] is one["perplexity_low"] is None  # not 0
 
 
 def test_the_whole_evaluation(models: Models, held_out: HeldOut, config, tmp_path: Path) -> None:
-    data = HeldOut(held_out.prompt_ids, held_out.prompts, [], [SET])
+    data = HeldOut(held_out.prompt_ids, held_out.prompts, [], [SET])  # a single set
     pm = parse_regularizer({"name": "pm", "beta": 2.0})
     figures, instances = evaluate(models, data, pm, config)
     assert figures["preference_temperature"] == 2.0
@@ -255,7 +264,18 @@ def test_the_whole_evaluation(models: Models, held_out: HeldOut, config, tmp_pat
     assert written["pm_divergence"]["mean"] == figures["pm_divergence"]["mean"]
     lines = (tmp_path / "instances.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == list(PROMPTS)
+    assert written["split"] == "test"
+    assert written["exact"]["tv_to_reward"]["ci95"] is None
     assert "tv_to_optimum" in summary(figures)
+
+
+def test_no_file_holds_a_number_that_is_none(tmp_path: Path) -> None:
+    """json.loads would read NaN and Infinity; jq, browsers and other languages do not."""
+    write_evaluation({"kl": math.inf, "a": [1.0, math.nan]}, [{"logp": -math.inf}], tmp_path)
+    assert (tmp_path / "evaluation.json").read_text().split() == (
+        '{ "kl": null, "a": [ 1.0, null ] }'.split()
+    )
+    assert (tmp_path / "instances.jsonl").read_text() == '{"logp": null}\n'
 
 
 # RUN_DIR

@@ -70,6 +70,10 @@ def results_without(tmp_path: Path) -> Callable[..., Results]:
     return results
 
 
+INTERVAL = {"ci95": 1.25, "low": 10.5, "high": 13.0}
+"""Of the held-out perplexity."""
+
+
 def test_instance_divergences_are_the_closed_form_of_the_first_pair(
     results_without: Callable[..., Results],
 ) -> None:
@@ -133,7 +137,8 @@ def papers(tmp_path: Path) -> Callable[..., Results]:
             if means is not None and cell.name not in missing:
                 write_cell(directory, cell, **dict(zip(names, means, strict=True)))
                 file = directory / cell.name / "evaluation.json"
-                held_out = {"texts": 8, "perplexity": 11.5, "perplexity_ci95": 1.25}
+                held_out = {"texts": 8, "clusters": 4, "perplexity": 11.5}
+                held_out |= {f"perplexity_{k}": v for k, v in INTERVAL.items()}
                 more = {"held_out_text": held_out} if texts else {}
                 file.write_text(json.dumps(json.loads(file.read_text()) | more))
         return read_results(directory)
@@ -205,13 +210,13 @@ def test_what_the_paper_does_not_show_is_a_second_table(papers: Callable[..., Re
 @pytest.mark.parametrize(
     ("figure", "decimals", "between", "expected"),
     [
-        (Estimate(1.0, math.inf, 1), 2, " ± ", "1.00"),  # a single prompt has no interval
-        (Estimate(1.0, 0.5, 2), 2, " ± ", "1.00 ± 0.50"),
-        (Estimate(1.0, 0.5, 2), 2, None, "1.00"),
-        (Estimate(-0.004, 0.5, 2), 2, None, "0.00"),
-        (Estimate(-0.006, 0.5, 2), 2, None, "-0.01"),
-        (Estimate(256.5001, 0.5, 2), 0, None, "257"),
-        (Estimate(math.inf, 0.5, 2), 2, None, "inf"),
+        (Estimate(1.0, None, 1, 1), 2, " ± ", "1.00"),  # a single prompt has no interval
+        (Estimate(1.0, 0.5, 2, 2), 2, " ± ", "1.00 ± 0.50"),
+        (Estimate(1.0, 0.5, 2, 2), 2, None, "1.00"),
+        (Estimate(-0.004, 0.5, 2, 2), 2, None, "0.00"),
+        (Estimate(-0.006, 0.5, 2, 2), 2, None, "-0.01"),
+        (Estimate(256.5001, 0.5, 2, 2), 0, None, "257"),
+        (Estimate(math.inf, 0.5, 2, 2), 2, None, "inf"),
     ],
 )
 def test_figures_are_rounded(
