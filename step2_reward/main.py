@@ -8,10 +8,11 @@ Writes `model/` (AutoModelForSequenceClassification with one label, tokenizer in
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
+from torch import nn
 
 from step2_reward.calibration import calibration_figures, draw_reliability
 from step2_reward.config import RewardConfig
@@ -39,15 +40,25 @@ FIGURES = ("accuracy", "accuracy_ci95", "log_loss", "log_loss_ci95", "ece")
 """The calibration figures that metrics.jsonl records too."""
 
 
+class EvaluationSizes(Protocol):
+    """The settings that an evaluation needs."""
+
+    @property
+    def per_device_eval_batch_size(self) -> int: ...
+
+    @property
+    def calibration_bins(self) -> int: ...
+
+
 class PreferenceModelling:
     """Learns rewards by the negative log-likelihood of the choices, in nats per comparison."""
 
     def __init__(
         self,
-        trained: TrainedModule,
+        trained: TrainedModule | nn.Module,
         train: Dataset,
         held_out: dict[Split, Dataset],
-        config: RewardConfig,
+        config: EvaluationSizes,
         pad_token_id: int,
     ) -> None:
         self.model = trained
@@ -56,7 +67,11 @@ class PreferenceModelling:
         self.config = config
         self.pad_token_id = pad_token_id
         self.calibration: dict[str, Any] = {}
-        """The calibration figures of the last evaluation."""
+        """The calibration figures of the last evaluation …"""
+        self.margins = torch.empty(0)
+        """… the margins [pairs] that they are of …"""
+        self.clusters = torch.empty(0, dtype=torch.long)
+        """… and the group of each."""
 
     def collate(self, rows: list[int]) -> GroupedBatch:
         return self._batch(self.train, rows)
@@ -87,8 +102,10 @@ class PreferenceModelling:
             ]
         loss = fitting.mean_over_ranks(total, rankings)
         everywhere, groups = zip(*ranks.gather_objects(margins), strict=True)
+        self.margins = torch.tensor(everywhere, dtype=torch.float64)
+        self.clusters = torch.tensor(groups)
         self.calibration = {"split": split} | calibration_figures(
-            torch.tensor(everywhere), torch.tensor(groups), self.config.calibration_bins
+            self.margins, self.clusters, self.config.calibration_bins
         )
         figures = {
             name: self.calibration[name] for name in FIGURES if self.calibration[name] is not None

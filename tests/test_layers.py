@@ -13,25 +13,25 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("training", "step1_sft", "step2_reward", "step3_rlhf")
 
 LAYERS = """
-step1_sft step2_reward step2_reward.losses step3_rlhf step3_rlhf.evaluation
+step1_sft step2_reward step2_reward.calibrate step2_reward.losses step3_rlhf step3_rlhf.evaluation
 step3_rlhf.evaluation.metrics step3_rlhf.paper step3_rlhf.paper.grid
 step3_rlhf.paper.grid.paper_models step3_rlhf.paper.pages step3_rlhf.paper.quickstart
 step3_rlhf.paper.quickstart.machine step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards
 training training.data.batches training.data.tally training.errors training.models
 training.models.families training.models.families.generation training.models.families.own_head
 training.models.logprobs training.runtime training.runtime.disk training.runtime.extensions
-training.runtime.json_text training.runtime.random_states training.statistics training.world
-training.world.topics
+training.runtime.json_text training.runtime.random_states training.runtime.weights
+training.statistics training.world training.world.topics
 
-step3_rlhf.ppo step3_rlhf.response_sets training.config training.deepspeed_section training.memory
-training.models.families.noise training.models.packing training.models.pretrained
-training.plotting training.plugins training.runtime.ranks training.world.population
-training.world.prompts
+step2_reward.calibrate.temperature step3_rlhf.ppo step3_rlhf.response_sets training.config
+training.deepspeed_section training.memory training.models.families.noise training.models.packing
+training.models.pretrained training.plotting training.plugins training.runtime.ranks
+training.world.population training.world.prompts
 
 step2_reward.calibration step3_rlhf.paper.quickstart.shares step3_rlhf.regularizers.base
-training.data.settings training.models.checks training.models.hidden_states
-training.runtime.faults training.runtime.signals training.runtime.tracking
-training.settings_reference training.world.base_model
+step3_rlhf.rewards.calibration training.data.settings training.models.checks
+training.models.hidden_states training.runtime.faults training.runtime.signals
+training.runtime.tracking training.settings_reference training.world.base_model
 
 step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none
 step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers training.data.files
@@ -58,14 +58,15 @@ training.dry_run_text
 
 training.cli
 
-step1_sft.config step2_reward.config step3_rlhf.config step3_rlhf.paper.analytic_figures
+step1_sft.config step2_reward.calibrate.settings step2_reward.config step3_rlhf.config
+step3_rlhf.paper.analytic_figures
 
 step1_sft.main step2_reward.main step3_rlhf.evaluation.held_out step3_rlhf.evaluation.settings
 step3_rlhf.loading step3_rlhf.paper.grid.cells step3_rlhf.prompts step3_rlhf.roles
 step3_rlhf.rollout
 
-step3_rlhf.evaluation.resume step3_rlhf.experience step3_rlhf.paper.grid.jobs
-step3_rlhf.paper.grid.results step3_rlhf.rewards.readings
+step2_reward.calibrate.__main__ step3_rlhf.evaluation.resume step3_rlhf.experience
+step3_rlhf.paper.grid.jobs step3_rlhf.paper.grid.results step3_rlhf.rewards.readings
 
 step3_rlhf.evaluation.shared_work step3_rlhf.iteration_metrics step3_rlhf.paper.grid.figures
 step3_rlhf.paper.grid.run step3_rlhf.paper.grid.tables step3_rlhf.rewards.model

@@ -35,7 +35,12 @@ def evaluate(
     draws = range(2 * config.evaluation.pairs_per_prompt)
     responses = [respond(models, held_out, config, draw, finished) for draw in draws]
     figures, instances = sampled_metrics(held_out.prompts, responses, temperature, held_out.groups)
-    figures = {"split": held_out.split} | figures
+    calibration = config.beta_calibration
+    figures = {
+        "split": held_out.split,
+        "beta_calibration": calibration and calibration.model_dump(mode="json"),
+        **figures,
+    }
     if held_out.texts:
         figures["held_out_text"] = held_out_perplexity(models, held_out, config, finished)
     if held_out.sets:
