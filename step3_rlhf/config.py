@@ -176,7 +176,7 @@ class PPOConfig(StageConfig, AlignmentConfig):
     or if it has another vocabulary or no value after each token."""
     regularizer: RegularizerField = Field(examples=[{"name": "pm"}])
     """The regularizer by its name and parameters, or by {"class": "module:Class"}. Its beta may be
-    "calibrated": the temperature that scripts/calibrate.sh found for the reward model."""
+    "calibrated": the temperature that `scripts/calibrate.sh` found for the reward model."""
     actor: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])
     """The actor's optimizer."""
     critic: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])

@@ -31,6 +31,19 @@ def pm_divergence(
     return (first + second).clamp(min=0.0)
 
 
+def pm_squared_difference(
+    logp_1: Tensor, logp_2: Tensor, reward_1: Tensor, reward_2: Tensor, temperature: float
+) -> Tensor:
+    """(p_llm − p_reward)², the published evaluation's "eval pm"; arguments of `pm_divergence`.
+
+    Returns:
+        [prompts] values from 0 to 1.
+    """
+    llm = (logp_1 - logp_2).double().sigmoid()
+    reward = ((reward_1 - reward_2).double() / temperature).sigmoid()
+    return (llm - reward).square()
+
+
 def response_perplexity(logp: Tensor, lengths: Tensor) -> Tensor:
     """[p_1 · … · p_L]^{−1/L} of each response (section 6.1); the metric is the mean of these.
 

@@ -11,16 +11,23 @@ from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import HeldOut
 from step3_rlhf.evaluation.metrics import (
     pm_divergence,
+    pm_squared_difference,
     response_perplexity,
 )
 from step3_rlhf.evaluation.resume import FinishedBlocks
-from step3_rlhf.evaluation.scoring import Models, sequence_logps
+from step3_rlhf.evaluation.scoring import Models, full_vocabulary_sums, sequence_logps
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.rollout import assemble, sample
 from training.data import response_end
 from training.runtime import ranks
-from training.statistics import Estimate, estimate, log_ratio_estimate, numbered
+from training.statistics import (
+    Estimate,
+    estimate,
+    log_ratio_estimate,
+    numbered,
+    ratio_estimate,
+)
 
 ESTIMAND = (
     "the mean over held-out prompts of the mean over a prompt's draws; 95 % intervals, for other "
@@ -40,6 +47,8 @@ class Responses:
     rewards: Tensor
     lengths: Tensor  # tokens, EOS included
     ended: Tensor  # 1 if the response has its EOS, else 0
+    full_entropy: Tensor | None = None  # Σ_t H(π(·|prefix_t)), nats, over the whole vocabulary
+    full_kl: Tensor | None = None  # Σ_t KL(π(·|prefix_t) ‖ π_ref(·|prefix_t)), nats
 
 
 def sampled_metrics(
@@ -67,6 +76,17 @@ def sampled_metrics(
     ).mean(0)
 
     clusters = numbered(groups or prompts)
+    squared = torch.stack(
+        [pm_squared_difference(a.logp, b.logp, a.rewards, b.rewards, temperature) for a, b in pairs]
+    ).mean(0)
+    drawn = clusters.repeat(len(responses))
+
+    def every(values: list[Tensor]) -> Tensor:
+        return torch.cat([value.double() for value in values])
+
+    lengths = every([y.lengths for y in responses])
+    losses = every([-y.logp for y in responses])
+    ref_losses = every([-y.ref_logp for y in responses])
 
     def mean(value: Callable[[Responses], Tensor]) -> Estimate:
         return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0), clusters)
@@ -83,6 +103,19 @@ def sampled_metrics(
         "kl": mean(lambda y: y.logp - y.ref_logp),
         "kl_per_token": mean(lambda y: (y.logp - y.ref_logp) / y.lengths),
     }
+    estimates |= {
+        "pm_squared_difference": estimate(squared, clusters),
+        "perplexity_pooled": log_ratio_estimate(losses, lengths, drawn),
+        "reference_perplexity_pooled": log_ratio_estimate(ref_losses, lengths, drawn),
+    }
+    sums = {
+        "entropy_full_vocabulary": [y.full_entropy for y in responses],
+        "kl_full_vocabulary": [y.full_kl for y in responses],
+    }
+    for name, values in sums.items():
+        measured = [value for value in values if value is not None]
+        if measured:
+            estimates[name] = ratio_estimate(every(measured), lengths, drawn)
     figures: dict[str, Any] = {
         "estimand": ESTIMAND,
         "prompts": len(prompts),
@@ -142,7 +175,9 @@ def respond(
             sequence_logps(models.policy, rollout, config),
             sequence_logps(models.reference, rollout, config),
         )
-        columns = (logp, ref_logp, models.reward(rollout), rollout.lengths, rollout.ended)
+        rewards = models.reward(rollout)
+        full = full_vocabulary_sums(models, rollout, config.sampling.response_length)
+        columns = (logp, ref_logp, rewards, rollout.lengths, rollout.ended, *full)
         return list(zip(rollout.responses, *(column.tolist() for column in columns), strict=True))
 
     measured = over_ranks(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from training.models.families.noise import Quiet
 from training.models.families.own_head import OwnHead, decoder_of, is_plain
 from training.models.hidden_states import hidden_states, takes_positions
-from training.models.logprobs import chunks_of, token_logprobs
+from training.models.logprobs import chunks_of, token_logprobs, without_absent
 from training.models.partitioned import is_partitioned
 from training.runtime.ranks import max_over_ranks
 
@@ -45,6 +45,7 @@ class Policy(Quiet):
         attention_mask: Tensor,
         scored_mask: Tensor,
         with_entropy: bool = False,
+        whole: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute log π of the tokens that `scored_mask` marks, each given all tokens before it.
 
@@ -52,10 +53,13 @@ class Policy(Quiet):
             input_ids: [batch, length], padded on either side.
             attention_mask: [batch, length], 0 on padding.
             scored_mask: [batch, length] bool; never true in column 0.
+            whole: return the whole distributions in place of the entropies. They take memory:
+                keep batches small.
 
         Returns:
             Log-probabilities [batch, length] float32 in nats, 0 where not scored, and the entropy
-            of the distribution at each scored token, or None.
+            of the distribution at each scored token, or None; with `whole`, the log-probabilities
+            [scored tokens, vocabulary] in the order of the mask.
         """
         states = hidden_states(
             decoder_of(self.model),
@@ -73,6 +77,9 @@ class Policy(Quiet):
         head = self._own_head or self.model.get_output_embeddings()
         if isinstance(head, nn.Module):  # some decoders give float32 whatever the head's precision
             hidden = hidden.to(cast(Tensor, head.weight).dtype)
+        if whole:
+            rows = without_absent(head(hidden).float(), self.absent).log_softmax(-1)
+            return _scatter(rows.gather(-1, targets[:, None])[:, 0], scored_mask), rows
         logp, entropy = token_logprobs(
             hidden,
             targets,

@@ -22,10 +22,11 @@ from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
 from step3_rlhf.evaluation.sampled import Responses, held_out_perplexity, respond, sampled_metrics
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.evaluation.shared_work import over_ranks
+from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
 from step3_rlhf.rewards.sources import FunctionReward
-from step3_rlhf.rollout import encode_prompt_texts
+from step3_rlhf.rollout import encode_prompt_texts, sample
 from training.config import check_config
 from training.data import encode_responses
 from training.errors import UserError
@@ -72,6 +73,9 @@ def test_sampled_metrics_by_hand() -> None:
             "entropy_per_token": (0.5 + 1.0 + 2.0 + 2.0) / 4,
             "kl": (1.0 + 0.0 + 0.0 + 2.0) / 4,
             "kl_per_token": (0.5 + 0.0 + 0.0 + 2.0) / 4,
+            "pm_squared_difference": ((sigmoid(2.0) - 0.5) ** 2 + (0.5 - sigmoid(-1.0)) ** 2) / 2,
+            "perplexity_pooled": math.exp(8.0 / 7),  # 8 nats on 7 tokens
+            "reference_perplexity_pooled": math.exp(11.0 / 7),
         }
     )
     # Intervals are over prompts: two means per figure, t(1) · |a − b| / √2 / √2.
@@ -88,6 +92,32 @@ def test_sampled_metrics_by_hand() -> None:
     assert instances[1]["responses"][1] == {
         "text": "d", "logp": -2.0, "ref_logp": -4.0, "reward": 2.0, "length": 1, "ended": True,
     }  # fmt: skip
+
+
+def test_sums_over_the_whole_vocabulary(models: Models, held_out: HeldOut, config) -> None:
+    """Entropy and KL of every next-token distribution, from the models' own logits."""
+    drawn = respond(models, held_out, config, draw=0)
+    for row, prompt in enumerate(PROMPTS):
+        ids = encode_prompt_texts([prompt], models.tokenizer)[0]
+        rollout = sample(
+            models.policy, models.tokenizer, [ids], [prompt], [(config.seed, EVALUATION, row, 0)],
+            config.sampling,
+        )  # fmt: skip
+        whole = rollout.input_ids[rollout.attention_mask.bool()][None]
+        length = int(rollout.lengths[0])
+        assert length == drawn.lengths[row]
+        p, q = (
+            model.model(input_ids=whole).logits[0, -length - 1 : -1].double().log_softmax(-1)
+            for model in (models.policy, models.reference)
+        )
+        assert drawn.full_entropy is not None
+        assert drawn.full_kl is not None
+        entropy = -(p.exp() * p).sum().item()
+        assert drawn.full_entropy[row].item() == pytest.approx(entropy, rel=1e-4)
+        kl = (p.exp() * (p - q)).sum().item()
+        assert drawn.full_kl[row].item() == pytest.approx(kl, rel=1e-4)
+        of_the_drawn_tokens = -drawn.logp[row].item()  # a wrong variant: one token of each
+        assert of_the_drawn_tokens != pytest.approx(entropy, rel=1e-2)
 
 
 def test_several_pairs_are_averaged_within_a_prompt() -> None:
