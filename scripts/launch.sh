@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced: `launch MODULE ARGUMENTS...` checks a stage's config and starts its processes with the
-# DeepSpeed launcher (training/runtime/launcher.py).
+# DeepSpeed launcher (training/launch/launcher.py).
 #   NUM_PROCESSES=2   processes per node (default: every visible GPU; one on a CPU)
 #   HOSTFILE=path     several nodes, in DeepSpeed's hostfile format, reached by pdsh over ssh
 #   NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=port    with HOSTFILE: only this node's processes,

@@ -13,7 +13,7 @@ from datasets import Dataset
 from step1_sft.config import SFTConfig
 from training import fitting
 from training.cli import prepare_output, run_stage
-from training.data import SequenceBatch, collate_texts
+from training.data import SequenceBatch, Split, collate_texts
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations, logits
 from training.models.checks import check_positions
@@ -33,7 +33,7 @@ class ResponseModelling:
         self,
         trained: TrainedModule,
         train: Dataset,
-        held_out: Dataset,
+        held_out: dict[Split, Dataset],
         config: SFTConfig,
         pad_token_id: int,
     ) -> None:
@@ -43,8 +43,10 @@ class ResponseModelling:
         self.eval_batch_size = config.per_device_eval_batch_size
         self.pad_token_id = pad_token_id
 
-    def collate(self, rows: list[int], training: bool) -> SequenceBatch:
-        data = self.train if training else self.held_out
+    def collate(self, rows: list[int]) -> SequenceBatch:
+        return self._batch(self.train, rows)
+
+    def _batch(self, data: Dataset, rows: list[int]) -> SequenceBatch:
         return collate_texts(data, rows, self.pad_token_id).to(ranks.device())
 
     def items(self, batch: SequenceBatch) -> int:
@@ -55,13 +57,14 @@ class ResponseModelling:
         return -logp.sum()
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, split: Split) -> dict[str, float]:
         sums = torch.zeros(2, dtype=torch.float64, device=ranks.device())
-        for rows in fitting.evaluation_batches(len(self.held_out), self.eval_batch_size):
-            batch = self.collate(rows, training=False)
+        data = self.held_out[split]
+        for rows in fitting.evaluation_batches(len(data), self.eval_batch_size):
+            batch = self._batch(data, rows)
             sums += torch.stack([self.loss_sum(batch).double(), batch.response_mask.sum()])
         loss = fitting.mean_over_ranks(sums)
-        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+        return {f"{split}/loss": loss, f"{split}/perplexity": math.exp(min(loss, 700.0))}
 
 
 def main(config: SFTConfig) -> None:
@@ -71,14 +74,14 @@ def main(config: SFTConfig) -> None:
     policy = load_policy(pretrained, tokenizer, LoadOptions.trained(config, dropout=True))
     steps = fitting.total_steps(config, len(data.train))
     trained = TrainedModule(policy, config, config, steps)
-    task = ResponseModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
+    task = ResponseModelling(trained, data.train, data.held_out, config, tokenizer.pad_token_id)
     output = prepare_output(config)
     with stop_requests.deferred():
-        final = fitting.fit(config, trained, task, fitting.EarlyStopping(), description="SFT")
+        tested = fitting.fit(config, trained, task, fitting.EarlyStopping(), description="SFT")
         export(policy.model, tokenizer, output / "model")
     say(
-        f"SFT is done: evaluation loss {final['eval/loss']:.4f} nats per token, perplexity "
-        f"{final['eval/perplexity']:.3f}\n  model:   {output / 'model'}\n"
+        f"SFT is done: test loss {tested['test/loss']:.4f} nats per token, perplexity "
+        f"{tested['test/perplexity']:.3f}\n  model:   {output / 'model'}\n"
         f"  metrics: {output / 'metrics.jsonl'}"
     )
 

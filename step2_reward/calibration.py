@@ -82,21 +82,22 @@ def expected_calibration_error(bins: list[Bin]) -> float:
     return sum(b.pairs / pairs * abs(b.accuracy - b.confidence) for b in bins)
 
 
-def calibration_figures(margins: Tensor, prompts: Tensor, bins: int) -> dict[str, Any]:
+def calibration_figures(margins: Tensor, clusters: Tensor, bins: int) -> dict[str, Any]:
     """Compute accuracy and log-loss with their intervals, ECE, and the reliability diagram's bins.
 
     Args:
         margins: [pairs].
-        prompts: [pairs] long, the number of the prompt that each pair belongs to.
+        clusters: [pairs] long, the number of the group that each pair belongs to, by default its
+            prompt.
     """
     found = reliability(margins, bins)
     return {
         "pairs": len(margins),
-        "prompts": len(prompts.unique()),
+        "clusters": len(clusters.unique()),
         "accuracy": accuracy(margins),
-        "accuracy_ci95": mean_ci95(correct(margins), prompts),
+        "accuracy_ci95": mean_ci95(correct(margins), clusters),
         "log_loss": log_loss(margins),
-        "log_loss_ci95": mean_ci95(losses(margins), prompts),
+        "log_loss_ci95": mean_ci95(losses(margins), clusters),
         "ece": expected_calibration_error(found),
         "reliability": [asdict(b) for b in found],
     }

@@ -7,19 +7,19 @@ Writes `model/` (AutoModelForSequenceClassification with one label, tokenizer in
 """
 
 import importlib.util
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
+from torch import nn
 
 from step2_reward.calibration import calibration_figures, draw_reliability
 from step2_reward.config import RewardConfig
 from step2_reward.losses import plackett_luce_loss
 from training import fitting
 from training.cli import prepare_output, run_stage
-from training.data import GroupedBatch, collate_groups, response_end
+from training.data import GroupedBatch, Split, collate_groups, response_end
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations
 from training.models.checks import check_positions
@@ -31,11 +31,23 @@ from training.models.scalar import last_token
 from training.runtime import ranks
 from training.runtime.disk import recover
 from training.runtime.engine import TrainedModule
+from training.runtime.json_text import json_text
 from training.runtime.signals import stop_requests
 from training.runtime.tracking import say
+from training.statistics import numbered
 
 FIGURES = ("accuracy", "accuracy_ci95", "log_loss", "log_loss_ci95", "ece")
 """The calibration figures that metrics.jsonl records too."""
+
+
+class EvaluationSizes(Protocol):
+    """The settings that an evaluation needs."""
+
+    @property
+    def per_device_eval_batch_size(self) -> int: ...
+
+    @property
+    def calibration_bins(self) -> int: ...
 
 
 class PreferenceModelling:
@@ -43,10 +55,10 @@ class PreferenceModelling:
 
     def __init__(
         self,
-        trained: TrainedModule,
+        trained: TrainedModule | nn.Module,
         train: Dataset,
-        held_out: Dataset,
-        config: RewardConfig,
+        held_out: dict[Split, Dataset],
+        config: EvaluationSizes,
         pad_token_id: int,
     ) -> None:
         self.model = trained
@@ -55,14 +67,16 @@ class PreferenceModelling:
         self.config = config
         self.pad_token_id = pad_token_id
         self.calibration: dict[str, Any] = {}
-        """The calibration figures of the last evaluation."""
-        numbers: dict[tuple[int, ...], int] = {}
-        self._prompt_numbers = [
-            numbers.setdefault(tuple(ids), len(numbers)) for ids in held_out["prompt_ids"][:]
-        ]
+        """The calibration figures of the last evaluation …"""
+        self.margins = torch.empty(0)
+        """… the margins [pairs] that they are of …"""
+        self.clusters = torch.empty(0, dtype=torch.long)
+        """… and the group of each."""
 
-    def collate(self, rows: list[int], training: bool) -> GroupedBatch:
-        data = self.train if training else self.held_out
+    def collate(self, rows: list[int]) -> GroupedBatch:
+        return self._batch(self.train, rows)
+
+    def _batch(self, data: Dataset, rows: list[int]) -> GroupedBatch:
         return collate_groups(data, rows, self.pad_token_id).to(ranks.device())
 
     def items(self, batch: GroupedBatch) -> int:
@@ -72,28 +86,32 @@ class PreferenceModelling:
         return plackett_luce_loss(*self._rewards(batch)).sum()
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, split: Split) -> dict[str, float]:
+        data = self.held_out[split]
+        clusters = numbered(data["group"][:]).tolist()
         sums = torch.zeros(2, dtype=torch.float64, device=ranks.device())
         margins: list[tuple[float, int]] = []
         batch_size = self.config.per_device_eval_batch_size
-        for rows in fitting.evaluation_batches(len(self.held_out), batch_size):
-            batch = self.collate(rows, training=False)
+        for rows in fitting.evaluation_batches(len(data), batch_size):
+            batch = self._batch(data, rows)
             rewards, present = self._rewards(batch)
             loss_sum = plackett_luce_loss(rewards, present).sum()
             sums += torch.stack([loss_sum.double(), batch.group_mask.sum()])
             margins += [
-                (margin, self._prompt_numbers[rows[group]])
+                (margin, clusters[rows[group]])
                 for margin, group in pair_margins(rewards.cpu(), present.cpu())
             ]
         loss = fitting.mean_over_ranks(sums)
-        everywhere, prompts = zip(*ranks.gather_objects(margins), strict=True)
-        self.calibration = calibration_figures(
-            torch.tensor(everywhere), torch.tensor(prompts), self.config.calibration_bins
+        everywhere, groups = zip(*ranks.gather_objects(margins), strict=True)
+        self.margins = torch.tensor(everywhere, dtype=torch.float64)
+        self.clusters = torch.tensor(groups)
+        self.calibration = {"split": split} | calibration_figures(
+            self.margins, self.clusters, self.config.calibration_bins
         )
         figures = {
             name: self.calibration[name] for name in FIGURES if self.calibration[name] is not None
         }
-        return {"eval/loss": loss} | {f"eval/{name}": value for name, value in figures.items()}
+        return {f"{split}/{name}": value for name, value in {"loss": loss, **figures}.items()}
 
     def _rewards(self, batch: GroupedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards [groups, responses], best response first, and which entries are present."""
@@ -129,7 +147,7 @@ def main(config: RewardConfig) -> None:
     model = load_scalar_model(pretrained, tokenizer, LoadOptions.trained(config), new_head=True)
     steps = fitting.total_steps(config, len(data.train))
     trained = TrainedModule(model, config, config, steps)
-    task = PreferenceModelling(trained, data.train, data.eval, config, tokenizer.pad_token_id)
+    task = PreferenceModelling(trained, data.train, data.held_out, config, tokenizer.pad_token_id)
     output = prepare_output(config)
     if ranks.rank() == 0:
         recover(output / "model")
@@ -140,15 +158,15 @@ def main(config: RewardConfig) -> None:
     name = "eos" if end == tokenizer.eos_token_id else tokenizer.convert_ids_to_tokens(end)
     model.model.config.update({RESPONSE_END: name})
 
-    def save_best(metrics: dict[str, float]) -> None:
+    def save_best() -> None:
         export(model.model, tokenizer, output / "model")
         if ranks.rank() == 0:
             write_evaluation(task.calibration, output)
 
     with stop_requests.deferred():
-        fitting.fit(config, trained, task, stopping, save_best, "reward model")
+        tested = fitting.fit(config, trained, task, stopping, save_best, "reward model")
     say(
-        f"The reward model is done: {summary(stopping.best)}\n"
+        f"The reward model is done: on the test prompts, {summary(tested)}\n"
         f"  model:       {output / 'model'}\n"
         f"  calibration: {output / 'evaluation.json'}\n"
         f"  metrics:     {output / 'metrics.jsonl'}"
@@ -159,7 +177,7 @@ def summary(metrics: dict[str, float]) -> str:
     """The headline figures of an evaluation, with their 95 % confidence intervals, if known."""
 
     def figure(name: str, digits: int) -> str:
-        value, interval = metrics[f"eval/{name}"], metrics.get(f"eval/{name}_ci95")
+        value, interval = metrics[f"test/{name}"], metrics.get(f"test/{name}_ci95")
         either_side = "" if interval is None else f" ± {interval:.{digits}f}"
         return f"{value:.{digits}f}{either_side}"
 
@@ -171,7 +189,7 @@ def summary(metrics: dict[str, float]) -> str:
 
 def write_evaluation(calibration: dict[str, Any], output: Path) -> None:
     """Write `evaluation.json` and, if matplotlib is installed, `reliability.png`."""
-    (output / "evaluation.json").write_text(json.dumps(calibration, indent=2) + "\n")
+    (output / "evaluation.json").write_text(json_text(calibration))
     if importlib.util.find_spec("matplotlib"):
         draw_reliability(calibration, output / "reliability.png")
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from step3_rlhf.regularizers.registry import REGULARIZERS, RegularizerField
+from step3_rlhf.rewards.calibration import BetaCalibration, with_calibrated_beta
 from training.config import (
     Count,
     Fraction,
@@ -18,6 +20,9 @@ from training.config import (
 from training.data.settings import DataSettings
 from training.deepspeed_section import deepspeed_faults
 from training.stage_config import OptimizerSettings, RunConfig, StageConfig, model_path_faults
+
+BETA = ("regularizer", "beta")
+"""The place of β in a config."""
 
 
 class RewardModelSettings(StrictModel):
@@ -133,6 +138,23 @@ class AlignmentConfig(SamplingSettings, RunConfig):
     copy on each process, ZeRO stage 3 divides them over the processes."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """What is measured on held-out prompts."""
+    beta_calibration: BetaCalibration | None = None
+    """Where the regularizer's beta came from, if it was "calibrated"; the run writes this itself.
+    """
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_calibrated_beta(cls, data: Any, handler: Any) -> Any:
+        data, fault = with_calibrated_beta(data)
+        if not fault:
+            return handler(data)
+        error = {"error": ValueError(fault)}
+        found = [InitErrorDetails(type="value_error", loc=BETA, input="calibrated", ctx=error)]
+        try:
+            handler(data)
+        except ValidationError as others:
+            found += [cls._explained(detail) for detail in others.errors()]
+        raise ValidationError.from_exception_data(cls.__name__, found)
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -160,7 +182,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
     """What the critic starts from. Null is the first reward model; or the policy, if there is none
     or if it has another vocabulary or no value after each token."""
     regularizer: RegularizerField = Field(examples=[{"name": "pm"}])
-    """The regularizer by its name and parameters, or by {"class": "module:Class"}."""
+    """The regularizer by its name and parameters, or by {"class": "module:Class"}. Its beta may be
+    "calibrated": the temperature that `scripts/calibrate.sh` found for the reward model."""
     actor: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])
     """The actor's optimizer."""
     critic: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])
@@ -229,6 +252,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
                 "lora.lora_dropout: PPO scores what it trains, and dropout would score another "
                 "policy; 0 is the value here"
             )
+        if self.eval_steps and self.data.validation_share == 0:
+            found.append("eval_steps: needs validation data, a data.validation_share above 0")
         rollout = self.local_rollout_size()
         if rollout % self.rollout_batch_size and self.rollout_batch_size < rollout:
             found.append(

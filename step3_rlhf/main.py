@@ -61,11 +61,14 @@ def main(config: PPOConfig) -> None:
     for warning in config.warnings():
         say(f"Warning: {warning}")
     evaluation = EvaluationConfig.of(config)
-    held_out = load_held_out(evaluation, data.eval, tokenizer)
+    held_out = load_held_out(evaluation, data.eval, tokenizer, "test")
+    validation = None
+    if config.eval_steps:
+        validation = load_held_out(evaluation, data.eval, tokenizer, "validation")
     trainer = build(config, roles, Prompts(data.train, config), count)
     output = prepare_output(config)
     with stop_requests.deferred():
-        first = train(trainer, count, held_out, evaluation)
+        first = train(trainer, count, validation, evaluation)
         write_models(trainer, output, was_trained=first == count)
     say(f"Evaluating; if this is stopped, `bash scripts/evaluate.sh {output}` resumes it")
     finished = FinishedBlocks(output, fingerprint(settings_of_run(str(output)), held_out))
@@ -113,8 +116,13 @@ def load_reference(
     )
 
 
-def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig) -> int:
+def train(
+    trainer: PPOTrainer, count: int, validation: HeldOut | None, evaluation: EvaluationConfig
+) -> int:
     """Run all iterations that are not done yet.
+
+    Args:
+        validation: what is measured every `eval_steps` iterations; None for nothing.
 
     Returns:
         The number of iterations that a resumed run found done; 0 in a new run.
@@ -135,8 +143,8 @@ def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: Evalua
             metrics = trainer.iteration(number) | {"episode": float((number + 1) * episodes)}
         metrics |= trainer.clock.read() | peak_memory()
         done = number + 1
-        if config.eval_steps and done % config.eval_steps == 0 and done < count:
-            figures, _ = evaluate(models_of(trainer), held_out, config.regularizer, evaluation)
+        if validation and done % config.eval_steps == 0 and done < count:
+            figures, _ = evaluate(models_of(trainer), validation, config.regularizer, evaluation)
             metrics |= means_of(figures)
         if done % config.logging_steps == 0 or done == count:
             tracker.log(done, metrics, SHOWN)
@@ -173,10 +181,10 @@ def models_of(trainer: PPOTrainer) -> Models:
 
 
 def means_of(figures: dict[str, Any]) -> dict[str, float]:
-    """The means in an evaluation's figures, as metrics named `eval/...`."""
+    """The means of the figures that the validation data give, as metrics named `validation/...`."""
     everything = {**figures, **figures.get("exact", {})}
     estimates = {name: value for name, value in everything.items() if isinstance(value, dict)}
-    return {f"eval/{name}": value["mean"] for name, value in estimates.items() if "mean" in value}
+    return {f"validation/{k}": value["mean"] for k, value in estimates.items() if "mean" in value}
 
 
 if __name__ == "__main__":

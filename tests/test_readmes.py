@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from step1_sft.config import SFTConfig
+from step2_reward.calibrate.settings import CalibrationConfig, calibration_parser
 from step2_reward.config import RewardConfig
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluation.settings import evaluation_parser
@@ -110,6 +111,9 @@ def check_script(script: str, arguments: list[str]) -> None:
     elif script == "evaluate.sh":
         options = evaluation_parser().parse_intermixed_args(arguments)
         check_overrides(EvaluationConfig, {}, options.overrides)
+    elif script == "calibrate.sh":
+        options = calibration_parser().parse_intermixed_args(arguments)
+        check_overrides(CalibrationConfig, {}, options.overrides)
     elif script == "sweep.sh":
         options = grid_arguments(arguments)
         if options.config:

@@ -27,9 +27,9 @@ from training.config import (
     read_mapping,
 )
 from training.errors import RunError, Stopped, UserError
-from training.runtime.gpus import require_usable_gpus
-from training.runtime.launcher import launch
-from training.runtime.lock import contents, occupy, require_free
+from training.launch.gpus import require_usable_gpus
+from training.launch.launcher import launch
+from training.launch.lock import contents, occupy, require_free
 from training.runtime.resume import check_resumable
 from training.stage_config import RunConfig, StageConfig
 

@@ -15,7 +15,12 @@ from transformers import (
 
 from training.data import DataSettings, Stage, StageRecords, read_records, tokenize
 from training.errors import UnreachableError
-from training.fitting import global_batch_size, require_evaluation, total_steps
+from training.fitting import (
+    global_batch_size,
+    held_out_splits,
+    require_evaluation,
+    total_steps,
+)
 from training.memory import (
     ModelStates,
     Shape,
@@ -147,8 +152,10 @@ class DryRun:
         require_evaluation(records)
         records = usable(records)
         tokenized = tokenize(records, tokenizer, data, stage)
+        held_out = held_out_splits(tokenized.eval, data)
         self.facts["data"] = (
-            f"{len(tokenized.train)} examples to train on, {len(tokenized.eval)} held out"
+            f"{len(tokenized.train)} examples to train on; held out: "
+            f"{len(held_out['validation'])} for validation, {len(held_out['test'])} for the test"
         )
         self.notes += [*records.tally.lines(), *tokenized.tally.lines()]
         return len(tokenized.train)

@@ -9,12 +9,14 @@ import torch
 from datasets import Dataset
 
 from training.data import (
+    DataSettings,
     GlobalBatches,
+    Split,
     Stage,
     StageRecords,
-    TokenizedData,
     read_records,
     shard,
+    split_rows,
     tokenize,
 )
 from training.errors import RunError, Stopped, UserError
@@ -37,8 +39,8 @@ class Task(Protocol[Batch]):
 
     train: Dataset
 
-    def collate(self, rows: list[int], training: bool) -> Batch:
-        """Collate these rows of the data into a micro-batch; row -1 is filler without loss."""
+    def collate(self, rows: list[int]) -> Batch:
+        """Collate these rows of `train` into a micro-batch; row -1 is filler without loss."""
         ...
 
     def items(self, batch: Batch) -> int:
@@ -49,14 +51,14 @@ class Task(Protocol[Batch]):
         """Sum the loss over the items of a micro-batch."""
         ...
 
-    def evaluate(self) -> dict[str, float]:
-        """Compute metrics on all evaluation data, `eval/loss` included, the same on every rank."""
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Compute metrics on all data of a split, `SPLIT/loss` included, the same on every rank."""
         ...
 
 
 @dataclass
 class EarlyStopping:
-    """Keeps the best evaluation loss; `patience` evaluations without improvement end the run."""
+    """Keeps the best validation loss; `patience` evaluations without improvement end the run."""
 
     patience: int | None = None
     best_loss: float = math.inf
@@ -64,9 +66,9 @@ class EarlyStopping:
     worse_in_a_row: int = 0
 
     def improved(self, metrics: dict[str, float]) -> bool:
-        """Take note of an evaluation; True if its loss is the best so far."""
-        if metrics["eval/loss"] < self.best_loss:
-            self.best_loss, self.best, self.worse_in_a_row = metrics["eval/loss"], metrics, 0
+        """Take note of an evaluation; True if its validation loss is the best so far."""
+        if metrics["validation/loss"] < self.best_loss:
+            self.best_loss, self.best, self.worse_in_a_row = metrics["validation/loss"], metrics, 0
             return True
         self.worse_in_a_row += 1
         return False
@@ -108,7 +110,30 @@ def announce_resume(config: StageConfig) -> None:
         say("\n  - ".join(["The run resumes with other settings than before:", *changes]))
 
 
-def prepare(config: SupervisedConfig, stage: Stage) -> tuple[Pretrained, TokenizedData]:
+def held_out_splits(data: Dataset, settings: DataSettings) -> dict[Split, Dataset]:
+    """Divide held-out data into validation, which chooses, and test, which reports.
+
+    Raises:
+        UserError: it has too few prompts for both.
+    """
+    rows = split_rows(data["prompt"][:], settings.validation_share, settings.split_seed)
+    if settings.validation_share > 0 and not all(rows.values()):
+        raise UserError(
+            "Only one prompt is held out, which cannot both choose the weights (validation) and "
+            "report on them (test): raise data.eval_fraction or give more data.eval_sources"
+        )
+    return {split: data.select(part) for split, part in rows.items()}
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Token ids to learn from, and held-out ones."""
+
+    train: Dataset
+    held_out: dict[Split, Dataset]
+
+
+def prepare(config: SupervisedConfig, stage: Stage) -> tuple[Pretrained, StageData]:
     """Check the initial model of a supervised stage and read its data; loads no weights.
 
     Raises:
@@ -125,7 +150,7 @@ def prepare(config: SupervisedConfig, stage: Stage) -> tuple[Pretrained, Tokeniz
     with rank_zero_first():
         data = tokenize(records, pretrained.tokenizer, config.data, stage)
     say(str(data.tally))
-    return pretrained, data
+    return pretrained, StageData(data.train, held_out_splits(data.eval, config.data))
 
 
 def total_steps(config: SupervisedConfig, examples: int, processes: int | None = None) -> int:
@@ -145,13 +170,19 @@ def fit(
     trained: TrainedModule,
     task: Task[Any],
     stopping: EarlyStopping,
-    on_improvement: Callable[[dict[str, float]], None] = lambda metrics: None,
+    keep: Callable[[], None] | None = None,
     description: str = "training",
 ) -> dict[str, float]:
-    """Train for the configured steps; evaluate every epoch, every `eval_steps`, and at the end.
+    """Train for the configured steps; validate every epoch, every `eval_steps`, and at the end.
+
+    The test figures are measured on the weights that are kept only: nothing is chosen by them.
+
+    Args:
+        keep: saves the weights, after their test, whenever their validation loss is the best so
+            far; None keeps the last weights.
 
     Returns:
-        The metrics of the last evaluation.
+        The test figures of the weights that are kept.
 
     Raises:
         Stopped: a signal asked the run to stop; raised after the step in which it arrived.
@@ -162,12 +193,12 @@ def fit(
     checkpoints = Checkpoints(config, {"model": trained})
     first, state = checkpoints.restore()
     stopping.restore(state.get("stopping", {}))
-    evaluation: dict[str, float] = state.get("evaluation", {})
+    tested: dict[str, float] = state.get("tested", {})
     tracker = Tracker(config.output_dir, steps, description, config.deepspeed, done=first)
     clock, timed = Clock(), 0  # optimizer steps since the last line of metrics
     for step in range(first, steps):
         if stopping.exhausted:
-            say(f"Stopped early: no better evaluation loss than {stopping.best_loss:.4f}")
+            say(f"Stopped early: no better validation loss than {stopping.best_loss:.4f}")
             break
         rows = shard(
             order.indices(step),
@@ -176,7 +207,7 @@ def fit(
             config.per_device_train_batch_size,
             config.gradient_accumulation_steps,
         )
-        micro_batches = [task.collate(part, training=True) for part in rows]
+        micro_batches = [task.collate(part) for part in rows]
         done = step + 1
 
         def texts(rows: list[list[int]] = rows) -> list[list[dict[str, Any]]]:
@@ -198,12 +229,16 @@ def fit(
         )
         if evaluated:
             trained.engine.eval()
-            evaluation = task.evaluate()
-            if not math.isfinite(evaluation["eval/loss"]):
-                raise RunError(f"The evaluation loss after step {done} is not finite")
-            metrics |= evaluation
-            if stopping.improved(evaluation):
-                on_improvement(evaluation)
+            validation = task.evaluate("validation")
+            if not math.isfinite(validation["validation/loss"]):
+                raise RunError(f"The validation loss after step {done} is not finite")
+            metrics |= validation
+            improved = stopping.improved(validation)
+            if improved if keep else done == steps:
+                tested = task.evaluate("test")
+                metrics |= tested
+                if keep:
+                    keep()
         if evaluated or _is_due(done, config.logging_steps):
             metrics |= clock.read(timed) | peak_memory()
             tracker.log(done, metrics, shown=("train/loss", "eval/loss"))
@@ -211,12 +246,12 @@ def fit(
         tracker.advance()
         stop = stop_requests.agreed()
         if stop or checkpoints.is_due(done, steps):
-            checkpoints.save(done, {"stopping": stopping.state, "evaluation": evaluation})
+            checkpoints.save(done, {"stopping": stopping.state, "tested": tested})
         if stop:
             tracker.close()
             raise Stopped(stop, done)
     tracker.close()
-    return evaluation
+    return tested
 
 
 def texts_of(data: Dataset, micro_batches: list[list[int]]) -> list[list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ from training.config import Count, Fraction, NonNegative, PathText, Positive, St
 from training.data.chat_template import ChatTemplate
 from training.data.settings import DataSettings
 from training.deepspeed_section import deepspeed_faults
-from training.runtime.lock import contents
+from training.launch.lock import contents
 
 
 class OptimizerSettings(StrictModel):
@@ -174,6 +174,12 @@ class SupervisedConfig(StageConfig, OptimizerSettings):
     adds none."""
     data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
     """What the stage learns from."""
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.data.validation_share == 0:
+            found.append("data.validation_share: 0 leaves nothing to choose the weights by")
+        return found
 
 
 def model_path_faults(field: str, name_or_path: str) -> list[str]:

@@ -1,52 +1,139 @@
-"""Means, ratios of sums, and their 95 % confidence intervals: pure functions."""
+"""Means, ratios of sums, and their 95 % confidence intervals: pure functions.
+
+Items that share a cluster (the pairs of one prompt, the phrasings of one question) are not
+independent; clusters are. Every interval is therefore over clusters: it says where the figure would
+lie for other clusters drawn like these, not for other items of the same ones.
+"""
 
 import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Z95 = 1.96
-"""Half the width of a 95 % confidence interval, in standard errors of a normal distribution."""
+Method = Literal["t", "log t", "bootstrap"]
+"""How an interval is made; see `estimate`, `log_ratio_estimate` and `bootstrap_estimate`."""
+
+BOOTSTRAP_DRAWS = 2000
+BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over independent prompts."""
+    """A figure with its 95 % confidence interval over clusters.
+
+    For a single cluster there is no interval: `ci95`, `low` and `high` are None. `ci95` is half the
+    interval's width; the interval is symmetric about `mean` only if `method` is "t".
+    """
 
     mean: float
-    ci95: float
-    """Half the width of the normal 95 % confidence interval: 1.96 · standard error."""
+    ci95: float | None
     count: int
+    """Number of items."""
+    clusters: int
+    """Number of independent clusters of items, G."""
+    low: float | None = None
+    high: float | None = None
+    method: Method = "t"
 
 
-def estimate(values: Tensor) -> Estimate:
-    """The mean of [n] independent values with its interval, which is infinite for a single one.
-
-    One value per cluster and denominators of 1 turn `ratio_standard_error` into s/√n, with
-    s² = Σ (x − x̄)² / (n − 1).
-    """
-    values = values.double()
-    error = ratio_standard_error(values, torch.ones_like(values))
-    return Estimate(values.mean().item(), Z95 * error, values.numel())
+def numbered(groups: Sequence[Hashable]) -> Tensor:
+    """[n] long, the number of each item's group, in the order of first occurrence."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups]).long()
 
 
-def mean_ci95(values: Tensor, prompts: Tensor) -> float | None:
-    """Half the width of the 95 % confidence interval of a mean over pairs.
+def estimate(values: Tensor, clusters: Tensor | None = None) -> Estimate:
+    """The mean of [n] values with the interval mean ± t · SE.
 
-    Prompts are independent; the pairs of one prompt (those of a ranking, or several comparisons)
-    are not, so each prompt is one cluster. The mean is a ratio of sums over prompts: of the values
-    and of the numbers of pairs. With one pair per prompt the result is 1.96 · s/√n.
+    SE is cluster-robust (`ratio_standard_error` with denominators of 1), and t the 97.5 % quantile
+    of Student's distribution with G − 1 degrees of freedom.
 
     Args:
-        values: [n].
-        prompts: [n] long, the number of the prompt that each pair belongs to.
-
-    Returns:
-        None for a single prompt, which says nothing about other prompts.
+        clusters: [n] long, the cluster of each value; without it every value is its own cluster.
     """
-    error = ratio_standard_error(values, torch.ones_like(values), clusters=prompts)
-    return None if error == math.inf else Z95 * error
+    return ratio_estimate(values, torch.ones_like(values, dtype=torch.float64), clusters)
+
+
+def ratio_estimate(
+    numerators: Tensor, denominators: Tensor, clusters: Tensor | None = None
+) -> Estimate:
+    """Σ y_i / Σ x_i with the interval ratio ± t · SE; arguments as in `ratio_standard_error`."""
+    y, x = numerators.double(), denominators.double()
+    ratio = (y.sum() / x.sum()).item()
+    groups = count_clusters(y, clusters)
+    half = half_width(ratio_standard_error(y, x, clusters), groups)
+    low, high = (None, None) if half is None else (ratio - half, ratio + half)
+    return Estimate(ratio, half, y.numel(), groups, low, high)
+
+
+def log_ratio_estimate(
+    numerators: Tensor, denominators: Tensor, clusters: Tensor | None = None
+) -> Estimate:
+    """exp(Σ y_i / Σ x_i), such as a perplexity, with the interval of the exponent.
+
+    A perplexity's own distribution is skewed, and an interval that is symmetric about it may reach
+    below 1. That of its logarithm cannot: exp(R ± t · SE(R)).
+    """
+    log = ratio_estimate(numerators, denominators, clusters)
+    mean, low, high = (_exponential(part) for part in (log.mean, log.low, log.high))
+    half = None if low is None or high is None else (high - low) / 2
+    assert mean is not None
+    return Estimate(mean, half, log.count, log.clusters, low, high, "log t")
+
+
+def _exponential(value: float | None) -> float | None:
+    return None if value is None else math.exp(min(value, 700.0))
+
+
+def bootstrap_estimate(
+    statistic: Callable[[Tensor], float],
+    clusters: Tensor,
+    draws: int = BOOTSTRAP_DRAWS,
+    seed: int = BOOTSTRAP_SEED,
+) -> Estimate:
+    """Any statistic with its percentile interval under resampling of whole clusters.
+
+    For statistics that are skewed or no ratio of sums. With few clusters (below about 20) the
+    interval is too narrow, as every bootstrap's is; it depends on the arguments alone.
+
+    Args:
+        statistic: of [m] long, the numbers of the items that a draw consists of, with repetitions.
+        clusters: [n] long, the cluster of each item.
+    """
+    everything = torch.arange(len(clusters))
+    value = statistic(everything)
+    present, group = clusters.unique(return_inverse=True)
+    count = len(present)
+    if count < 2:
+        return Estimate(value, None, len(clusters), count, method="bootstrap")
+    members = [everything[group == number] for number in range(count)]
+    random = np.random.default_rng(seed)
+    drawn = [
+        statistic(torch.cat([members[number] for number in random.integers(count, size=count)]))
+        for _ in range(draws)
+    ]
+    low, high = (float(bound) for bound in np.quantile(drawn, (0.025, 0.975)))
+    return Estimate(value, (high - low) / 2, len(clusters), count, low, high, "bootstrap")
+
+
+def mean_ci95(values: Tensor, clusters: Tensor) -> float | None:
+    """Half the width of `estimate`'s interval; None for a single cluster."""
+    return estimate(values, clusters).ci95
+
+
+def half_width(error: float, clusters: int) -> float | None:
+    """t · SE with G − 1 degrees of freedom; None for a single cluster, which shows no spread."""
+    return None if clusters < 2 else t_quantile(clusters - 1) * error
+
+
+def count_clusters(values: Tensor, clusters: Tensor | None) -> int:
+    """G; without `clusters`, every value is its own."""
+    return values.numel() if clusters is None else len(clusters.unique())
 
 
 def ratio_standard_error(
@@ -68,11 +155,46 @@ def ratio_standard_error(
     """
     y, x = numerators.double(), denominators.double()
     total = x.sum()
-    sums = y - y.sum() / total * x
+    residuals = y - y.sum() / total * x
+    return (cluster_sum_error(residuals, clusters) / total).item()
+
+
+def cluster_sum_error(scores: Tensor, clusters: Tensor | None = None) -> Tensor:
+    """sqrt(G/(G − 1) · Σ_g e_g²), the standard error of a sum of scores that add up to 0.
+
+    Args:
+        scores: [n] float64.
+        clusters: [n] long; without it every score is its own cluster.
+
+    Returns:
+        A scalar; infinity for a single cluster.
+    """
+    sums = scores
     if clusters is not None:
         present, group = clusters.unique(return_inverse=True)
-        sums = sums.new_zeros(len(present)).index_add(0, group, sums)
+        sums = scores.new_zeros(len(present)).index_add(0, group, scores)
     count = len(sums)
     if count < 2:
-        return math.inf
-    return ((count / (count - 1) * sums.square().sum()).sqrt() / total).item()
+        return scores.new_tensor(math.inf)
+    return (count / (count - 1) * sums.square().sum()).sqrt()
+
+
+@lru_cache(maxsize=1024)
+def t_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t distribution, by bisection on its integral.
+
+    With x = √ν tan θ, P(0 < T < x) = c ∫_0^θ cos^(ν−1), c = Γ((ν + 1)/2) / (√π Γ(ν/2)).
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2))
+
+    def above_zero(x: float) -> float:
+        theta = math.atan(x / math.sqrt(degrees))
+        integral = weights @ np.cos(theta * (nodes + 1) / 2) ** (degrees - 1) * theta / 2
+        return float(constant / math.sqrt(math.pi) * integral)
+
+    low, high = 1.9, 13.0
+    while high - low > 1e-12:
+        middle = (low + high) / 2
+        low, high = (middle, high) if above_zero(middle) < 0.475 else (low, middle)
+    return (low + high) / 2

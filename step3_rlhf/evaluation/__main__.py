@@ -43,7 +43,7 @@ def run(config: EvaluationConfig) -> None:
     with ranks.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "ppo")
     say("\n".join([*records.tally.lines(), *data.tally.lines()]))
-    held_out = load_held_out(config, data.eval, tokenizer)
+    held_out = load_held_out(config, data.eval, tokenizer, "test")
     output = Path(config.output_dir)
     reserve(output)
     finished = FinishedBlocks(output, fingerprint(config, held_out))
@@ -67,7 +67,7 @@ def load_models(config: EvaluationConfig, roles: Roles) -> Models:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    gc.enable()  # off while this was imported, see training/runtime/process.py
+    gc.enable()  # off while this was imported, see training/launch/process.py
     options = evaluation_parser().parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
         config = evaluation_config(options)

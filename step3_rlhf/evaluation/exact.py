@@ -18,7 +18,7 @@ from step3_rlhf.response_sets import FiniteSet
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
 from training.data import encode_responses, response_end
 from training.runtime import ranks
-from training.statistics import estimate
+from training.statistics import estimate, numbered
 
 EXACT_FIGURES = (
     "tv_to_reward",
@@ -42,6 +42,8 @@ def exact_metrics(
 ) -> dict[str, Any]:
     """The `exact` part of evaluation.json: means over prompts, and every prompt by itself.
 
+    The prompts of one topic are one cluster; a prompt without a topic is one by itself.
+
     Distances are between distributions conditional on the set; `outside_mass` is the policy's
     probability of everything outside it. A figure that no prompt has is None.
     """
@@ -52,8 +54,10 @@ def exact_metrics(
     per_prompt = over_ranks(len(sets), 1, measure, "response sets", finished)
     figures: dict[str, Any] = {"prompts": len(per_prompt)}
     for name in EXACT_FIGURES:
-        values = [entry[name] for entry in per_prompt if entry.get(name) is not None]
-        figures[name] = asdict(estimate(torch.tensor(values))) if values else None
+        having = [entry for entry in per_prompt if entry.get(name) is not None]
+        values = torch.tensor([entry[name] for entry in having])
+        clusters = numbered([entry["topic"] or entry["prompt"] for entry in having])
+        figures[name] = asdict(estimate(values, clusters)) if having else None
     return figures | {"per_prompt": per_prompt}
 
 

@@ -1,6 +1,5 @@
 """Measures an aligned policy: sampled metrics on held-out prompts, exact ones on finite sets."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from step3_rlhf.evaluation.sampled import held_out_perplexity, respond, sampled_
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.regularizers import Regularizer
 from training.runtime import ranks
+from training.runtime.json_text import json_line, json_text
 
 
 def evaluate(
@@ -34,7 +34,15 @@ def evaluate(
     temperature = regularizer.preference_temperature if regularizer else 1.0
     draws = range(2 * config.evaluation.pairs_per_prompt)
     responses = [respond(models, held_out, config, draw, finished) for draw in draws]
-    figures, instances = sampled_metrics(held_out.prompt_texts, responses, temperature)
+    figures, instances = sampled_metrics(
+        held_out.prompt_texts, responses, temperature, held_out.groups
+    )
+    calibration = config.beta_calibration
+    figures = {
+        "split": held_out.split,
+        "beta_calibration": calibration and calibration.model_dump(mode="json"),
+        **figures,
+    }
     if held_out.texts:
         figures["held_out_text"] = held_out_perplexity(models, held_out, config, finished)
     if held_out.sets:
@@ -49,8 +57,8 @@ def write_evaluation(
 ) -> None:
     """Write `evaluation.json` and `instances.jsonl`; rank 0 does."""
     if ranks.rank() == 0:
-        (directory / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in instances)
+        (directory / "evaluation.json").write_text(json_text(figures))
+        lines = "".join(json_line(entry) for entry in instances)
         (directory / "instances.jsonl").write_text(lines, encoding="utf-8")
     ranks.barrier()
 
@@ -58,11 +66,17 @@ def write_evaluation(
 def summary(figures: dict[str, Any]) -> str:
     """The main figures, one line each."""
     lines = [
-        f"  {name + ':':<24}{figures[name]['mean']:10.4f} ± {figures[name]['ci95']:.4f}"
+        line_of(name, figures[name])
         for name in ("pm_divergence", "length", "perplexity", "entropy", "kl")
     ]
     for name in ("tv_to_reward", "tv_to_population", "tv_to_optimum", "outside_mass"):
         figure = figures.get("exact", {}).get(name)
         if figure:
-            lines.append(f"  {name + ':':<24}{figure['mean']:10.4f} ± {figure['ci95']:.4f}")
+            lines.append(line_of(name, figure))
     return "\n".join(lines)
+
+
+def line_of(name: str, figure: dict[str, Any]) -> str:
+    """A mean and, if there is more than one cluster, its interval."""
+    interval = "" if figure["ci95"] is None else f" ± {figure['ci95']:.4f}"
+    return f"  {name + ':':<24}{figure['mean']:10.4f}{interval}"

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.statistics import Z95, ratio_standard_error
-
 
 def pm_divergence(
     logp_1: Tensor, logp_2: Tensor, reward_1: Tensor, reward_2: Tensor, temperature: float
@@ -33,6 +31,19 @@ def pm_divergence(
     return (first + second).clamp(min=0.0)
 
 
+def pm_squared_difference(
+    logp_1: Tensor, logp_2: Tensor, reward_1: Tensor, reward_2: Tensor, temperature: float
+) -> Tensor:
+    """(p_llm − p_reward)², the published evaluation's "eval pm"; arguments of `pm_divergence`.
+
+    Returns:
+        [prompts] values from 0 to 1.
+    """
+    llm = (logp_1 - logp_2).double().sigmoid()
+    reward = ((reward_1 - reward_2).double() / temperature).sigmoid()
+    return (llm - reward).square()
+
+
 def response_perplexity(logp: Tensor, lengths: Tensor) -> Tensor:
     """[p_1 · … · p_L]^{−1/L} of each response (section 6.1); the metric is the mean of these.
 
@@ -46,18 +57,6 @@ def response_perplexity(logp: Tensor, lengths: Tensor) -> Tensor:
 def text_perplexity(logp: Tensor, lengths: Tensor) -> float:
     """exp(−Σ log π / Σ tokens) over all texts."""
     return torch.exp(-logp.double().sum() / lengths.sum()).item()
-
-
-def text_perplexity_ci95(logp: Tensor, lengths: Tensor) -> float:
-    """Half the width of `text_perplexity`'s 95 % confidence interval over texts.
-
-    H = −Σ log π / Σ tokens is a ratio of sums over texts, and the standard error of exp H is exp H
-    times that of H (delta method). 0 for a single text.
-    """
-    if len(logp) < 2:
-        return 0.0
-    error = ratio_standard_error(-logp, lengths)
-    return Z95 * text_perplexity(logp, lengths) * error
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:

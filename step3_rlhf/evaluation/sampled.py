@@ -1,6 +1,6 @@
 """Metrics of sampled responses (section 6.1) and the perplexity of held-out texts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,18 +11,30 @@ from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import HeldOut
 from step3_rlhf.evaluation.metrics import (
     pm_divergence,
+    pm_squared_difference,
     response_perplexity,
-    text_perplexity,
-    text_perplexity_ci95,
 )
 from step3_rlhf.evaluation.resume import FinishedBlocks
-from step3_rlhf.evaluation.scoring import Models, sequence_logps
+from step3_rlhf.evaluation.scoring import Models, full_vocabulary_sums, sequence_logps
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.rollout import assemble, sample
 from training.data import response_end
 from training.runtime import ranks
-from training.statistics import Estimate, estimate
+from training.statistics import (
+    Estimate,
+    estimate,
+    log_ratio_estimate,
+    numbered,
+    ratio_estimate,
+)
+
+ESTIMAND = (
+    "the mean over held-out prompts of the mean over a prompt's draws; 95 % intervals, for other "
+    "groups of prompts drawn like these, are cluster-robust with Student's t and G - 1 degrees of "
+    "freedom, G the number of groups (`clusters`)"
+)
+"""What the sampled figures of evaluation.json estimate."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +47,20 @@ class Responses:
     rewards: Tensor
     lengths: Tensor  # tokens, EOS included
     ended: Tensor  # 1 if the response has its EOS, else 0
+    full_entropy: Tensor | None = None  # Σ_t H(π(·|prefix_t)), nats, over the whole vocabulary
+    full_kl: Tensor | None = None  # Σ_t KL(π(·|prefix_t) ‖ π_ref(·|prefix_t)), nats
 
 
 def sampled_metrics(
-    prompts: list[str], responses: list[Responses], temperature: float
+    prompts: list[str],
+    responses: list[Responses],
+    temperature: float,
+    groups: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of section 6.1 from independent responses to each prompt.
 
-    Each figure averages over a prompt's draws, then over prompts; intervals are over prompts.
+    Each figure averages over a prompt's draws, then over prompts; intervals are over groups of
+    prompts, and if `groups` is empty, over prompts.
 
     Args:
         responses: an even number of draws. Consecutive draws make a pair, and a prompt's PM
@@ -57,11 +75,24 @@ def sampled_metrics(
         [pm_divergence(a.logp, b.logp, a.rewards, b.rewards, temperature) for a, b in pairs]
     ).mean(0)
 
+    clusters = numbered(groups or prompts)
+    squared = torch.stack(
+        [pm_squared_difference(a.logp, b.logp, a.rewards, b.rewards, temperature) for a, b in pairs]
+    ).mean(0)
+    drawn = clusters.repeat(len(responses))
+
+    def every(values: list[Tensor]) -> Tensor:
+        return torch.cat([value.double() for value in values])
+
+    lengths = every([y.lengths for y in responses])
+    losses = every([-y.logp for y in responses])
+    ref_losses = every([-y.ref_logp for y in responses])
+
     def mean(value: Callable[[Responses], Tensor]) -> Estimate:
-        return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0))
+        return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0), clusters)
 
     estimates = {
-        "pm_divergence": estimate(divergence),
+        "pm_divergence": estimate(divergence, clusters),
         "reward": mean(lambda y: y.rewards),
         "length": mean(lambda y: y.lengths),
         "ended_fraction": mean(lambda y: y.ended),
@@ -72,8 +103,23 @@ def sampled_metrics(
         "kl": mean(lambda y: y.logp - y.ref_logp),
         "kl_per_token": mean(lambda y: (y.logp - y.ref_logp) / y.lengths),
     }
+    estimates |= {
+        "pm_squared_difference": estimate(squared, clusters),
+        "perplexity_pooled": log_ratio_estimate(losses, lengths, drawn),
+        "reference_perplexity_pooled": log_ratio_estimate(ref_losses, lengths, drawn),
+    }
+    sums = {
+        "entropy_full_vocabulary": [y.full_entropy for y in responses],
+        "kl_full_vocabulary": [y.full_kl for y in responses],
+    }
+    for name, values in sums.items():
+        measured = [value for value in values if value is not None]
+        if measured:
+            estimates[name] = ratio_estimate(every(measured), lengths, drawn)
     figures: dict[str, Any] = {
+        "estimand": ESTIMAND,
         "prompts": len(prompts),
+        "clusters": len(clusters.unique()),
         "pairs_per_prompt": len(pairs),
         "preference_temperature": temperature,
     }
@@ -129,7 +175,9 @@ def respond(
             sequence_logps(models.policy, rollout, config),
             sequence_logps(models.reference, rollout, config),
         )
-        columns = (logp, ref_logp, models.reward(rollout), rollout.lengths, rollout.ended)
+        rewards = models.reward(rollout)
+        full = full_vocabulary_sums(models, rollout, config.sampling.response_length)
+        columns = (logp, ref_logp, rewards, rollout.lengths, rollout.ended, *full)
         return list(zip(rollout.responses, *(column.tolist() for column in columns), strict=True))
 
     measured = over_ranks(
@@ -145,8 +193,11 @@ def held_out_perplexity(
     held_out: HeldOut,
     config: EvaluationConfig,
     finished: FinishedBlocks | None = None,
-) -> dict[str, float]:
-    """Perplexity of texts that people wrote, under policy and reference."""
+) -> dict[str, Any]:
+    """Perplexity of texts that people wrote, under policy and reference.
+
+    exp(−Σ log π / Σ tokens) with the interval of its logarithm, over groups of texts.
+    """
 
     def measure(rows: list[int]) -> list[tuple[float, float, int]]:
         texts = [held_out.texts[row] for row in rows]
@@ -168,10 +219,10 @@ def held_out_perplexity(
     size = config.per_device_eval_batch_size
     rows = over_ranks(len(held_out.texts), size, measure, "held-out texts", finished)
     logp, ref_logp, lengths = (torch.tensor(column).double() for column in zip(*rows, strict=True))
-    return {
-        "texts": len(rows),
-        "perplexity": text_perplexity(logp, lengths),
-        "perplexity_ci95": text_perplexity_ci95(logp, lengths),
-        "reference_perplexity": text_perplexity(ref_logp, lengths),
-        "reference_perplexity_ci95": text_perplexity_ci95(ref_logp, lengths),
-    }
+    clusters = numbered(held_out.text_groups or range(len(rows)))
+    figures: dict[str, Any] = {"texts": len(rows), "clusters": len(clusters.unique())}
+    for name, scored in (("perplexity", logp), ("reference_perplexity", ref_logp)):
+        found = log_ratio_estimate(-scored, lengths, clusters)
+        figures |= {name: found.mean, f"{name}_ci95": found.ci95}
+        figures |= {f"{name}_low": found.low, f"{name}_high": found.high}
+    return figures

@@ -37,6 +37,44 @@ def sequence_logps(model: Model, rollout: Rollout, config: EvaluationConfig) -> 
     return torch.cat(parts)
 
 
+DISTRIBUTIONS = 2**25
+"""Largest number of probabilities, tokens × vocabulary, of which two copies exist at a time."""
+
+
+@torch.no_grad()
+def full_vocabulary_sums(
+    models: Models, rollout: Rollout, response_length: int
+) -> tuple[Tensor, Tensor]:
+    """Sums over each response's tokens of the entropy of π and of KL(π ‖ π_ref), in nats.
+
+    Both are over the whole next-token distribution at each prefix that was drawn, as the published
+    evaluation takes them, and not of the drawn tokens only.
+
+    Args:
+        response_length: tokens of the longest response possible; the same on every rank.
+
+    Returns:
+        Two tensors [B] float64.
+    """
+    size = max(1, DISTRIBUTIONS // (response_length * len(models.tokenizer)))
+    entropies: list[Tensor] = []
+    divergences: list[Tensor] = []
+    for first in range(0, len(rollout), size):
+        rows = rollout.rows(first, first + size)
+        inputs = (rows.input_ids, rows.attention_mask, rows.scored_mask)
+        _, log_p = models.policy(*inputs, whole=True)
+        _, log_q = models.reference(*inputs, whole=True)
+        both = min(log_p.shape[-1], log_q.shape[-1])  # rows that only pad an embedding have none
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(-1)
+        divergence = (p[:, :both] * (log_p[:, :both] - log_q[:, :both])).sum(-1)
+        row = rows.scored_mask.nonzero()[:, 0]
+        for values, sums in ((entropy, entropies), (divergence, divergences)):
+            zeros = values.new_zeros(len(rows), dtype=torch.float64)
+            sums.append(zeros.index_add(0, row, values.double()))
+    return torch.cat(entropies), torch.cat(divergences)
+
+
 @torch.no_grad()
 def token_logps(model: Model, rollout: Rollout) -> Tensor:
     """[B, R] float64 log-probability of each response token, nats, on the CPU."""

@@ -14,6 +14,7 @@ import pytest
 from deepspeed.launcher.runner import parse_args
 
 from step1_sft.config import SFTConfig
+from step2_reward.calibrate.settings import CalibrationConfig
 from step2_reward.config import RewardConfig
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluation import __main__ as evaluate
@@ -111,6 +112,10 @@ def test_every_shipped_config_loads(path: Path) -> None:
 # Launch lines
 
 
+OTHERS = {"evaluation": "evaluate.sh", "calibrate": "calibrate.sh"}
+"""Scripts that launch a module beside a stage's `main`."""
+
+
 def documents() -> list[Path]:
     """READMEs are looked at by tests/test_readmes.py."""
     return sorted([*(ROOT / "scripts").glob("*.sh"), *ROOT.glob("step*/*.py")])
@@ -118,17 +123,15 @@ def documents() -> list[Path]:
 
 def launch_lines() -> Iterator[tuple[str, str, list[str]]]:
     """(where, script, arguments) of every `bash scripts/NAME.sh ...` and `launch MODULE ...`."""
-    scripts = "|".join([*SCRIPTS, "evaluate.sh"])
+    scripts = "|".join([*SCRIPTS, *OTHERS.values()])
     call = re.compile(rf"(?:scripts/|/)({scripts})\"?((?:[ \t]+[^\s;|&#`)]+)*)")
-    direct = re.compile(r"^\s*launch (step\w+)\.(main|evaluation)((?:[ \t]+[^\s;|&#]+)*)", re.M)
+    names = "|".join(["main", *OTHERS])
+    direct = re.compile(rf"^\s*launch (step\w+)\.({names})((?:[ \t]+[^\s;|&#]+)*)", re.M)
     modules = {stage: script for script, stage in SCRIPTS.items()}
     for path in documents():
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         found = [(m[1], m[2]) for m in call.finditer(text)]
-        found += [
-            ("evaluate.sh" if m[2] == "evaluation" else modules[m[1]], m[3])
-            for m in direct.finditer(text)
-        ]
+        found += [(OTHERS.get(m[2]) or modules[m[1]], m[3]) for m in direct.finditer(text)]
         for script, line in found:
             arguments = shlex.split(line)
             if arguments:
@@ -148,11 +151,12 @@ def is_placeholder(argument: str) -> bool:
 def test_every_launch_line_fits_the_real_parser(
     where: str, script: str, arguments: list[str]
 ) -> None:
-    if script == "evaluate.sh":
+    if script in OTHERS.values():
+        fields = (EvaluationConfig if script == "evaluate.sh" else CalibrationConfig).model_fields
         overrides = [a for a in arguments[1:] if not is_placeholder(a)]
         assert not [o for o in overrides if not o.startswith("-") and "=" not in o]
         keys = {o.split("=")[0].split(".")[0] for o in overrides if not o.startswith("-")}
-        assert keys <= EvaluationConfig.model_fields.keys()
+        assert keys <= fields.keys()
         return
     config_class = CLASSES[SCRIPTS[script]]
     options = stage_parser(config_class).parse_args(arguments)
@@ -167,7 +171,7 @@ def test_every_launch_line_fits_the_real_parser(
 
 
 def test_launch_lines_were_found() -> None:
-    assert {script for _, script, _ in LINES} == {*SCRIPTS, "evaluate.sh"}
+    assert {script for _, script, _ in LINES} == {*SCRIPTS, *OTHERS.values()}
 
 
 @pytest.fixture
@@ -202,7 +206,7 @@ def recorded(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "evaluate.sh"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *OTHERS.values()])
 def test_a_script_starts_its_stage_with_arguments_that_every_parser_knows(
     script: str, recorded: Callable[..., Any]
 ) -> None:
@@ -210,7 +214,8 @@ def test_a_script_starts_its_stage_with_arguments_that_every_parser_knows(
     launcher = recorded(script, *given)
     assert launcher.user_args == given
     stage = SCRIPTS.get(script)
-    assert launcher.user_script == (f"{stage}.main" if stage else "step3_rlhf.evaluation")
+    others = {"evaluate.sh": "step3_rlhf.evaluation", "calibrate.sh": "step2_reward.calibrate"}
+    assert launcher.user_script == (f"{stage}.main" if stage else others[script])
     if stage:
         options = stage_parser(CLASSES[stage]).parse_args(["--local_rank=0", *launcher.user_args])
         assert (options.config, options.overrides) == (given[0], given[1:])

@@ -175,11 +175,11 @@ def test_sft_writes_its_contract(sft: tuple[Run, Run]) -> None:
         assert {"config.json", "metrics.jsonl", "model"} <= {p.name for p in run.output.iterdir()}
         assert [line["step"] for line in run.metrics] == [1, 2, 3, 4]
         assert {"train/loss", "train/learning_rate"} <= run.metrics[0].keys()
-        evaluated = [line for line in run.metrics if "eval/loss" in line]
+        evaluated = [line for line in run.metrics if "validation/loss" in line]
         assert [line["step"] for line in evaluated] == [2, 4]
         last = evaluated[-1]
-        assert last["eval/perplexity"] == pytest.approx(math.exp(last["eval/loss"]))
-        assert last["eval/loss"] < evaluated[0]["eval/loss"]
+        assert last["validation/perplexity"] == pytest.approx(math.exp(last["validation/loss"]))
+        assert last["validation/loss"] < evaluated[0]["validation/loss"]
         assert str(run.output / "model") in run.printed  # says where the results are
         assert run.printed.count("SFT is done") == 1
         assert run.json("config.json")["warmup_ratio"] == 0.0  # resolved, defaults included
@@ -209,7 +209,7 @@ def test_the_reward_stage_writes_its_contract(reward: tuple[Run, Run]) -> None:
         report = run.json("evaluation.json")
         assert {"pairs", "accuracy", "log_loss", "ece", "reliability"} <= report.keys()
         assert report["pairs"] == 9
-        best = min(line["eval/loss"] for line in run.metrics)
+        best = min(line["validation/loss"] for line in run.metrics)
         assert report["log_loss"] == pytest.approx(best, abs=1e-6)
         # A new head prefers nothing: the first loss is log 2.
         assert run.metrics[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -310,7 +310,7 @@ def test_everything_divided_with_zero_3(
     first, plain = run.metrics[0], ppo[0].metrics[0]
     for name in ("objective/scores", "response/length", "objective/entropy"):
         assert first[name] == pytest.approx(plain[name], rel=1e-4)
-    assert "eval/pm_divergence" in first
+    assert "validation/pm_divergence" in first
     assert first["actor/grad_norm"] > 0
     assert "Rewards are centered at" in run.printed
     actor = AutoModelForCausalLM.from_pretrained(output / "actor").state_dict()

@@ -41,8 +41,8 @@ KINDS = tuple(STAGE)
 # A loss of PPO is a mean of terms of both signs; differences are relative to the terms' size.
 SIZES = {"loss/policy": 1.0, "objective/rlhf_reward": 1.0, "objective/kl": 1.0}
 FIGURES = {
-    "sft": ("train/loss", "eval/loss"),
-    "reward": ("train/loss", "eval/loss", "eval/accuracy"),
+    "sft": ("train/loss", "validation/loss"),
+    "reward": ("train/loss", "validation/loss", "validation/accuracy"),
     "ppo": ("loss/policy", "loss/value", "objective/scores", "objective/kl", "objective/entropy",
             "objective/rlhf_reward", "response/length", "response/ended_fraction"),
 }  # fmt: skip
@@ -296,7 +296,7 @@ def test_exports_have_the_loss_that_the_training_process_measured(
         policy = load_policy(Pretrained(str(matrix.output(kind, division) / "model")), tokenizer)
         logp, _ = policy(batch.input_ids, batch.attention_mask, batch.response_mask)
         loss = -logp.sum().item() / int(batch.response_mask.sum())
-        measured = matrix.figures(kind, division)["3 eval/loss"]
+        measured = matrix.figures(kind, division)["3 validation/loss"]
         assert loss == pytest.approx(measured, abs=1e-5), division
 
 

@@ -12,7 +12,8 @@ from step1_sft import main as sft
 from step1_sft.config import SFTConfig
 from step1_sft.main import ResponseModelling
 from training.config import check_config
-from training.data import FILLER, read_records, response_labels, tokenize
+from training.data import FILLER, collate_texts, read_records, response_labels, tokenize
+from training.fitting import held_out_splits
 from training.models.loading import load_policy
 from training.models.pretrained import Pretrained
 from training.runtime.engine import TrainedModule, optimizer_step
@@ -26,7 +27,8 @@ def task(stage_settings, world_tokenizer) -> ResponseModelling:
     data = tokenize(read_records(config.data, "sft"), world_tokenizer, config.data, "sft")
     policy = load_policy(Pretrained(config.model_name_or_path), world_tokenizer)
     trained = TrainedModule(policy, config, config, 1)
-    return ResponseModelling(trained, data.train, data.eval, config, world_tokenizer.pad_token_id)
+    held_out = held_out_splits(data.eval, config.data)
+    return ResponseModelling(trained, data.train, held_out, config, world_tokenizer.pad_token_id)
 
 
 def own_losses(task: ResponseModelling, batch) -> torch.Tensor:
@@ -41,7 +43,7 @@ def own_losses(task: ResponseModelling, batch) -> torch.Tensor:
 
 @torch.no_grad()
 def test_the_loss_is_hugging_faces_own(task: ResponseModelling) -> None:
-    batch = task.collate([0, 1, 2, 3], training=True)
+    batch = task.collate([0, 1, 2, 3])
     own = own_losses(task, batch)
     assert task.items(batch) == len(own)
     assert task.loss_sum(batch).item() == pytest.approx(own.sum().item(), rel=1e-5)
@@ -52,7 +54,7 @@ def test_the_loss_is_hugging_faces_own(task: ResponseModelling) -> None:
 def test_eos_is_learned(task: ResponseModelling, world_tokenizer) -> None:
     """The label on EOS is there, and one gradient step makes EOS likelier."""
     eos = world_tokenizer.eos_token_id
-    batch = task.collate([0, 1, 2, 3], training=True)
+    batch = task.collate([0, 1, 2, 3])
     labels = response_labels(batch)
     assert ((labels == eos).sum(-1) == 1).all()
     lasts = labels.gather(1, batch.last_positions[:, None])
@@ -68,18 +70,22 @@ def test_eos_is_learned(task: ResponseModelling, world_tokenizer) -> None:
 
 
 def test_fillers_carry_no_loss(task: ResponseModelling) -> None:
-    batch = task.collate([FILLER, FILLER], training=True)
+    batch = task.collate([FILLER, FILLER])
     assert task.items(batch) == 0
     assert task.loss_sum(batch).item() == 0.0
 
 
 @torch.no_grad()
 def test_evaluation_is_a_mean_over_tokens(task: ResponseModelling) -> None:
-    task.eval_batch_size = 3  # 8 texts in uneven batches
-    losses = torch.cat([own_losses(task, task.collate([row], training=False)) for row in range(8)])
-    found = task.evaluate()
-    assert found["eval/loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
-    assert found["eval/perplexity"] == pytest.approx(math.exp(losses.mean().item()), rel=1e-4)
+    task.eval_batch_size = 3  # uneven batches
+    assert sum(map(len, task.held_out.values())) == 8
+    for split, data in task.held_out.items():
+        batches = [collate_texts(data, [row], task.pad_token_id) for row in range(len(data))]
+        losses = torch.cat([own_losses(task, batch) for batch in batches])
+        found = task.evaluate(split)
+        assert found[f"{split}/loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        perplexity = math.exp(losses.mean().item())
+        assert found[f"{split}/perplexity"] == pytest.approx(perplexity, rel=1e-4)
 
 
 def test_the_stage_writes_its_contract(stage_settings) -> None:
@@ -88,4 +94,6 @@ def test_the_stage_writes_its_contract(stage_settings) -> None:
     output = Path(config.output_dir)
     assert {"config.json", "metrics.jsonl", "model"} <= {path.name for path in output.iterdir()}
     (line,) = (output / "metrics.jsonl").read_text().splitlines()
-    assert {"step", "train/loss", "eval/loss", "eval/perplexity"} <= json.loads(line).keys()
+    assert {"step", "train/loss", "validation/loss", "test/loss", "test/perplexity"} <= json.loads(
+        line
+    ).keys()

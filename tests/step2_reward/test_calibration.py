@@ -65,30 +65,30 @@ def test_log_loss_of_a_wrong_certainty_is_finite() -> None:
 
 
 def test_intervals_by_hand() -> None:
-    """Right, right, wrong, right: x̄ = 3/4, s² = 1/4, so 1.96 · ½/√4 = 0.49."""
+    """Right, right, wrong, right: x̄ = 3/4, s² = 1/4, so t(3) · ½/√4, t(3) = 3.1824463."""
     report = calibration_figures(MARGINS, torch.tensor([3, 1, 0, 2]), 10)
-    assert (report["pairs"], report["prompts"]) == (4, 4)
-    assert report["accuracy_ci95"] == pytest.approx(0.49, rel=1e-12)
+    assert (report["pairs"], report["clusters"]) == (4, 4)
+    assert report["accuracy_ci95"] == pytest.approx(3.18244630528 / 4, rel=1e-10)
     # −log of 0.9, 0.9, 0.1, 0.6: 0.105361, 0.105361, 2.302585, 0.510826; s = 1.0486021
-    assert report["log_loss_ci95"] == pytest.approx(1.0276301, rel=1e-7)
+    assert report["log_loss_ci95"] == pytest.approx(3.18244630528 * 1.0486021 / 2, rel=1e-7)
     assert "ece_ci95" not in report
 
 
 def test_pairs_of_one_prompt_are_not_independent() -> None:
     """Two prompts, right 2 of 2 and 1 of 2: residuals ¼ + ¼ and −¾ + ¼; √(2 · (¼ + ¼)) / 4."""
     report = calibration_figures(MARGINS, torch.tensor([7, 7, 9, 9]), 10)
-    assert report["prompts"] == 2
-    assert report["accuracy_ci95"] == pytest.approx(1.96 * 0.25, rel=1e-12)
+    assert report["clusters"] == 2
+    assert report["accuracy_ci95"] == pytest.approx(12.7062047362 * 0.25, rel=1e-10)
     # 0.105361 twice, and 2.302585 with 0.510826, about the mean 0.756033: sums ∓ 1.3013448
-    assert report["log_loss_ci95"] == pytest.approx(1.96 * 2 * 1.3013448 / 4, rel=1e-6)
+    assert report["log_loss_ci95"] == pytest.approx(12.7062047362 * 2 * 1.3013448 / 4, rel=1e-6)
 
 
 def test_repeated_pairs_add_no_certainty() -> None:
     """Every pair ten times: the same interval, where √n would make it √10 times narrower."""
     again = mean_ci95(correct(MARGINS).repeat(10), torch.arange(4).repeat(10))
-    assert again == pytest.approx(0.49, rel=1e-12)
+    assert again == pytest.approx(3.18244630528 / 4, rel=1e-10)
     independent = mean_ci95(correct(MARGINS).repeat(10), torch.arange(40))
-    assert independent == pytest.approx(1.96 * math.sqrt(0.1875 * 40 / 39 / 40), rel=1e-12)
+    assert independent == pytest.approx(2.0226909 * math.sqrt(0.1875 * 40 / 39 / 40), rel=1e-7)
 
 
 def test_one_prompt_has_no_interval() -> None:

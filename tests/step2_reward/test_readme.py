@@ -31,6 +31,8 @@ def test_every_metric_is_defined(stage_settings: Callable[[str], dict[str, Any]]
     evaluation, training = text.split("and in addition:")
     assert first_column(evaluation) == report.keys()
     assert all(f"`{name}`" in evaluation for name in report["reliability"][0])
-    defined = first_column(training) | set(re.findall(r"\| `(eval/[^`]+)` \|", evaluation))
+    splits = re.findall(r"\| `SPLIT/([^`]+)` \|", evaluation)
+    names = {f"{split}/{name}" for split in ("validation", "test") for name in splits}
+    defined = first_column(training) | names
     assert defined - json.loads(line).keys() == {"train/loss_scale", "train/skipped_steps"}  # fp16
     assert json.loads(line).keys() <= defined

@@ -14,7 +14,7 @@ from step2_reward.config import RewardConfig
 from step2_reward.losses import btl_loss
 from step2_reward.main import PreferenceModelling, by_group, pair_margins, summary
 from training.config import check_config
-from training.data import FILLER, collate_groups
+from training.data import FILLER, Split, collate_groups
 from training.models.loading import load_scalar_model
 from training.models.pretrained import Pretrained
 from training.runtime.engine import TrainedModule
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 PAD, EOS = 3, 2
 GROUPS = Dataset.from_dict(
     {
+        "group": ["one", "another"],
         "prompt_ids": [[1, 5], [1, 6, 6]],
         "responses_ids": [[[7, EOS], [8, 8, EOS]], [[9, EOS], [10, EOS], [11, 4, 4, EOS]]],
     }
@@ -53,7 +54,7 @@ def task(stage_settings, world_tokenizer) -> PreferenceModelling:
     torch.manual_seed(0)
     torch.nn.init.normal_(model.model.score.weight)
     trained = TrainedModule(model, config, config, 1)
-    return PreferenceModelling(trained, GROUPS, GROUPS, config, PAD)
+    return PreferenceModelling(trained, GROUPS, {"test": GROUPS}, config, PAD)
 
 
 def own_rewards(task: PreferenceModelling, prompt: list[int], responses: list) -> torch.Tensor:
@@ -66,7 +67,7 @@ def own_rewards(task: PreferenceModelling, prompt: list[int], responses: list) -
 @torch.no_grad()
 def test_the_loss_of_a_pair_is_btl_on_the_models_own_rewards(task: PreferenceModelling) -> None:
     chosen, rejected = own_rewards(task, **_columns(0))
-    batch = task.collate([0], training=True)
+    batch = task.collate([0])
     expected = btl_loss(chosen, rejected)
     assert task.items(batch) == 1
     assert task.loss_sum(batch).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -81,37 +82,37 @@ def test_evaluation_is_a_mean_over_rankings_with_pairwise_calibration(
     x, y, z = own_rewards(task, **_columns(1))
     pair = math.log1p(math.exp(b - a))
     ranking = torch.stack([x, y, z]).logsumexp(0) - x + torch.stack([y, z]).logsumexp(0) - y
-    found = task.evaluate()
-    assert found["eval/loss"] == pytest.approx((pair + ranking.item()) / 2, rel=1e-5)
+    found = task.evaluate("test")
+    assert found["test/loss"] == pytest.approx((pair + ranking.item()) / 2, rel=1e-5)
     assert task.calibration["pairs"] == 4
     margins = torch.stack([a - b, x - y, x - z, y - z])
-    assert found["eval/accuracy"] == pytest.approx((margins > 0).double().mean().item())
+    assert found["test/accuracy"] == pytest.approx((margins > 0).double().mean().item())
     losses = torch.nn.functional.softplus(-margins).double()
-    assert found["eval/log_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert found["test/log_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
     # two prompts, of one pair and of three
     sums = [(part - losses.mean()).sum().item() for part in (losses[:1], losses[1:])]
-    expected = 1.96 * math.sqrt(2 * (sums[0] ** 2 + sums[1] ** 2)) / 4
-    assert found["eval/log_loss_ci95"] == pytest.approx(expected, rel=1e-4)
-    assert task.calibration["prompts"] == 2
+    expected = 12.7062047 * math.sqrt(2 * (sums[0] ** 2 + sums[1] ** 2)) / 4
+    assert found["test/log_loss_ci95"] == pytest.approx(expected, rel=1e-4)
+    assert task.calibration["clusters"] == 2
 
 
 def test_comparisons_of_the_same_prompt_are_one_prompts(task: PreferenceModelling) -> None:
     rows = Dataset.from_dict({name: [GROUPS[row][name] for row in (1, 0, 1)] for name in GROUPS[0]})
-    again = PreferenceModelling(task.model, GROUPS, rows, task.config, PAD)
-    found = again.evaluate()
-    assert (again.calibration["pairs"], again.calibration["prompts"]) == (7, 2)
-    alone = PreferenceModelling(task.model, GROUPS, rows.select([0, 2]), task.config, PAD)
-    metrics = alone.evaluate()
-    assert (alone.calibration["prompts"], alone.calibration["log_loss_ci95"]) == (1, None)
-    assert found.keys() - metrics.keys() == {"eval/accuracy_ci95", "eval/log_loss_ci95"}
+    again = PreferenceModelling(task.model, GROUPS, {"test": rows}, task.config, PAD)
+    found = again.evaluate("test")
+    assert (again.calibration["pairs"], again.calibration["clusters"]) == (7, 2)
+    alone = PreferenceModelling(task.model, GROUPS, {"test": rows.select([0, 2])}, task.config, PAD)
+    metrics = alone.evaluate("test")
+    assert (alone.calibration["clusters"], alone.calibration["log_loss_ci95"]) == (1, None)
+    assert found.keys() - metrics.keys() == {"test/accuracy_ci95", "test/log_loss_ci95"}
 
 
 def test_the_summary_has_intervals_where_there_are_any() -> None:
-    figures = {"eval/accuracy": 0.5684, "eval/log_loss": 0.67401, "eval/ece": 0.0312}
+    figures = {"test/accuracy": 0.5684, "test/log_loss": 0.67401, "test/ece": 0.0312}
     assert summary(figures) == (
         "accuracy 0.568, log-loss 0.6740 nats, expected calibration error 0.031"
     )
-    intervals = {"eval/accuracy_ci95": 0.0719, "eval/log_loss_ci95": 0.0123}
+    intervals = {"test/accuracy_ci95": 0.0719, "test/log_loss_ci95": 0.0123}
     assert summary(figures | intervals) == (
         "accuracy 0.568 ± 0.072, log-loss 0.6740 ± 0.0123 nats, expected calibration error 0.031"
     )
@@ -123,7 +124,7 @@ def _columns(row: int) -> dict:
 
 @torch.no_grad()
 def test_fillers_carry_no_loss(task: PreferenceModelling) -> None:
-    batch = task.collate([FILLER], training=True)
+    batch = task.collate([FILLER])
     assert task.items(batch) == 0
     assert task.loss_sum(batch).item() == 0.0
 
@@ -135,9 +136,11 @@ def test_the_best_weights_are_the_ones_saved(
     losses, heads = iter([3.0, 1.0, 2.0]), []
     real = PreferenceModelling.evaluate
 
-    def evaluate(self: PreferenceModelling) -> dict[str, float]:
+    def evaluate(self: PreferenceModelling, split: Split) -> dict[str, float]:
+        if split == "test":
+            return real(self, split)
         heads.append(self.model.module.model.score.weight.detach().clone())
-        return real(self) | {"eval/loss": next(losses)}
+        return real(self, split) | {"validation/loss": next(losses)}
 
     monkeypatch.setattr(PreferenceModelling, "evaluate", evaluate)
     settings = stage_settings("reward") | {"max_steps": 3, "eval_steps": 1}
@@ -151,7 +154,9 @@ def test_the_best_weights_are_the_ones_saved(
     assert saved.config.response_end == "eos"  # which stage 3 needs to know
     report = json.loads((output / "evaluation.json").read_text())
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert report["log_loss"] == lines[1]["eval/log_loss"] != lines[2]["eval/log_loss"]
+    assert report["log_loss"] == lines[1]["test/log_loss"] != lines[1]["validation/log_loss"]
+    assert "test/log_loss" not in lines[2]
+    assert report["split"] == "test"
     assert {"pairs", "accuracy", "log_loss", "ece", "reliability"} <= report.keys()
-    assert report["accuracy_ci95"] == lines[1]["eval/accuracy_ci95"]
-    assert report["log_loss_ci95"] == lines[1]["eval/log_loss_ci95"] > 0
+    assert report["accuracy_ci95"] == lines[1]["test/accuracy_ci95"]
+    assert report["log_loss_ci95"] == lines[1]["test/log_loss_ci95"] > 0

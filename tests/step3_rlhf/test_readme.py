@@ -1,5 +1,6 @@
 """The README files of stage 3 define every figure that a run writes, and no other; examples run."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -27,6 +28,7 @@ from step3_rlhf.rollout import encode_prompt_texts
 from step3_rlhf.trainer import PPOTrainer
 from training.config import check_config
 from training.data import encode_responses
+from training.statistics import Estimate
 
 STAGE = Path(step3_rlhf.__file__).parent
 README = (STAGE / "README.md").read_text(encoding="utf-8")
@@ -80,7 +82,7 @@ def test_every_key_of_metrics_jsonl_is_defined_and_no_other(
     train(trainer, 2, held_out, EvaluationConfig.of(config))
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     written = {key for line in lines for key in json.loads(line)}
-    assert {"step", "objective/kl", "eval/tv_to_population"} <= written
+    assert {"step", "objective/kl", "validation/tv_to_population"} <= written
     for module in (trainer.actor, trainer.critic):
         monkeypatch.setattr(module.engine, "fp16_enabled", lambda: True)
         monkeypatch.setattr(module.engine.optimizer, "loss_scale", 1.0, raising=False)
@@ -115,7 +117,9 @@ def test_every_figure_of_an_evaluation_is_defined_and_no_other(
     keys = instance.keys() | {f"responses.{key}" for key in instance["responses"][0]}
     assert defined(section(EVALUATION, "instances.jsonl")) == keys
     estimates = [value for value in figures.values() if isinstance(value, dict) and "mean" in value]
-    assert all(value.keys() == {"mean", "ci95", "count"} for value in estimates)
+    keys = [field.name for field in dataclasses.fields(Estimate)]
+    assert all(list(value) == keys for value in estimates)
+    assert str(keys).replace("'", '"').strip("[]") in EVALUATION
 
 
 def test_the_example_config_is_sound() -> None:

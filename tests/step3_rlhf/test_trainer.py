@@ -339,7 +339,7 @@ def test_an_evaluations_means_are_logged() -> None:
         "kl": {"mean": 0.5, "ci95": 0.1, "count": 3},
         "exact": {"tv_to_reward": {"mean": 0.2}, "tv_to_optimum": None, "per_prompt": []},
     }
-    assert means_of(figures) == {"eval/kl": 0.5, "eval/tv_to_reward": 0.2}
+    assert means_of(figures) == {"validation/kl": 0.5, "validation/tv_to_reward": 0.2}
 
 
 def test_statistics_add_up_over_micro_batches(experience) -> None:

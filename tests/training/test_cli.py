@@ -13,8 +13,8 @@ from training import cli
 from training.cli import prepare_output, run_stage, stage_parser
 from training.config import check_config
 from training.errors import RunError, UserError
+from training.launch.lock import contents
 from training.runtime import ranks, signals
-from training.runtime.lock import contents
 
 Settings = Callable[[str], dict[str, Any]]
 

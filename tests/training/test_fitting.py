@@ -13,7 +13,7 @@ from torch import nn
 from step1_sft.config import SFTConfig
 from training import fitting
 from training.config import check_config
-from training.data import FILLER, StageRecords
+from training.data import FILLER, Split, StageRecords
 from training.data.tally import Tally
 from training.errors import RunError, UserError
 from training.fitting import EarlyStopping, fit
@@ -32,7 +32,7 @@ class Numbers:
         self.seen: list[int] = []
         self.train = Dataset.from_dict({"target": list(range(10))})
 
-    def collate(self, rows: list[int], training: bool) -> torch.Tensor:
+    def collate(self, rows: list[int]) -> torch.Tensor:
         self.seen += rows
         return torch.tensor([float(row) for row in rows if row != FILLER])
 
@@ -42,8 +42,12 @@ class Numbers:
     def loss_sum(self, batch: torch.Tensor) -> torch.Tensor:
         return 0.5 * ((self.trained(torch.ones(1, 1)).squeeze() - batch) ** 2).sum()
 
-    def evaluate(self) -> dict[str, float]:
-        return {"eval/loss": next(self.losses)}
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """The test's loss is that of the validation that came before it, plus ten."""
+        if split == "validation":
+            self.last = next(self.losses)
+            return {"validation/loss": self.last}
+        return {"test/loss": self.last + 10}
 
 
 @pytest.fixture
@@ -58,8 +62,8 @@ def fitted(stage_settings):
         steps = fitting.total_steps(config, examples=10)
         trained = TrainedModule(nn.Linear(1, 1, bias=False), config, config, steps)
         task, stopping = Numbers(trained, losses), EarlyStopping(patience)
-        saved: list[dict[str, float]] = []
-        final = fit(config, trained, task, stopping, saved.append)
+        saved: list[float] = []
+        final = fit(config, trained, task, stopping, lambda: saved.append(task.last))
         lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
         return task, stopping, saved, final, [json.loads(line) for line in lines]
 
@@ -71,15 +75,15 @@ def test_every_epoch_sees_every_row_once_and_ends_with_an_evaluation(fitted) -> 
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for epoch in (task.seen[:12], task.seen[12:]):
         assert sorted(epoch) == [FILLER, FILLER, *range(10)]
-    assert [line.get("eval/loss") for line in lines] == [None, None, 2.0, None, None, 1.0]
+    assert [line.get("validation/loss") for line in lines] == [None, None, 2.0, None, None, 1.0]
     assert lines[2]["train/epoch"] == 1.0
-    assert saved == [{"eval/loss": 2.0}, {"eval/loss": 1.0}]
-    assert final == {"eval/loss": 1.0}
+    assert saved == [2.0, 1.0]
+    assert final == {"test/loss": 11.0}
 
 
 def test_evaluation_every_so_many_steps_and_at_the_end(fitted) -> None:
     _, _, _, _, lines = fitted([5.0, 4.0, 3.0, 2.0], max_steps=5, eval_steps=2, logging_steps=100)
-    assert [(line["step"], line["eval/loss"]) for line in lines] == [
+    assert [(line["step"], line["validation/loss"]) for line in lines] == [
         (2, 5.0),
         (3, 4.0),  # the epoch's end
         (4, 3.0),
@@ -91,24 +95,26 @@ def test_only_the_best_weights_are_saved_and_patience_ends_the_run(fitted) -> No
     _, stopping, saved, final, lines = fitted(
         [3.0, 1.0, 2.0, 1.5, 0.0], patience=2, num_train_epochs=9.0
     )
-    assert [m["eval/loss"] for m in saved] == [3.0, 1.0]
-    assert stopping.best == {"eval/loss": 1.0}
+    assert saved == [3.0, 1.0]
+    assert stopping.best == {"validation/loss": 1.0}
     assert lines[-1]["step"] == 12  # 5 evaluations were there; the fifth was never asked for
-    assert final["eval/loss"] == 1.5
+    # The test is measured on the weights that are kept, and on no others.
+    assert [line["test/loss"] for line in lines if "test/loss" in line] == [13.0, 11.0]
+    assert final == {"test/loss": 11.0}
 
 
 def test_an_evaluation_that_is_no_number_ends_the_run(fitted) -> None:
-    with pytest.raises(RunError, match="evaluation loss after step 6 is not finite"):
+    with pytest.raises(RunError, match="validation loss after step 6 is not finite"):
         fitted([3.0, math.nan], patience=2, num_train_epochs=9.0)
 
 
 def test_an_evaluation_that_is_better_resets_the_patience() -> None:
     stopping = EarlyStopping(patience=2)
-    assert [stopping.improved({"eval/loss": x}) for x in (3.0, 4.0, 2.0, 2.0)] == [
+    assert [stopping.improved({"validation/loss": x}) for x in (3.0, 4.0, 2.0, 2.0)] == [
         True, False, True, False,
     ]  # fmt: skip
     assert not stopping.exhausted
-    stopping.improved({"eval/loss": 2.5})
+    stopping.improved({"validation/loss": 2.5})
     assert stopping.exhausted
 
 

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from training.statistics import estimate, mean_ci95, ratio_standard_error
+from training.statistics import (
+    bootstrap_estimate,
+    estimate,
+    log_ratio_estimate,
+    mean_ci95,
+    numbered,
+    ratio_estimate,
+    ratio_standard_error,
+    t_quantile,
+)
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -41,28 +50,115 @@ def test_an_exact_ratio_has_no_error() -> None:
     assert ratio_standard_error(tensor(2, 4, 6), tensor(1, 2, 3)) == 0.0
 
 
+def test_students_quantiles_are_those_of_the_tables() -> None:
+    assert t_quantile(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-10)  # Cauchy
+    assert t_quantile(2) == pytest.approx(4.30265272991, rel=1e-10)
+    assert t_quantile(9) == pytest.approx(2.26215716274, rel=1e-10)
+    assert t_quantile(15) == pytest.approx(2.13144954556, rel=1e-10)
+    assert t_quantile(100_000) == pytest.approx(1.95998771, rel=1e-8)
+
+
 def test_estimate_by_hand() -> None:
-    """x̄ = 3, s² = (4 + 1 + 0 + 9) / 3; 1.96 · s / √4."""
+    """x̄ = 3, s² = (4 + 1 + 0 + 9) / 3; t(3) · s / √4 with t(3) = 3.18244630528."""
     found = estimate(tensor(1.0, 2.0, 3.0, 6.0))
-    assert (found.mean, found.count) == (3.0, 4)
-    assert found.ci95 == pytest.approx(1.96 * math.sqrt(14 / 3) / 2, rel=1e-14)
-    assert found.ci95 == pytest.approx(2.11704196148, rel=1e-11)
+    assert (found.mean, found.count, found.clusters) == (3.0, 4, 4)
+    assert found.ci95 == pytest.approx(3.18244630528 * math.sqrt(14 / 3) / 2, rel=1e-10)
+    assert (found.low, found.high) == (3.0 - found.ci95, 3.0 + found.ci95)
+    assert found.ci95 != pytest.approx(1.96 * math.sqrt(14 / 3) / 2, rel=0.3)  # as if n were large
 
 
-def test_estimate_of_a_single_value_has_an_infinite_interval() -> None:
+def test_a_single_cluster_has_no_interval() -> None:
     alone = estimate(torch.tensor([5]))
-    assert (alone.mean, alone.ci95, alone.count) == (5.0, math.inf, 1)
+    assert (alone.mean, alone.count, alone.clusters) == (5.0, 1, 1)
+    assert alone.ci95 is alone.low is alone.high is None
+    together = estimate(tensor(5.0, 6.0), torch.tensor([3, 3]))
+    assert (together.ci95, together.count, together.clusters) == (None, 2, 1)
+
+
+def test_items_of_a_cluster_are_not_independent() -> None:
+    """16 topics of 8 identical phrasings are 16 observations, not 128."""
+    topics = torch.arange(16, dtype=torch.float64)
+    values, clusters = topics.repeat_interleave(8), torch.arange(16).repeat_interleave(8)
+    found, once = estimate(values, clusters), estimate(topics)
+    assert found.ci95 == pytest.approx(once.ci95, rel=1e-12)
+    assert (found.count, found.clusters) == (128, 16)
+    wrong = estimate(values).ci95  # phrasings taken as independent
+    assert wrong is not None
+    assert found.ci95 is not None
+    assert found.ci95 / wrong == pytest.approx(
+        math.sqrt(127 / 15) * 2.13144954556 / 1.97881953476, rel=1e-9
+    )
+
+
+def test_coverage_of_clustered_means() -> None:
+    """Of 400 data sets of 10 clusters, 95 % of the intervals hold the true mean, 0."""
+    random = torch.Generator().manual_seed(1)
+    clusters = torch.arange(10).repeat_interleave(6)
+    covered = naive = 0
+    for _ in range(400):
+        effects = torch.randn(10, generator=random, dtype=torch.float64)[clusters]
+        values = effects + 0.3 * torch.randn(60, generator=random, dtype=torch.float64)
+        for wrong in (False, True):
+            found = estimate(values, None if wrong else clusters)
+            inside = found.low <= 0 <= found.high
+            naive, covered = naive + (wrong and inside), covered + (not wrong and inside)
+    assert 0.92 < covered / 400 < 0.98
+    assert naive / 400 < 0.7
 
 
 def test_mean_over_pairs_by_hand() -> None:
-    """x̄ = 3; prompts {1, 2} and {3, 6}: sums −3 and 3; 1.96 · √(2 · 18) / 4 = 2.94."""
+    """x̄ = 3; prompts {1, 2} and {3, 6}: sums −3 and 3; t(1) · √(2 · 18) / 4."""
     pairs = tensor(1.0, 2.0, 3.0, 6.0)
     clustered = mean_ci95(pairs, torch.tensor([7, 7, 2, 2]))
-    assert clustered == pytest.approx(2.94, rel=1e-14)
-    independent = mean_ci95(pairs, torch.arange(4))
-    assert independent == pytest.approx(estimate(pairs).ci95, rel=1e-14)
-    assert independent != pytest.approx(clustered, rel=0.1)  # as if pairs were independent
+    assert clustered == pytest.approx(12.7062047362 * 1.5, rel=1e-10)
+    assert mean_ci95(pairs, torch.arange(4)) == estimate(pairs).ci95
 
 
-def test_mean_over_the_pairs_of_one_prompt_has_no_interval() -> None:
-    assert mean_ci95(tensor(1.0, 2.0), torch.tensor([3, 3])) is None
+def test_a_perplexitys_interval_is_that_of_its_logarithm() -> None:
+    """One text of a huge loss: the symmetric interval would reach below 1, which none can."""
+    nll, tokens = tensor(1, 1, 1, 20), tensor(4, 4, 4, 4)
+    found, log = log_ratio_estimate(nll, tokens), ratio_estimate(nll, tokens)
+    assert found.mean == pytest.approx(math.exp(23 / 16), rel=1e-14)
+    assert log.mean == pytest.approx(23 / 16)
+    assert log.ci95 is not None
+    assert found.low == pytest.approx(math.exp(23 / 16 - log.ci95), rel=1e-12)
+    assert found.high == pytest.approx(math.exp(23 / 16 + log.ci95), rel=1e-12)
+    assert found.method == "log t"
+    assert found.low > 0
+    assert found.mean - log.ci95 * found.mean < 0  # the delta method's
+
+
+def test_bootstrap_resamples_whole_clusters() -> None:
+    """Clusters of identical values; for a mean it agrees with the percentile of few points."""
+    values = tensor(0, 0, 0, 1, 1, 1)
+    clusters = torch.tensor([5, 5, 5, 8, 8, 8])
+    found = bootstrap_estimate(lambda rows: values[rows].mean().item(), clusters, draws=400)
+    assert (found.mean, found.count, found.clusters, found.method) == (0.5, 6, 2, "bootstrap")
+    assert (found.low, found.high) == (0.0, 1.0)  # one draw in four holds a cluster twice
+    again = bootstrap_estimate(lambda rows: values[rows].mean().item(), clusters, draws=400)
+    assert again == found
+    single = bootstrap_estimate(lambda rows: 1.0, torch.zeros(4).long())
+    assert (single.ci95, single.low, single.high) == (None, None, None)
+
+
+def test_bootstrap_agrees_with_students_interval_where_both_hold() -> None:
+    random = torch.Generator().manual_seed(3)
+    values = torch.randn(200, generator=random, dtype=torch.float64)
+    drawn = bootstrap_estimate(lambda rows: values[rows].mean().item(), torch.arange(200))
+    assert drawn.ci95 == pytest.approx(estimate(values).ci95, rel=0.1)
+
+
+def test_numbers_of_groups() -> None:
+    assert numbered(["b", "a", "b", "c"]).tolist() == [0, 1, 0, 2]
+
+
+def test_interval_of_a_perplexity_covers_95_percent() -> None:
+    """Against the truth, over 1,000 samples of 40 texts; tokens' losses are exponential."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(1000):
+        lengths = torch.randint(1, 30, (40,), generator=generator)
+        losses = [torch.empty(int(n)).exponential_(0.5, generator=generator).sum() for n in lengths]
+        found = log_ratio_estimate(torch.stack(losses), lengths)
+        covered += found.low <= math.exp(2.0) <= found.high
+    assert 0.925 <= covered / 1000 <= 0.97

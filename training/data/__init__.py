@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         prompt_messages,
     )
     from training.data.records import StageRecords, read_records
-    from training.data.settings import STAGES, DataSettings, Source, Stage
-    from training.data.split import chosen_at_random
+    from training.data.settings import STAGES, DataSettings, Source, Split, Stage
+    from training.data.split import chosen_at_random, split_rows
     from training.data.tally import Tally
     from training.data.templates import (
         TemplateRefusal,
@@ -66,6 +66,7 @@ __all__ = [
     "Record",
     "SequenceBatch",
     "Source",
+    "Split",
     "Stage",
     "StageRecords",
     "Tally",
@@ -91,6 +92,7 @@ __all__ = [
     "response_labels",
     "response_text",
     "shard",
+    "split_rows",
     "tokenize",
     "truncate_prompt",
 ]

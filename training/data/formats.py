@@ -73,6 +73,7 @@ class Record:
     all_turns: SFT learns the assistant's turns within the prompt as well.
     ties: responses that were left out, since their scores equal another's.
     unlearned: the assistant's turns after the response, which cannot be learned.
+    group: what the record shares with others that are not independent of it; empty is its prompt.
     """
 
     prompt: Dialogue
@@ -82,6 +83,7 @@ class Record:
     all_turns: bool = False
     ties: int = 0
     unlearned: int = 0
+    group: str = ""
 
     @property
     def prompt_text(self) -> str:
@@ -110,6 +112,15 @@ def parse_record(
     record = READERS[found](raw, stage)
     whole_dialogue = found in ("messages", "conversations") and train_on == "all"
     return replace(record, origin=origin, all_turns=whole_dialogue and stage == "sft")
+
+
+def group_of(raw: Raw) -> str:
+    """The optional field `group` of a record in any format; empty if it has none.
+
+    Raises:
+        RecordFault: it is not a text.
+    """
+    return optional_text(raw, "group")
 
 
 def check_usable(record: Record, stage: Stage) -> Record:

@@ -10,6 +10,7 @@ from training.data.formats import (
     UNLEARNED_ANSWERS,
     Record,
     check_usable,
+    group_of,
     parse_record,
     ranked_by_score,
 )
@@ -131,9 +132,10 @@ def _usable(
             try:
                 if raw.fault:
                     raise RecordFault(raw.fault)
-                parsed.append(
-                    parse_record(raw.value, raw.origin, stage, source.format, settings.train_on)
+                record = parse_record(
+                    raw.value, raw.origin, stage, source.format, settings.train_on
                 )
+                parsed.append(replace(record, group=group_of(raw.value)))
             except RecordFault as fault:
                 mistakes.add(raw.origin, str(fault))
             except RecursionError:

@@ -14,6 +14,9 @@ from training.errors import did_you_mean
 Stage = Literal["sft", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
 
+Split = Literal["validation", "test"]
+"""Held-out data: `validation` chooses, by which weights are kept; `test` reports."""
+
 SourceFormat = Literal[
     "auto",
     "preference",
@@ -148,6 +151,9 @@ class DataSettings(StrictModel):
     """Seed of the partition; the same in all stages, or their data overlap."""
     eval_fraction: Fraction = 0.05
     """Share of the stage's prompts that is held out where there are no eval_sources."""
+    validation_share: Fraction = 0.5
+    """Share of the held-out prompts that is for validation, which chooses the weights that are
+    kept; the others are the test, whose figures are reported. 0 is none, in stage 3 only."""
     max_prompt_length: Count = 256
     """Tokens of a prompt, the template's included."""
     max_response_length: Count = 256
@@ -197,4 +203,6 @@ class DataSettings(StrictModel):
             )
         if not self.eval_sources and self.eval_fraction == 1:
             found.append("eval_fraction: 1 leaves nothing to train on")
+        if self.validation_share == 1:
+            found.append("validation_share: 1 leaves nothing to report on")
         return found

@@ -1,8 +1,9 @@
-"""The stage that a prompt belongs to, as a function of the prompt and the seed alone.
+"""The stage and the split that a prompt belongs to, as functions of the prompt and the seed alone.
 
 The partition does not depend on the order or the number of the records or on other sources, so the
 stages agree on it without communicating, and a prompt that occurs in several sources belongs to one
-stage. The proportions hold in expectation.
+stage. The proportions hold in expectation. Likewise, a held-out prompt is for validation in all
+stages or for the test in all of them, so that no stage reports on what another one chose by.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from training.data.settings import STAGES, Stage
+from training.data.settings import STAGES, Split, Stage
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -37,6 +38,30 @@ def stage_of(prompt: str, proportions: Sequence[float], seed: int) -> Stage:
             return stage
     # Rounding can leave the sum of the proportions slightly below 1.
     return next(s for s, p in reversed(list(zip(STAGES, proportions, strict=True))) if p > 0)
+
+
+def split_rows(
+    prompts: Sequence[str], validation_share: float, seed: int
+) -> dict[Split, list[int]]:
+    """Divide the rows of held-out data, by their prompts, into validation and test.
+
+    Of two or more distinct prompts, each split gets at least one; a single prompt is for the test.
+
+    Args:
+        prompts: of the rows, as they are.
+        validation_share: expected share of the distinct prompts; 0 for an empty validation.
+    """
+    keys = [normalized(prompt) for prompt in prompts]
+    place = {key: uniform("validation", seed, key) for key in keys}
+    chosen = {key for key in place if place[key] < validation_share}
+    if validation_share > 0 and not chosen:
+        chosen = {min(place, key=place.__getitem__)} if place else set()
+    if chosen and len(chosen) == len(place):
+        chosen.remove(max(place, key=place.__getitem__))
+    rows: dict[Split, list[int]] = {"validation": [], "test": []}
+    for row, key in enumerate(keys):
+        rows["validation" if key in chosen else "test"].append(row)
+    return rows
 
 
 def chosen_at_random(keys: Iterable[Key], count: int, *salt: object) -> set[Key]:

@@ -1,6 +1,6 @@
 """Records -> token ids, encoded in batches and cached on disk.
 
-Columns: "prompt" (text) and "prompt_ids"; for sft also "response_ids"; for reward also
+Columns: "prompt" and "group" (texts) and "prompt_ids"; for sft also "response_ids"; for reward also
 "responses_ids", a list of lists, best first; for ppo also "messages", the prompt as JSON.
 """
 
@@ -21,6 +21,7 @@ from training.data.formats import UNLEARNED_ANSWERS, Record
 from training.data.messages import Dialogue, dialogue_text, is_learnable
 from training.data.records import StageRecords
 from training.data.settings import DataSettings, Stage
+from training.data.split import normalized
 from training.data.tally import Mistakes, Tally
 from training.data.templates import (
     TemplateRefusal,
@@ -161,7 +162,7 @@ def cache_key(
         digest.update(f"{part}\x1e".encode())
     for record in records:
         prompt = [dict(message) for message in record.prompt]
-        line = json.dumps([prompt, record.responses, record.all_turns])
+        line = json.dumps([prompt, record.responses, record.all_turns, record.group])
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()[:32]
 
@@ -283,6 +284,7 @@ def _encode_batch(
             sum(len(answer) > limit for answer in answers),
         )
         columns["prompt"].append(dialogue_text(prompt))
+        columns["group"].append(record.group or normalized(record.prompt_text))
         columns["prompt_ids"].append(ids)
         if stage == "sft":
             columns["response_ids"].append(cut[0])
@@ -331,7 +333,7 @@ def _features(stage: Stage) -> "Features":
     from datasets import Features, List, Value
 
     ids = List(Value("int32"))
-    columns = {"prompt": Value("string"), "prompt_ids": ids}
+    columns = {"prompt": Value("string"), "group": Value("string"), "prompt_ids": ids}
     if stage == "sft":
         columns["response_ids"] = ids
     elif stage == "reward":

@@ -55,6 +55,7 @@ class Policy(Quiet):
         attention_mask: Tensor,
         scored_mask: Tensor,
         with_entropy: bool = False,
+        whole: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute log π of the tokens that `scored_mask` marks, each given all tokens before it.
 
@@ -62,10 +63,13 @@ class Policy(Quiet):
             input_ids: [batch, length], padded on either side.
             attention_mask: [batch, length], 0 on padding.
             scored_mask: [batch, length] bool; never true in column 0.
+            whole: return the whole distributions in place of the entropies. They take memory:
+                keep batches small.
 
         Returns:
             Log-probabilities [batch, length] float32 in nats, 0 where not scored, and the entropy
-            of the distribution at each scored token, or None.
+            of the distribution at each scored token, or None; with `whole`, the log-probabilities
+            [scored tokens, vocabulary] in the order of the mask.
         """
         states = hidden_states(
             decoder_of(self.model),
@@ -81,6 +85,9 @@ class Policy(Quiet):
         chunks = chunks_of(len(targets))
         if is_partitioned(self.model):  # ranks have different numbers of tokens
             chunks = max_over_ranks(chunks)
+        if whole:
+            rows = self.logits(hidden).log_softmax(-1)
+            return _scatter(rows.gather(-1, targets[:, None])[:, 0], scored_mask), rows
         logp, entropy = token_logprobs(
             self._readable(hidden),
             targets,

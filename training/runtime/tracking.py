@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import resource
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from tqdm import tqdm
 
 from training.runtime.disk import write_whole
+from training.runtime.json_text import json_line
 from training.runtime.ranks import rank
 
 GIB = 2**30
@@ -53,9 +53,7 @@ class Tracker:
         if not self._leads:
             return
         seconds = round(time.perf_counter() - self._start, 3)
-        # JSON has no NaN or infinity, so such values are written as null.
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, "seconds": seconds, **finite}) + "\n")
+        self._file.write(json_line({"step": step, "seconds": seconds, **metrics}))
         self._file.flush()
         if self._monitor.enabled:
             self._monitor.write_events([(name, value, step) for name, value in metrics.items()])

@@ -12,6 +12,8 @@ writes ordinary data files, which are read by the same loaders as a user's own d
                              "bayes_probability", the probability of the recorded choice
     response_sets.jsonl      for each held-out prompt its finite response set, with the shares of
                              the population and of the writers
+                             (every line also has "group", the topic; every file of held-out prompts
+                             is divided by prompt into validation and test when it is read)
     base/                    a sentencepiece tokenizer and a tiny Llama with random weights
 
 The population's utilities r* are the logarithms of its shares, so its Plackett-Luce shares are

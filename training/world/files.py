@@ -25,8 +25,8 @@ class WorldSizes:
     texts_per_prompt: int = 40
     comparisons_per_prompt: int = 64
     eval_texts_per_prompt: int = 8
-    eval_comparisons_per_prompt: int = 64
-    eval_openers: int = 2
+    eval_comparisons_per_prompt: int = 32
+    eval_openers: int = 4
     """Number of openers, from the first, that are used with the held-out phrasings."""
     vocab_size: int = VOCABULARY_SIZE
 
@@ -71,7 +71,9 @@ def write_world(output_dir: str | Path, seed: int, sizes: WorldSizes | None = No
 
 def _texts(topic: Topic, prompt: str, count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     drawn = rng.choice(len(topic.answers), size=count, p=writers_shares(topic))
-    return [{"prompt": prompt, "response": topic.answers[i].text} for i in drawn]
+    return [
+        {"prompt": prompt, "response": topic.answers[i].text, "group": topic.name} for i in drawn
+    ]
 
 
 def _comparisons(
@@ -87,6 +89,7 @@ def _comparisons(
                 "prompt": prompt,
                 "chosen": topic.answers[first].text,
                 "rejected": topic.answers[second].text,
+                "group": topic.name,
                 "bayes_probability": preference_probability(topic, first, second),
             }
         )

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from step3_rlhf.paper.grid.cells import Cell
 from step3_rlhf.paper.grid.paper_models import PAPER_MODELS, PaperModel
-from step3_rlhf.paper.grid.results import Results, best_alpha, cell_label, sigmoid
+from step3_rlhf.paper.grid.results import HELD_OUT, Results, best_alpha, cell_label, sigmoid
 from training import plotting
 
 PROBABILITY_BINS = [i / 20 for i in range(21)]
@@ -129,14 +129,17 @@ def joint_perplexity(sweeps: Sequence[Results]) -> Figure:
 def draw_perplexity(axes: Axes, results: Results) -> None:
     cells = {results.grid.pm: plotting.PM, Cell("kl", results.grid.main_beta): plotting.KL}
     require(results, list(cells))
-    found = [results.measured[cell].estimate("perplexity") for cell in cells]
+    if any(HELD_OUT not in results.measured[cell].estimates for cell in cells):
+        raise MissingCellsError("no perplexity of held-out texts was measured")
+    found = [results.measured[cell].estimate(HELD_OUT) for cell in cells]
     for place, (colour, value) in enumerate(zip(cells.values(), found, strict=True)):
         axes.bar(place, value.mean, width=0.55, color=colour, zorder=2)
-        error = value.ci95 if math.isfinite(value.ci95) else 0.0
+        low, high = value.low or value.mean, value.high or value.mean
+        error = [[value.mean - low], [high - value.mean]]
         axes.errorbar(place, value.mean, yerr=error, color="black", capsize=4, zorder=3)
         axes.annotate(
             f"{value.mean:.2f}",
-            (place, value.mean + error),
+            (place, high),
             xytext=(0, 5),
             textcoords="offset points",
             ha="center",
@@ -210,7 +213,7 @@ def draw_means(axes: Axes, results: Results, beta: float) -> None:
             axes.text(place, 0.5, "missing", transform=axes.get_xaxis_transform(), **MISSING_LABEL)
             continue
         value = measured.estimate("pm_divergence")
-        error = value.ci95 if math.isfinite(value.ci95) else 0.0
+        error = value.ci95 or 0.0
         colour = plotting.KL if cell.kind == "kl" else plotting.PM
         axes.errorbar(place, value.mean, yerr=error, fmt="o", color=colour, capsize=4, zorder=3)
         highest = max(highest, value.mean + error)
@@ -338,7 +341,7 @@ MISSING_LABEL: dict[str, Any] = {
 }
 
 
-PERPLEXITY_LABEL = "perplexity of own responses"
+PERPLEXITY_LABEL = "perplexity of held-out texts"
 
 
 JOINT = "figure1_perplexity_models"
@@ -349,8 +352,8 @@ FIGURES = (
     Kind(
         "perplexity",
         perplexity,
-        "Perplexity of PM RLHF and KL RLHF at β = {beta}, each of its own responses, fine-tuning "
-        "{model}; with 95 % confidence intervals.",
+        "Perplexity of PM RLHF and KL RLHF at β = {beta}, of held-out texts that people "
+        "chose, fine-tuning {model}; with 95 % confidence intervals.",
     ),
     Kind(
         "output_probabilities",

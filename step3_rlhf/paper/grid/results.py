@@ -41,13 +41,14 @@ class Measured:
     def estimates(self) -> dict[str, Estimate]:
         """Every figure with an interval, by its name in evaluation.json."""
         found = {
-            name: Estimate(**value)
+            name: Estimate(**{"clusters": value["count"], **value})
             for name, value in self.report.items()
             if isinstance(value, dict) and {"mean", "ci95"} <= value.keys()
         }
         if texts := self.report.get("held_out_text"):
-            interval = texts["perplexity_ci95"]
-            found[HELD_OUT] = Estimate(texts["perplexity"], interval, texts["texts"])
+            mean, half = texts["perplexity"], texts["perplexity_ci95"]
+            count, low, high = texts["texts"], texts["perplexity_low"], texts["perplexity_high"]
+            found[HELD_OUT] = Estimate(mean, half, count, texts["clusters"], low, high, "log t")
         return found
 
     def estimate(self, name: str) -> Estimate:

@@ -1,12 +1,12 @@
 """Table 2 or 3 of the paper from a sweep: table.md, table.tex, and table.csv with everything.
 
-The paper's table comes first, in its own layout: its rows, columns and decimals. A second one holds
-the same rows with what the paper does not show: intervals, and the perplexity of held-out texts.
+The paper's table comes first, in its own layout, with its rows, columns and decimals, and with its
+figures as the published evaluation computes them. A second one holds the same rows with what the
+paper does not show: intervals, and the figures that section 6.1 defines.
 """
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +40,10 @@ class Table:
         if measured is None:
             return ["missing", *["–"] * (len(self.columns) - 1)]
         between = plus_minus if self.intervals else None
+        found = [measured.estimates.get(column.metric) for column in self.columns]
         return [
-            rounded(measured.estimate(column.metric), column.decimals, between)
-            for column in self.columns
+            "–" if figure is None else rounded(figure, column.decimals, between)
+            for figure, column in zip(found, self.columns, strict=True)
         ]
 
 
@@ -53,8 +54,16 @@ CAPTION = (
 
 
 FURTHER_CAPTION = (
-    "Not in the paper: the same means with half of their 95 % confidence intervals{held_out}; "
-    "fine-tuning {model}."
+    "Not in the paper: the same figures with half of their 95 % confidence intervals; its `eval "
+    "pm`; and what section 6.1 defines, of the policy's own responses; fine-tuning {model}."
+)
+
+
+OWN_COLUMNS = (
+    Column("eval pm ↓", "pm_squared_difference", 4),
+    Column("Own perplexity", "perplexity_pooled", 2),
+    Column("Own entropy", "entropy_per_token", 3),
+    Column("Own KL", "kl_per_token", 3),
 )
 
 
@@ -67,10 +76,13 @@ BETA_NOTE = (
 
 MEASURE_NOTE = (
     "Means over {prompts} held-out prompts ± half of the 95 % confidence interval, {pairs} of "
-    "responses each; the interval holds for these trained policies and says nothing of another "
-    "seed's. Length in tokens; perplexity of the policy's own responses under itself (section 6.1) "
-    "or, held-out, of people's own texts; entropy and KL in nats per token. The figures' "
-    "instance PM divergences are those of one pair each."
+    "responses each; the interval is over groups of prompts, holds for these trained policies and "
+    "says nothing of another seed's. Length in tokens; perplexity of people's own texts, held out; "
+    "entropy and KL in nats per token, over the full vocabulary and pooled over tokens, as the "
+    "published evaluation has them. eval pm is the squared difference of the two probabilities "
+    "whose divergence is the PM divergence. Own perplexity is exp of the mean loss per token of "
+    "the policy's own responses; own entropy and KL are of the drawn tokens, means over responses. "
+    "The figures' instance PM divergences are those of one pair each."
 )
 
 
@@ -84,23 +96,15 @@ def write_tables(results: Results, directory: Path) -> list[Path]:
 
 
 def paper_table(results: Results) -> Table:
-    """Table 2 or 3. Its Entropy and KL are means per token."""
+    """Table 2 or 3, its columns as the published evaluation computes them."""
     columns = _columns(results.paper_model.divergence_decimals, 0, 2, 2, 2)
     return Table(CAPTION.format(model=results.model), columns)
 
 
 def further_table(results: Results) -> Table:
-    """The paper's columns with intervals and, where the sweep has it, held-out perplexity.
-
-    The paper's Perplexity rises where its Entropy falls: so can that of held-out texts, but not
-    that of a policy's own responses, which section 6.1 defines.
-    """
-    columns, held_out = _columns(4, 1, 2, 3, 3), ""
-    if HELD_OUT in results.any.estimates:
-        columns = (*columns, Column("Held-out perplexity ↓", HELD_OUT, 2))
-        held_out = ", and the perplexity of held-out texts"
-    caption = FURTHER_CAPTION.format(model=results.model, held_out=held_out)
-    return Table(caption, columns, intervals=True)
+    """The paper's columns with intervals, then the figures that section 6.1 defines."""
+    columns = (*_columns(4, 1, 2, 3, 3), *OWN_COLUMNS)
+    return Table(FURTHER_CAPTION.format(model=results.model), columns, intervals=True)
 
 
 def _columns(*decimals: int) -> tuple[Column, ...]:
@@ -108,9 +112,9 @@ def _columns(*decimals: int) -> tuple[Column, ...]:
     named = {
         "PM Divergence ↓": "pm_divergence",
         "Length": "length",
-        "Perplexity ↓": "perplexity",
-        "Entropy": "entropy_per_token",
-        "KL": "kl_per_token",
+        "Perplexity ↓": HELD_OUT,
+        "Entropy": "entropy_full_vocabulary",
+        "KL": "kl_full_vocabulary",
     }
     pairs = zip(named.items(), decimals, strict=True)
     return tuple(Column(heading, metric, shown) for (heading, metric), shown in pairs)
@@ -197,7 +201,7 @@ def comma_separated(results: Results) -> str:
 def rounded(figure: Estimate, decimals: int, plus_minus: str | None) -> str:
     """Without the sign of a zero; without the interval where a single prompt gives none."""
     mean = f"{round(figure.mean, decimals) + 0.0:.{decimals}f}"
-    if plus_minus is None or not math.isfinite(figure.ci95):
+    if plus_minus is None or figure.ci95 is None:
         return mean
     return f"{mean}{plus_minus}{figure.ci95:.{decimals}f}"
 

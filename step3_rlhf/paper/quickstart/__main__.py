@@ -7,7 +7,6 @@ stage-3 run) and writes report.json, report.html (self-contained) and shares.png
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from step3_rlhf.paper.quickstart.report_json import all_seconds, report_json
 from step3_rlhf.paper.quickstart.shares import draw_shares, topic_shares
 from training.cli import errors_end_cleanly
 from training.plotting import reliability_diagram, require_matplotlib
+from training.runtime.json_text import json_text
 
 
 def write_report(directory: Path) -> str:
@@ -41,7 +41,7 @@ def write_report(directory: Path) -> str:
     machine = this_machine()
     seconds = all_seconds(findings.seconds, time.perf_counter() - started)
     report = report_json(findings, seconds, machine)
-    (directory / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    (directory / "report.json").write_text(json_text(report))
     html = page(findings, pictures, seconds, machine)
     (directory / "report.html").write_text(html, encoding="utf-8")
     return f"{metrics_table(findings.runs)}\n\nreport: {directory / 'report.html'}"

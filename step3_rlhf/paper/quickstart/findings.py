@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.data.settings import DataSettings
+from training.data.split import split_rows
 from training.errors import UserError
 from training.plotting import ReliabilityBin
 from training.world.population import true_log_loss
 
 RUNS = ("sft", "kl", "pm", "conditional_pm")
 """The runs that every report has."""
+
+
+SPLIT_BY = ("validation_share", "split_seed")
+"""The settings of the data that divide held-out prompts into validation and test."""
 
 
 EVALUATION_FILES = ("evaluation.json", "instances.jsonl")
@@ -43,9 +49,8 @@ class Run:
 
     def _number(self, metric: str, part: str) -> float | None:
         entry = self._exact.get(metric) or self.evaluation.get(metric)
-        if not isinstance(entry, dict) or not math.isfinite(entry[part]):
-            return None
-        return float(entry[part])
+        value = entry[part] if isinstance(entry, dict) else None
+        return None if value is None or not math.isfinite(value) else float(value)
 
     @property
     def sets(self) -> list[dict[str, Any]]:
@@ -71,6 +76,32 @@ class RewardModel:
 
 
 @dataclass(frozen=True)
+class Convergence:
+    """How far unconditional PM is from its optimum, in nats per response.
+
+    Its optimum, softmax(r/β) over all strings of tokens, has a probability of at most
+    e^{(max r − min r)/β}/N for each of the N strings, so its entropy is at least
+    log N − (max r − min r)/β. Of the N strings, (V − 2)^L are those of L tokens, none of them an
+    end or padding.
+    """
+
+    entropy: float
+    """Measured."""
+    least_entropy: float
+    """At the optimum, if all rewards lie within those that were measured."""
+    lowest_reward: float
+    highest_reward: float
+    """On the responses drawn and on the response sets, of PM and SFT."""
+    vocabulary: int
+    response_length: int
+
+    @property
+    def converged(self) -> bool:
+        """Whether the measured entropy reaches the least that the optimum can have."""
+        return self.entropy >= self.least_entropy
+
+
+@dataclass(frozen=True)
 class Findings:
     """Everything that the report is made from."""
 
@@ -81,6 +112,7 @@ class Findings:
     seconds: dict[str, float]
     """Of each phase of the quickstart."""
     commands: dict[str, str]
+    pm: Convergence
 
 
 def read_findings(directory: Path) -> Findings:
@@ -103,6 +135,7 @@ def read_findings(directory: Path) -> Findings:
         read_json(directory / "conditional_pm" / "config.json")["seed"],
         phases.get("seconds", {}),
         phases.get("commands", {}),
+        pm_convergence(directory),
     )
 
 
@@ -114,7 +147,7 @@ def require_complete(directory: Path) -> None:
         "sft": ("model",),
         "reward": ("evaluation.json",),
         "kl": run_files,
-        "pm": run_files,
+        "pm": (*run_files, "actor/config.json"),
         "conditional_pm": run_files,
         "sft_evaluation": EVALUATION_FILES,
     }
@@ -139,7 +172,10 @@ def is_finished_run(directory: Path) -> bool:
 
 def read_reward_model(directory: Path) -> RewardModel:
     measured = read_json(directory / "reward" / "evaluation.json")
-    comparisons = read_lines(directory / "world" / "comparisons_eval.jsonl")
+    comparisons = of_test(
+        read_lines(directory / "world" / "comparisons_eval.jsonl"),
+        read_json(directory / "conditional_pm" / "config.json").get("data", {}),
+    )
     return RewardModel(
         measured["pairs"],
         measured["accuracy"],
@@ -148,6 +184,33 @@ def read_reward_model(directory: Path) -> RewardModel:
         measured["ece"],
         measured["reliability"],
     )
+
+
+def pm_convergence(directory: Path) -> Convergence:
+    """From the runs pm and sft: the entropy that was reached, and the least of the optimum."""
+    runs = [read_run(directory / name) for name in ("pm", "sft")]
+    rewards = [reward for run in runs for entry in run.sets for reward in entry["rewards"]]
+    rewards += [y["reward"] for run in runs for entry in run.instances for y in entry["responses"]]
+    config = read_json(directory / "pm" / "config.json")
+    vocabulary = read_json(directory / "pm" / "actor" / "config.json")["vocab_size"]
+    length, beta = config["response_length"], config["regularizer"]["beta"]
+    spread = (max(rewards) - min(rewards)) / beta
+    return Convergence(
+        runs[0].evaluation["entropy"]["mean"],
+        length * math.log(vocabulary - 2) - spread,
+        min(rewards),
+        max(rewards),
+        vocabulary,
+        length,
+    )
+
+
+def of_test(lines: list[dict[str, Any]], data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines whose prompts belong to the test split; `data` is a config's section."""
+    settings = DataSettings(sources=(), **{name: data[name] for name in SPLIT_BY if name in data})
+    prompts = [line["prompt"] for line in lines]
+    rows = split_rows(prompts, settings.validation_share, settings.split_seed)
+    return [lines[row] for row in rows["test"]]
 
 
 def read_run(directory: Path) -> Run:

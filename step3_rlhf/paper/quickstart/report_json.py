@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from step3_rlhf.evaluation.sampled import ESTIMAND
 from step3_rlhf.paper.quickstart.findings import RUNS, Findings, Run
 from step3_rlhf.paper.quickstart.machine import Machine
 from step3_rlhf.paper.quickstart.metrics import METRICS
@@ -10,7 +11,7 @@ from step3_rlhf.paper.quickstart.table1 import THRESHOLDS, verdict
 
 
 def report_json(findings: Findings, seconds: dict[str, float], machine: Machine) -> dict[str, Any]:
-    """Plain numbers are means over held-out prompts; "ci95" has their intervals.
+    """Plain numbers are means over test prompts; "ci95" has their intervals, by topic.
 
     Args:
         seconds: of each phase, the report's own included.
@@ -28,6 +29,8 @@ def report_json(findings: Findings, seconds: dict[str, float], machine: Machine)
             "thresholds": asdict(THRESHOLDS),
             "rows": {name: table1_row(run, sft) for name, run in runs.items() if name != "sft"},
         },
+        "estimand": ESTIMAND,
+        "pm_convergence": {**asdict(findings.pm), "converged": findings.pm.converged},
         "seconds": seconds,
         "versions": machine.versions,
         "cores": machine.cores,

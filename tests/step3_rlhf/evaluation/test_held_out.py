@@ -8,11 +8,14 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from step2_reward.config import RewardConfig
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import HeldOut, chosen_rows, load_held_out
 from step3_rlhf.evaluation.resume import fingerprint
 from step3_rlhf.response_sets import FiniteSet
 from training.config import check_config
+from training.data import read_records, tokenize
+from training.fitting import prepare
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -52,22 +55,43 @@ def test_chosen_prompts_keep_their_ids_and_texts(
     prompts = Dataset.from_dict(
         {
             "messages": [f'[{{"role": "user", "content": "p{n}"}}]' for n in range(40)],
+            "prompt": [f"p{n}" for n in range(40)],
+            "group": [f"g{n // 2}" for n in range(40)],
             "prompt_ids": [[n] for n in range(40)],
         }
     )
-    found = load_held_out(
-        config(stage_settings("ppo"), evaluation=stage_settings("ppo")["evaluation"]),
-        prompts,
-        world_tokenizer,
-    )
+    some = config(stage_settings("ppo"), evaluation={"max_prompts": 4})
+    found = load_held_out(some, prompts, world_tokenizer)
     assert len(found.prompts) == 4
-    assert len(found.sets) == 2
-    one = config(
-        stage_settings("ppo"),
-        evaluation=stage_settings("ppo")["evaluation"] | {"max_prompts": 1},
-    )
-    assert load_held_out(one, prompts, world_tokenizer).sets in [found.sets[:1], found.sets[1:]]
     assert found.prompt_texts == [f"p{ids[0]}" for ids in found.prompt_ids]
+    assert found.groups == [f"g{ids[0] // 2}" for ids in found.prompt_ids]
+
+
+def test_nothing_is_measured_on_what_chose(
+    stage_settings, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Prompts, texts and response sets of the test are in no stage's validation data."""
+    settings = stage_settings("ppo")
+    settings["data"] |= {"max_eval_samples": None}
+    sets = settings["data"]["eval_sources"][0].replace("comparisons_eval", "response_sets")
+    everything = config(settings, evaluation={"response_sets": sets})
+    records = read_records(everything.data, "ppo")
+    data = tokenize(records, world_tokenizer, everything.data, "ppo").eval
+    test, validation = (
+        load_held_out(everything, data, world_tokenizer, split) for split in ("test", "validation")
+    )
+    assert (test.split, validation.split) == ("test", "validation")
+    assert sorted(test.prompt_texts + validation.prompt_texts) == sorted(data["prompt"][:])
+    assert not set(test.prompt_texts) & set(validation.prompt_texts)
+    assert test.texts
+    assert validation.texts
+    chose = {finite.prompt for finite in validation.sets} | set(validation.prompt_texts)
+    assert chose
+    assert not {finite.prompt for finite in test.sets} & chose
+    # The reward model's weights were chosen on the same prompts.
+    reward = check_config(RewardConfig, stage_settings("reward") | {"data": settings["data"]}, ":")
+    _, compared = prepare(reward, "reward")
+    assert set(compared.held_out["validation"]["prompt"][:]) <= chose
 
 
 def test_other_data_are_another_evaluation(stage_settings) -> None:

@@ -23,10 +23,11 @@ from step3_rlhf.evaluation.sampled import Responses, held_out_perplexity, respon
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.evaluation.settings import run_settings
 from step3_rlhf.evaluation.shared_work import over_ranks
+from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
 from step3_rlhf.rewards.sources import FunctionReward
-from step3_rlhf.rollout import encode_prompt_texts
+from step3_rlhf.rollout import encode_prompt_texts, sample
 from training.config import check_config
 from training.data import encode_responses
 from training.errors import UserError
@@ -73,16 +74,51 @@ def test_sampled_metrics_by_hand() -> None:
             "entropy_per_token": (0.5 + 1.0 + 2.0 + 2.0) / 4,
             "kl": (1.0 + 0.0 + 0.0 + 2.0) / 4,
             "kl_per_token": (0.5 + 0.0 + 0.0 + 2.0) / 4,
+            "pm_squared_difference": ((sigmoid(2.0) - 0.5) ** 2 + (0.5 - sigmoid(-1.0)) ** 2) / 2,
+            "perplexity_pooled": math.exp(8.0 / 7),  # 8 nats on 7 tokens
+            "reference_perplexity_pooled": math.exp(11.0 / 7),
         }
     )
-    # Intervals are over prompts: two means per figure, 1.96 · |a − b| / √2 / √2.
+    # Intervals are over prompts: two means per figure, t(1) · |a − b| / √2 / √2.
     assert figures["entropy"]["ci95"] == pytest.approx(0.0)
-    assert figures["length"]["ci95"] == pytest.approx(1.96 * 1.5 / 2)
+    assert figures["length"]["ci95"] == pytest.approx(12.7062047 * 1.5 / 2)
+    assert (figures["clusters"], "groups" in figures["estimand"]) == (2, True)
+    # Two phrasings of one question are one observation, which has no interval.
+    together, _ = sampled_metrics(["x", "y"], [first, second], 2.0, ["question", "question"])
+    assert together["length"] == figures["length"] | {
+        "ci95": None, "low": None, "high": None, "clusters": 1,
+    }  # fmt: skip
     assert [entry["pm_divergence"] for entry in instances] == pytest.approx(divergences)
     assert instances[1]["prompt"] == "y"
     assert instances[1]["responses"][1] == {
         "text": "d", "logp": -2.0, "ref_logp": -4.0, "reward": 2.0, "length": 1, "ended": True,
     }  # fmt: skip
+
+
+def test_sums_over_the_whole_vocabulary(models: Models, held_out: HeldOut, config) -> None:
+    """Entropy and KL of every next-token distribution, from the models' own logits."""
+    drawn = respond(models, held_out, config, draw=0)
+    for row, prompt in enumerate(PROMPTS):
+        ids = encode_prompt_texts([prompt], models.tokenizer)[0]
+        rollout = sample(
+            models.policy, models.tokenizer, [ids], [prompt], [(config.seed, EVALUATION, row, 0)],
+            config.sampling,
+        )  # fmt: skip
+        whole = rollout.input_ids[rollout.attention_mask.bool()][None]
+        length = int(rollout.lengths[0])
+        assert length == drawn.lengths[row]
+        p, q = (
+            model.model(input_ids=whole).logits[0, -length - 1 : -1].double().log_softmax(-1)
+            for model in (models.policy, models.reference)
+        )
+        assert drawn.full_entropy is not None
+        assert drawn.full_kl is not None
+        entropy = -(p.exp() * p).sum().item()
+        assert drawn.full_entropy[row].item() == pytest.approx(entropy, rel=1e-4)
+        kl = (p.exp() * (p - q)).sum().item()
+        assert drawn.full_kl[row].item() == pytest.approx(kl, rel=1e-4)
+        of_the_drawn_tokens = -drawn.logp[row].item()  # a wrong variant: one token of each
+        assert of_the_drawn_tokens != pytest.approx(entropy, rel=1e-2)
 
 
 def test_several_pairs_are_averaged_within_a_prompt() -> None:
@@ -240,11 +276,14 @@ def test_perplexity_of_held_out_text_is_per_token(models: Models, held_out, conf
     ):  # fmt: skip
         total = sum(own_logp(model, models.tokenizer, p, r) for p, r in texts)
         assert found[name] == pytest.approx(math.exp(-total / tokens), rel=1e-4)
-    assert found["texts"] == 2
+    assert (found["texts"], found["clusters"]) == (2, 2)
+    assert 1 < found["perplexity_low"] < found["perplexity"] < found["perplexity_high"]
+    one = held_out_perplexity(models, HeldOut([], [], ids[:1], []), config)
+    assert one["perplexity_ci95"] is one["perplexity_low"] is None  # not 0
 
 
 def test_the_whole_evaluation(models: Models, held_out: HeldOut, config, tmp_path: Path) -> None:
-    data = HeldOut(held_out.prompt_ids, held_out.prompts, [], [SET])
+    data = HeldOut(held_out.prompt_ids, held_out.prompts, [], [SET])  # a single set
     pm = parse_regularizer({"name": "pm", "beta": 2.0})
     figures, instances = evaluate(models, data, pm, config)
     assert figures["preference_temperature"] == 2.0
@@ -256,7 +295,18 @@ def test_the_whole_evaluation(models: Models, held_out: HeldOut, config, tmp_pat
     assert written["pm_divergence"]["mean"] == figures["pm_divergence"]["mean"]
     lines = (tmp_path / "instances.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == list(PROMPTS)
+    assert written["split"] == "test"
+    assert written["exact"]["tv_to_reward"]["ci95"] is None
     assert "tv_to_optimum" in summary(figures)
+
+
+def test_no_file_holds_a_number_that_is_none(tmp_path: Path) -> None:
+    """json.loads would read NaN and Infinity; jq, browsers and other languages do not."""
+    write_evaluation({"kl": math.inf, "a": [1.0, math.nan]}, [{"logp": -math.inf}], tmp_path)
+    assert (tmp_path / "evaluation.json").read_text().split() == (
+        '{ "kl": null, "a": [ 1.0, null ] }'.split()
+    )
+    assert (tmp_path / "instances.jsonl").read_text() == '{"logp": null}\n'
 
 
 # RUN_DIR

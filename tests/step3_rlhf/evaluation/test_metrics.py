@@ -10,7 +10,6 @@ from step3_rlhf.evaluation.metrics import (
     pm_divergence,
     response_perplexity,
     text_perplexity,
-    text_perplexity_ci95,
     total_variation,
 )
 
@@ -64,26 +63,6 @@ def test_perplexities_by_hand() -> None:
     assert text_perplexity(logp, lengths) == pytest.approx(144**0.25)
     uneven = text_perplexity(tensor(math.log(1 / 16), math.log(1 / 9)), tensor(2, 1))
     assert uneven == pytest.approx(144 ** (1 / 3))
-
-
-def test_interval_of_text_perplexity_by_hand() -> None:
-    """Two texts, -log π = 3 and 1, of 2 tokens each: H = 1, residuals ±1, deviation √(2·2)/4."""
-    found = text_perplexity_ci95(tensor(-3.0, -1.0), tensor(2, 2))
-    assert found == pytest.approx(1.96 * 0.5 * math.e)
-    assert text_perplexity_ci95(tensor(-3.0), tensor(2)) == 0.0
-
-
-def test_interval_of_text_perplexity_covers_95_percent() -> None:
-    """Against the truth, over 2,000 samples of 40 texts; tokens' losses are exponential."""
-    generator = torch.Generator().manual_seed(0)
-    covered = 0
-    for _ in range(2000):
-        lengths = torch.randint(1, 30, (40,), generator=generator)
-        losses = [torch.empty(int(n)).exponential_(0.5, generator=generator).sum() for n in lengths]
-        logp = -torch.stack(losses).double()
-        distance = abs(text_perplexity(logp, lengths) - math.exp(2.0))
-        covered += distance <= text_perplexity_ci95(logp, lengths)
-    assert 0.92 <= covered / 2000 <= 0.97
 
 
 def test_total_variation_and_kl_by_hand() -> None:

@@ -414,7 +414,9 @@ def measured(directory: Path, grid: Grid, perplexity: float) -> None:
     """A sweep whose cells hold what the tables and figures need."""
     grid.write(directory)
     names = "pm_divergence length perplexity entropy_per_token kl_per_token".split()
-    report = {name: {"mean": perplexity, "ci95": 0.5, "count": 1} for name in names}
+    report: dict[str, Any] = {name: {"mean": perplexity, "ci95": 0.5, "count": 1} for name in names}
+    interval = {"perplexity_ci95": None, "perplexity_low": None, "perplexity_high": None}
+    report["held_out_text"] = {"texts": 1, "clusters": 1, "perplexity": perplexity, **interval}
     sides = [{"text": t, "logp": 0.5, "ref_logp": 0.5, "reward": 1.0, "ended": True} for t in "ab"]
     for cell in grid.cells():
         finish(directory / cell.name, prompts=1)

@@ -22,8 +22,10 @@ from training.statistics import Estimate
 GRID = Grid("some/model-2", (0.1, 0.3), (0.5, 1.0))
 KL = Cell("kl", 1.0)
 METRICS = (
-    "pm_divergence length perplexity entropy entropy_per_token kl kl_per_token reward"
+    "pm_divergence length perplexity entropy entropy_per_token kl kl_per_token reward "
+    "pm_squared_difference perplexity_pooled entropy_full_vocabulary kl_full_vocabulary"
 ).split()
+TEXTS = "held_out_perplexity"
 
 
 def write_cell(directory: Path, cell: Cell, **means: float) -> None:
@@ -34,6 +36,15 @@ def write_cell(directory: Path, cell: Cell, **means: float) -> None:
         name: {"mean": means.get(name, 0.125), "ci95": 0.0625, "count": 4} for name in METRICS
     }
     report |= {"prompts": 4, "pairs_per_prompt": 2, "preference_temperature": cell.beta}
+    perplexity = means.get(TEXTS, 0.125)
+    report["held_out_text"] = {
+        "texts": 8,
+        "clusters": 4,
+        "perplexity": perplexity,
+        "perplexity_ci95": 1.25,
+        "perplexity_low": perplexity / 2,
+        "perplexity_high": perplexity * 2,
+    }
     (folder / "evaluation.json").write_text(json.dumps(report | {"exact": {"prompts": 2}}))
     lines = []
     for number, (logp, reward) in enumerate([(0.0, 0.0), (1.0, 0.5), (0.0, 0.0), (-2.0, 1.0)]):
@@ -121,21 +132,22 @@ def papers(tmp_path: Path) -> Callable[..., Results]:
         name: str = "facebook/opt-1.3b",
         *missing: str,
         paper_model: str = "opt-1.3b",
-        texts: bool = False,
+        texts: bool = True,
     ) -> Results:
         directory = tmp_path / "papers"
         start = "runs/opt-1.3b/sft/model"
         grid = Grid(start, GRID.alphas, GRID.betas, True, name, paper_model)
         grid.write(directory)
-        names = "pm_divergence length perplexity entropy_per_token kl_per_token".split()
+        names = f"pm_divergence length {TEXTS} entropy_full_vocabulary kl_full_vocabulary".split()
         for cell in grid.cells():
             means = MEASURED.get(cell.name)
             if means is not None and cell.name not in missing:
                 write_cell(directory, cell, **dict(zip(names, means, strict=True)))
                 file = directory / cell.name / "evaluation.json"
-                held_out = {"texts": 8, "perplexity": 11.5, "perplexity_ci95": 1.25}
-                more = {"held_out_text": held_out} if texts else {}
-                file.write_text(json.dumps(json.loads(file.read_text()) | more))
+                report = json.loads(file.read_text())
+                if not texts:
+                    del report["held_out_text"]
+                file.write_text(json.dumps(report))
         return read_results(directory)
 
     return results
@@ -161,22 +173,27 @@ LLAMA_ROWS = """\
 |  | KL RLHF | 1.20 | 111 | 6.71 | 1.79 | 0.01 |
 """
 FURTHER = """\
-**Not in the paper: the same means with half of their 95 % confidence intervals, and the \
-perplexity of held-out texts; fine-tuning facebook/opt-1.3b.**
+**Not in the paper: the same figures with half of their 95 % confidence intervals; its `eval pm`; \
+and what section 6.1 defines, of the policy's own responses; fine-tuning facebook/opt-1.3b.**
 
-|  |  | PM Divergence ↓ | Length | Perplexity ↓ | Entropy | KL | Held-out perplexity ↓ |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-| β = 0.5 | α = 0.1 | 0.9732 ± 0.0625 | 256.8 ± 0.1 | 19.54 ± 0.06 | 0.849 ± 0.062 | 0.291 ± 0.062 \
-| 11.50 ± 1.25 |
-|  | α = 0.3 | missing | – | – | – | – | – |
+|  |  | PM Divergence ↓ | Length | Perplexity ↓ | Entropy | KL | eval pm ↓ | Own perplexity | \
+Own entropy | Own KL |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| β = 0.5 | α = 0.1 | 0.9732 ± 0.0625 | 256.8 ± 0.1 | 19.54 ± 1.25 | 0.849 ± 0.062 | 0.291 ± 0.062 \
+| 0.1250 ± 0.0625 | 0.12 ± 0.06 | 0.125 ± 0.062 | 0.125 ± 0.062 |
+|  | α = 0.3 | missing | – | – | – | – | – | – | – | – |
 """
 
 
 def test_markdown_is_the_papers_table_3(papers: Callable[..., Results]) -> None:
     text = sweep_tables.markdown(papers())
     assert text.startswith(OPT_TABLE)
-    assert "Held-out perplexity ↓" not in text  # nothing of the kind was measured
     assert "with the row's own β" in text
+
+
+def test_without_held_out_texts_there_is_no_perplexity(papers: Callable[..., Results]) -> None:
+    text = sweep_tables.markdown(papers(texts=False))
+    assert "| β = 0.5 | α = 0.1 | 0.9732 | 257 | – | 0.85 | 0.29 |" in text
 
 
 def test_llamas_table_2_has_two_decimals(papers: Callable[..., Results], tmp_path: Path) -> None:
@@ -199,19 +216,19 @@ def test_what_the_paper_does_not_show_is_a_second_table(papers: Callable[..., Re
     assert "|  | α = 0.3 | missing | – | – | – | – |\n" in first
     assert "Missing: reference, beta-0.5/conditional_pm-0.3." in second
     (_, row, *_) = csv.DictReader(io.StringIO(sweep_tables.comma_separated(results)))
-    assert (row["held_out_perplexity"], row["held_out_perplexity_ci95"]) == ("11.5", "1.25")
+    assert (row["held_out_perplexity"], row["held_out_perplexity_ci95"]) == ("19.544", "1.25")
 
 
 @pytest.mark.parametrize(
     ("figure", "decimals", "between", "expected"),
     [
-        (Estimate(1.0, math.inf, 1), 2, " ± ", "1.00"),  # a single prompt has no interval
-        (Estimate(1.0, 0.5, 2), 2, " ± ", "1.00 ± 0.50"),
-        (Estimate(1.0, 0.5, 2), 2, None, "1.00"),
-        (Estimate(-0.004, 0.5, 2), 2, None, "0.00"),
-        (Estimate(-0.006, 0.5, 2), 2, None, "-0.01"),
-        (Estimate(256.5001, 0.5, 2), 0, None, "257"),
-        (Estimate(math.inf, 0.5, 2), 2, None, "inf"),
+        (Estimate(1.0, None, 1, 1), 2, " ± ", "1.00"),  # a single prompt has no interval
+        (Estimate(1.0, 0.5, 2, 2), 2, " ± ", "1.00 ± 0.50"),
+        (Estimate(1.0, 0.5, 2, 2), 2, None, "1.00"),
+        (Estimate(-0.004, 0.5, 2, 2), 2, None, "0.00"),
+        (Estimate(-0.006, 0.5, 2, 2), 2, None, "-0.01"),
+        (Estimate(256.5001, 0.5, 2, 2), 0, None, "257"),
+        (Estimate(math.inf, 0.5, 2, 2), 2, None, "inf"),
     ],
 )
 def test_figures_are_rounded(
@@ -250,12 +267,12 @@ def test_latex_is_the_papers_table_escaped(papers: Callable[..., Results]) -> No
     text = sweep_tables.latex(papers("a_b/opt", "beta-1.0/kl", texts=True))
     assert text.startswith(LATEX.replace("\\\nmeasures", "measures"))
     further = text[text.index("% Not in the paper") :]
-    assert "\\begin{tabular}{llcccccc}" in further
-    assert " & KL RLHF & missing & -- & -- & -- & -- & -- \\\\" in further
+    assert "\\begin{tabular}{llccccccccc}" in further
+    assert " & KL RLHF & missing" + " & --" * 8 + " \\\\" in further
     assert "& $256.8 \\pm 0.1$ & " in further
     assert "people's own texts" in further
     rows = [line for line in text.splitlines() if line.endswith("\\\\")]
-    assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [6] * 7 + [7] * 7
+    assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [6] * 7 + [10] * 7
     assert text.isascii()
     assert text.count("{") == text.count("}")
     assert text.count("\\begin{") == text.count("\\end{") == 4
@@ -316,8 +333,9 @@ def test_the_joint_figure_1_has_a_panel_for_each_model(
     results = results_without()
     llama = replace(results, grid=replace(results.grid, name="Llama-2-7B"))
     file = tmp_path / "sweep" / GRID.pm.name / "evaluation.json"
-    higher = {"perplexity": {"mean": 9.0, "ci95": 2.0, "count": 4}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | higher))
+    higher = json.loads(file.read_text())
+    higher["held_out_text"] |= {"perplexity": 9.0, "perplexity_high": 12.0}
+    file.write_text(json.dumps(higher))
     opt = read_results(tmp_path / "sweep", "OPT-$1.3B$")
     figure = sweep_figures.joint_perplexity([opt, llama])
     titles = [axes.get_title() for axes in figure.axes]

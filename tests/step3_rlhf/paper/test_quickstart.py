@@ -1,6 +1,7 @@
 """The report: its schema, its page, its verdicts; and the arguments of quickstart.sh."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from step3_rlhf.paper.quickstart.shares import abbreviated, in_columns, topic_sh
 from step3_rlhf.paper.quickstart.table1 import verdict
 from training import plotting
 from training.config import apply_overrides, check_config, load_config
+from training.data import split_rows
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -47,7 +49,12 @@ POLICIES = {
     "conditional_pm": [0.65, 0.35],
     "js_divergence": [0.3, 0.7],
 }
-COMPARISONS = [{"bayes_probability": 0.7}, {"bayes_probability": 0.3}]
+PROMPTS_OF_COMPARISONS = ["Which pet?", "Which drink?", "Which fruit?", "Which day?"]
+COMPARISONS = [
+    {"prompt": prompt, "bayes_probability": p}
+    for prompt in PROMPTS_OF_COMPARISONS
+    for p in (0.7, 0.3)
+]
 
 
 def write(path: Path, content: Any) -> None:
@@ -72,6 +79,7 @@ def evaluation(name: str, **means: float) -> dict[str, Any]:
             "policy": POLICIES[name] if phrasing else POLICIES[name][::-1],
             "population": [0.3, 0.7],
             "reward": [0.35, 0.65],
+            "rewards": [-0.25, 0.5],
         }
         for topic in ("drink", "pet")
         for phrasing in range(2)
@@ -86,10 +94,12 @@ def evaluation(name: str, **means: float) -> dict[str, Any]:
 def write_run(directory: Path, name: str, **means: float) -> None:
     measured = evaluation(name, **means)
     write(directory / name / "evaluation.json", measured)
-    config = {"seed": 7} | ({"regularizer": REGULARIZERS[name]} if REGULARIZERS[name] else {})
+    config = {"seed": 7, "response_length": 16} | (
+        {"regularizer": REGULARIZERS[name]} if REGULARIZERS[name] else {}
+    )
     write(directory / name / "config.json", config)
     text = "<script>\u2028\x07 jam </script>" if name == "pm" else f"an answer of {name}"
-    response = {"text": text, "ended": name != "pm", "length": 24}
+    response = {"text": text, "ended": name != "pm", "length": 24, "reward": 1.0}
     prompts = [entry["prompt"] for entry in measured["exact"]["per_prompt"]]
     instances = [{"prompt": prompt, "responses": [response] * 2} for prompt in prompts]
     write(directory / name / "instances.jsonl", instances)
@@ -102,6 +112,7 @@ def quickstart(tmp_path: Path) -> Path:
     for name in RUNS:
         write_run(directory, name)
     (directory / "sft" / "model").mkdir()
+    write(directory / "pm" / "actor" / "config.json", {"vocab_size": 1002})
     write(directory / "world" / "comparisons_eval.jsonl", COMPARISONS)
     bins = [{"low": 0.5, "high": 0.55, "pairs": 9, "confidence": 0.52, "accuracy": 0.5}]
     calibration = {"pairs": 9, "accuracy": 0.64, "log_loss": 0.63, "ece": 0.02, "reliability": bins}
@@ -155,6 +166,15 @@ def test_files_are_written_in_the_agreed_form(
     found = json.loads((quickstart / "report.json").read_text())
     assert set(found["reward_model"]) == {"accuracy", "log_loss", "bayes_log_loss", "ece"}
     assert found["reward_model"]["bayes_log_loss"] == pytest.approx(0.780323874)
+    assert "groups" in found["estimand"]
+    # 16 log 1000 less the spread of the rewards, 1.0 − (−0.25); what was reached is 0.163
+    pm = found["pm_convergence"]
+    assert pm["least_entropy"] == pytest.approx(16 * math.log(1000) - 1.25, rel=1e-12)
+    assert pm["entropy"] == found["runs"]["pm"]["entropy"]
+    assert (pm["converged"], pm["lowest_reward"], pm["highest_reward"]) == (False, -0.25, 1.0)
+    shown = " ".join((quickstart / "report.html").read_text().split())
+    assert "Unconditional PM has not converged" in shown
+    assert "at least 109 nats, and 0 nats were reached" in shown
     assert set(found["runs"]) == set(RUNS)
     assert set(found["further_runs"]) == {"js_divergence"}
     for name, means in {**found["runs"], **found["further_runs"]}.items():
@@ -480,3 +500,13 @@ def test_quickstart_refuses_other_arguments(
     assert done.returncode == 2
     assert "--help" in done.stderr
     assert not calls
+
+
+def test_the_true_log_loss_is_that_of_the_pairs_that_report(quickstart: Path) -> None:
+    """The reward model's own is of the test prompts; so must be what it is compared with."""
+    path = quickstart / "world" / "comparisons_eval.jsonl"
+    rows = split_rows([line["prompt"] for line in COMPARISONS], 0.5, 42)
+    lines = [line | {"bayes_probability": 0.5} for line in COMPARISONS]
+    write(path, [line | {"bayes_probability": 0.9} if i in rows["test"] else line
+                 for i, line in enumerate(lines)])  # fmt: skip
+    assert read_findings(quickstart).reward_model.bayes_log_loss == pytest.approx(-math.log(0.9))

@@ -359,3 +359,23 @@ def test_what_reports_call_a_source():
         ({"path": "folder/file.jsonl.gz"}, "folder/file.jsonl.gz"),
     ):
         assert Source(**settings).label == label
+
+
+def test_a_records_group_is_kept_in_every_format_and_stage(tmp_path):
+    path = tmp_path / "grouped.jsonl"
+    lines = [
+        {"prompt": "Which pet?", "chosen": "A dog", "rejected": "A cat", "group": " pets "},
+        {
+            "prompt": "Which drink?",
+            "responses": ["Tea", "Milk"],
+            "ranking": [1, 0],
+            "group": "pets",
+        },
+        {"prompt": "Which fruit?", "chosen": "A plum", "rejected": "A pear", "group": None},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for stage in ("sft", "reward", "ppo"):
+        assert [record.group for record in read(path, stage).train] == ["pets", "pets", ""]
+    path.write_text(json.dumps(lines[0] | {"group": 7}) + "\n")
+    with pytest.raises(UserError, match=r"grouped.jsonl:1: 'group' is int, a text was expected"):
+        read(path, "reward")

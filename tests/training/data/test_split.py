@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from training.config import check_config
 from training.data import STAGES, DataSettings, read_records
-from training.data.split import chosen_at_random, normalized, stage_of, uniform
+from training.data.split import chosen_at_random, normalized, split_rows, stage_of, uniform
 
 PROPORTIONS = (0.2, 0.4, 0.4)
 
@@ -143,3 +143,31 @@ def test_random_choice_ignores_the_order(keys, count, random):
     chosen = chosen_at_random(keys, count, "salt")
     assert chosen == chosen_at_random(shuffled, count, "salt")
     assert len(chosen) == min(count, len(set(keys)))
+
+
+def test_validation_and_test_share_no_prompt_in_any_stage() -> None:
+    """A held-out prompt chooses in all stages or reports in all of them, wherever it occurs."""
+    one = [f"Prompt {n}?" for n in range(300)]
+    other = [f" Prompt  {n}?" for n in range(250, 600)]  # white space makes no difference
+    first, second = split_rows(one, 0.5, 42), split_rows(other, 0.5, 42)
+    for rows, prompts_of in ((first, one), (second, other)):
+        assert sorted(rows["validation"] + rows["test"]) == list(range(len(prompts_of)))
+        assert 0.4 < len(rows["test"]) / len(prompts_of) < 0.6
+    chosen_by = {normalized(one[row]) for row in first["validation"]}
+    assert not chosen_by & {normalized(other[row]) for row in second["test"]}
+    # The wrong variant: a cut by position would report on what another stage chose by.
+    assert chosen_by & {normalized(text) for text in other[:175]}
+
+
+def test_rows_of_one_prompt_stay_together() -> None:
+    rows = split_rows(["a", "b", "a", "c", "b"] * 3, 0.5, 1)
+    texts = {split: {"abacb"[row % 5] for row in part} for split, part in rows.items()}
+    assert not texts["validation"] & texts["test"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_few_prompts_still_make_both_splits(seed: int) -> None:
+    assert all(split_rows(["one", "two"], 0.5, seed).values())
+    assert split_rows(["one"], 0.5, seed) == {"validation": [], "test": [0]}
+    assert split_rows([], 0.5, seed) == {"validation": [], "test": []}
+    assert split_rows(["one", "two"], 0.0, seed) == {"validation": [], "test": [0, 1]}

@@ -45,7 +45,8 @@ def test_columns(tokenizer, settings):
         [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         for text in PAIR.responses
     )
-    common = {"prompt": "Suggest a drink.", "prompt_ids": prompt_ids}
+    prompt = "Suggest a drink."
+    common = {"prompt": prompt, "group": prompt, "prompt_ids": prompt_ids}
     for stage, count, expected in (
         ("sft", 1, {**common, "response_ids": tea}),
         ("reward", 2, {**common, "responses_ids": [tea, cat]}),
@@ -56,6 +57,16 @@ def test_columns(tokenizer, settings):
         assert len(found.eval) == 0
         assert found.eval.column_names == list(expected)
         assert found.tally.lines() == []
+
+
+def test_groups_are_the_records_own_or_their_prompts(tokenizer, settings):
+    grouped = dataclasses.replace(keep(PAIR, 1), group="drinks")
+    records = stage_records(grouped, keep(PAIR, 1))
+    found = tokenize(records, tokenizer, settings(), "sft").train
+    assert found["group"][:] == ["drinks", "Suggest a drink."]
+    # The cache knows: the same records with other groups are other data.
+    again = tokenize(stage_records(keep(PAIR, 1), grouped), tokenizer, settings(), "sft").train
+    assert again["group"][:] == ["Suggest a drink.", "drinks"]
 
 
 def test_overlong_prompts_lose_their_beginning(tokenizer, settings):

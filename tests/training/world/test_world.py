@@ -159,7 +159,7 @@ def test_texts_have_the_writers_shares(lines):
 def test_comparisons_are_btl_on_uniform_pairs(lines):
     wins = Counter()
     for line in lines["comparisons"]:
-        assert line.keys() == {"prompt", "chosen", "rejected"}
+        assert line.keys() == {"prompt", "chosen", "rejected", "group"}
         wins[TOPIC_OF[line["prompt"]].name, line["chosen"], line["rejected"]] += 1
     outcome, pairs, n_outcome, n_pairs = 0.0, 0.0, 0, 0
     for topic in TOPICS:

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from training.runtime.launcher import killed, quoted_for_nodes
+from training.launch.launcher import killed, quoted_for_nodes
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from training.errors import UserError
-from training.runtime.lock import contents, occupy, require_free
+from training.launch.lock import contents, occupy, require_free
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from training.runtime.lock import occupy
+from training.launch.lock import occupy
 occupy(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

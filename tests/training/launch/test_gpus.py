@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training.errors import UserError
-from training.runtime.gpus import driver, listed_gpus, require_usable_gpus
+from training.launch.gpus import driver, listed_gpus, require_usable_gpus
 
 NVIDIA_SMI = r"""#!/bin/sh
 if [ "$1" = --list-gpus ]; then

@@ -1,6 +1,6 @@
 """One process of a run, which DeepSpeed's launcher starts:
 
-    python -m training.runtime.process --local_rank=0 step1_sft.main CONFIG.json [...]
+    python -m training.launch.process --local_rank=0 step1_sft.main CONFIG.json [...]
 
 A stage imports some hundred thousand objects, none of which is garbage. Without the garbage
 collector this takes four fifths of the time; it is switched on again before the stage begins.

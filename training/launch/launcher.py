@@ -21,7 +21,7 @@ import sys
 
 from training.errors import RunError
 
-PROCESS = "training.runtime.process"
+PROCESS = "training.launch.process"
 
 
 def launch(module: str, arguments: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""Finds the β at which a reward model is calibrated; scripts/calibrate.sh runs it."""

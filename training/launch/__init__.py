@@ -1,0 +1,1 @@
+"""What happens before torch is imported: GPUs, the launcher, one run per output directory."""
