@@ -13,24 +13,25 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("training", "step1_sft", "step2_reward", "step3_rlhf")
 
 LAYERS = """
-step1_sft step2_reward step2_reward.losses step3_rlhf step3_rlhf.evaluation step3_rlhf.paper
-step3_rlhf.paper.grid step3_rlhf.paper.grid.paper_models step3_rlhf.paper.pages
-step3_rlhf.paper.quickstart step3_rlhf.paper.quickstart.machine
-step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards training training.data.batches
-training.data.tally training.errors training.models training.models.families
-training.models.families.generation training.models.families.own_head training.models.logprobs
-training.runtime training.runtime.disk training.runtime.extensions training.runtime.random_states
-training.statistics training.world training.world.topics
+step1_sft step2_reward step2_reward.losses step3_rlhf step3_rlhf.evaluation
+step3_rlhf.evaluation.responses step3_rlhf.paper step3_rlhf.paper.grid
+step3_rlhf.paper.grid.paper_models step3_rlhf.paper.pages step3_rlhf.paper.quickstart
+step3_rlhf.paper.quickstart.machine step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards
+training training.data.batches training.data.tally training.errors training.models
+training.models.families training.models.families.generation training.models.families.own_head
+training.models.logprobs training.runtime training.runtime.disk training.runtime.extensions
+training.runtime.random_states training.statistics training.world training.world.topics
 
 step3_rlhf.evaluation.metrics step3_rlhf.ppo step3_rlhf.response_sets training.config
 training.deepspeed_section training.memory training.models.families.noise training.models.packing
 training.models.pretrained training.plotting training.plugins training.runtime.ranks
 training.world.population training.world.prompts
 
-step2_reward.calibration step3_rlhf.paper.quickstart.findings step3_rlhf.paper.quickstart.shares
-step3_rlhf.regularizers.base training.data.settings training.models.checks
-training.models.hidden_states training.runtime.faults training.runtime.signals
-training.runtime.tracking training.settings_reference training.world.base_model
+step2_reward.calibration step3_rlhf.evaluation.pairs step3_rlhf.paper.quickstart.findings
+step3_rlhf.paper.quickstart.shares step3_rlhf.regularizers.base training.data.settings
+training.models.checks training.models.hidden_states training.runtime.faults
+training.runtime.signals training.runtime.tracking training.settings_reference
+training.world.base_model
 
 step3_rlhf.paper.grid.launcher step3_rlhf.paper.quickstart.table1
 step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimum

@@ -13,6 +13,19 @@ from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.regularizers import Regularizer
 from training.runtime import ranks
 
+SUMMARY = (
+    "pm_divergence",
+    "pm_divergence_unequal",
+    "pm_divergence_reference",
+    "equal_pairs",
+    "natural_mass",
+    "length",
+    "perplexity",
+    "entropy",
+    "kl",
+)
+EXACT_SUMMARY = ("tv_to_reward", "tv_to_population", "tv_to_optimum", "outside_mass")
+
 
 def evaluate(
     models: Models,
@@ -33,8 +46,13 @@ def evaluate(
     """
     temperature = regularizer.preference_temperature if regularizer else 1.0
     draws = range(2 * config.evaluation.pairs_per_prompt)
-    responses = [respond(models, held_out, config, draw, finished) for draw in draws]
-    figures, instances = sampled_metrics(held_out.prompts, responses, temperature)
+    responses = [respond(models, held_out, config, draw, finished, regularizer) for draw in draws]
+    reference = responses  # of SFT, which is its own reference
+    if models.reference is not models.policy:
+        reference = [
+            respond(models, held_out, config, draw, finished, from_reference=True) for draw in draws
+        ]
+    figures, instances = sampled_metrics(held_out.prompts, responses, reference, temperature)
     if held_out.texts:
         figures["held_out_text"] = held_out_perplexity(models, held_out, config, finished)
     if held_out.sets:
@@ -57,12 +75,11 @@ def write_evaluation(
 
 def summary(figures: dict[str, Any]) -> str:
     """The main figures, one line each."""
-    lines = [
-        f"  {name + ':':<24}{figures[name]['mean']:10.4f} ± {figures[name]['ci95']:.4f}"
-        for name in ("pm_divergence", "length", "perplexity", "entropy", "kl")
+    shown = [figures.get(name) for name in SUMMARY] + [
+        figures.get("exact", {}).get(name) for name in EXACT_SUMMARY
     ]
-    for name in ("tv_to_reward", "tv_to_population", "tv_to_optimum", "outside_mass"):
-        figure = figures.get("exact", {}).get(name)
-        if figure:
-            lines.append(f"  {name + ':':<24}{figure['mean']:10.4f} ± {figure['ci95']:.4f}")
-    return "\n".join(lines)
+    return "\n".join(
+        f"  {name + ':':<26}{figure['mean']:10.4f} ± {figure['ci95']:.4f}"
+        for name, figure in zip(SUMMARY + EXACT_SUMMARY, shown, strict=True)
+        if figure
+    )

@@ -1,7 +1,7 @@
 """Metrics of sampled responses (section 6.1) and the perplexity of held-out texts."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,58 +10,51 @@ from torch import Tensor
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import HeldOut
 from step3_rlhf.evaluation.metrics import (
-    pm_divergence,
     response_perplexity,
     text_perplexity,
     text_perplexity_ci95,
 )
+from step3_rlhf.evaluation.pairs import pair_figures, pairs_of
+from step3_rlhf.evaluation.responses import Responses
 from step3_rlhf.evaluation.resume import FinishedBlocks
-from step3_rlhf.evaluation.scoring import Models, sequence_logps
+from step3_rlhf.evaluation.scoring import Models, token_logps
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
+from step3_rlhf.regularizers import Regularizer
 from step3_rlhf.rollout import assemble, sample
 from training.data import response_end
 from training.runtime import ranks
 from training.statistics import Estimate, estimate
 
 
-@dataclass(frozen=True)
-class Responses:
-    """One response to each prompt, scored by policy, reference and reward; [prompts] each."""
-
-    texts: list[str]
-    logp: Tensor  # log π(y|x), nats
-    ref_logp: Tensor  # log π_ref(y|x), nats
-    rewards: Tensor
-    lengths: Tensor  # tokens, EOS included
-    ended: Tensor  # 1 if the response has its EOS, else 0
-
-
 def sampled_metrics(
-    prompts: list[str], responses: list[Responses], temperature: float
+    prompts: list[str],
+    responses: list[Responses],
+    reference: list[Responses],
+    temperature: float,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of section 6.1 from independent responses to each prompt.
 
     Each figure averages over a prompt's draws, then over prompts; intervals are over prompts.
 
     Args:
-        responses: an even number of draws. Consecutive draws make a pair, and a prompt's PM
-            divergence is the mean over its pairs.
+        responses: an even number of the policy's draws. Consecutive draws make a pair, and a
+            prompt's PM divergence is the mean over its pairs.
+        reference: an even number of the reference's draws.
         temperature: T of the softmax(r/T) that a preference-matching policy reaches.
 
     Returns:
         The figures of evaluation.json and the lines of instances.jsonl.
     """
-    pairs = list(zip(responses[::2], responses[1::2], strict=True))
-    divergence = torch.stack(
-        [pm_divergence(a.logp, b.logp, a.rewards, b.rewards, temperature) for a, b in pairs]
-    ).mean(0)
+    pairs = pairs_of(responses, temperature)
+    divergence = pairs.divergence.mean(0)
 
     def mean(value: Callable[[Responses], Tensor]) -> Estimate:
         return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0))
 
-    estimates = {
-        "pm_divergence": estimate(divergence),
+    natural = [draw.natural for draw in responses if draw.natural is not None]
+    estimates = pair_figures(pairs, pairs_of(reference, temperature)) | {
+        "natural_mass": estimate(torch.stack(natural).mean(0)) if natural else None,
         "reward": mean(lambda y: y.rewards),
         "length": mean(lambda y: y.lengths),
         "ended_fraction": mean(lambda y: y.ended),
@@ -74,10 +67,10 @@ def sampled_metrics(
     }
     figures: dict[str, Any] = {
         "prompts": len(prompts),
-        "pairs_per_prompt": len(pairs),
+        "pairs_per_prompt": len(pairs.divergence),
         "preference_temperature": temperature,
     }
-    figures |= {name: asdict(value) for name, value in estimates.items()}
+    figures |= {name: value and asdict(value) for name, value in estimates.items()}
     instances = [
         {
             "prompt": prompt,
@@ -105,6 +98,8 @@ def respond(
     config: EvaluationConfig,
     draw: int,
     finished: FinishedBlocks | None = None,
+    regularizer: Regularizer | None = None,
+    from_reference: bool = False,
 ) -> Responses:
     """Draw and score one response to every prompt, the work divided over the ranks.
 
@@ -112,13 +107,21 @@ def respond(
 
     Args:
         draw: number of the draw; each has other seeds.
+        regularizer: says which responses are natural; None where nothing does.
+        from_reference: the reference draws instead of the policy: the same responses for every
+            policy that has this reference.
     """
+    drawer, name = (
+        (models.reference, "reference's responses")
+        if from_reference
+        else (models.policy, "responses")
+    )
     order = sorted(range(len(held_out.prompts)), key=lambda row: len(held_out.prompt_ids[row]))
 
     def measure(places: list[int]) -> list[tuple[Any, ...]]:
         rows = [order[place] for place in places]
         rollout = sample(
-            models.policy,
+            drawer,
             models.tokenizer,
             [list(held_out.prompt_ids[row]) for row in rows],
             [held_out.prompts[row] for row in rows],
@@ -126,14 +129,18 @@ def respond(
             config.sampling,
         )
         logp, ref_logp = (
-            sequence_logps(models.policy, rollout, config),
-            sequence_logps(models.reference, rollout, config),
+            token_logps(models.policy, rollout, config),
+            token_logps(models.reference, rollout, config),
         )
-        columns = (logp, ref_logp, models.reward(rollout), rollout.lengths, rollout.ended)
+        columns = [logp.sum(-1), ref_logp.sum(-1), models.reward(rollout)]
+        columns += [rollout.lengths, rollout.ended]
+        natural = regularizer and regularizer.natural(ref_logp, rollout.response_mask.cpu())
+        if natural is not None:
+            columns.append(natural)
         return list(zip(rollout.responses, *(column.tolist() for column in columns), strict=True))
 
     measured = over_ranks(
-        len(order), config.sampling.rollout_batch_size, measure, f"draw {draw + 1}", finished
+        len(order), config.sampling.rollout_batch_size, measure, f"{name} {draw + 1}", finished
     )
     rows = [row for _, row in sorted(zip(order, measured, strict=True), key=lambda pair: pair[0])]
     texts, *columns = zip(*rows, strict=True)
@@ -159,8 +166,8 @@ def held_out_perplexity(
             (response_end(models.tokenizer),),
         )
         columns = (
-            sequence_logps(models.policy, rollout, config),
-            sequence_logps(models.reference, rollout, config),
+            token_logps(models.policy, rollout, config).sum(-1),
+            token_logps(models.reference, rollout, config).sum(-1),
             rollout.lengths,
         )
         return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -58,6 +58,13 @@ class Regularizer(StrictModel, ABC):
         """[K] float64 log-probabilities (nats) of the optimum on a finite set; see optimum.py."""
         raise NoOptimumError(f"{self.name}: {type(self).__name__} does not state its optimum")
 
+    def natural(self, ref_logp: Tensor, mask: Tensor) -> Tensor | None:
+        """[batch] bool: the responses in M(x), among which preferences are matched.
+
+        None where the regularizer has no such set.
+        """
+        return None
+
     @property
     def preference_temperature(self) -> float:
         """T of softmax(r/T), the distribution that matches the reward's preferences."""

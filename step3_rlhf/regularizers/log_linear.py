@@ -150,14 +150,20 @@ class ConditionalPM(LogLinear):
         ref_logp = torch.where(mask, ref_logp, 0.0)
         if self.level == "token":
             return torch.where(mask & (ref_logp < self._log_threshold), ref_logp, 0.0)
-        log_w = ref_logp.sum(-1)
-        length = mask.sum(-1).clamp(min=1) if self.alpha_per_token is not None else 1
-        inside = log_w / length >= self._log_threshold
+        log_w, inside = ref_logp.sum(-1), self.natural(ref_logp, mask)
         if self.log_epsilon is not None:
             log_w = torch.full_like(log_w, self.log_epsilon)
         elif self.epsilon is not None:
             log_w = torch.full_like(log_w, math.log(self.epsilon))
         return on_last_token(torch.where(inside, 0.0, log_w), mask)
+
+    def natural(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        """Token level: all tokens reach the threshold. Sequence level: the response does."""
+        ref_logp = torch.where(mask, ref_logp, 0.0)
+        if self.level == "token":
+            return (~mask | (ref_logp >= self._log_threshold)).all(-1)
+        length = mask.sum(-1).clamp(min=1) if self.alpha_per_token is not None else 1
+        return ref_logp.sum(-1) / length >= self._log_threshold
 
     @property
     def _log_threshold(self) -> float:

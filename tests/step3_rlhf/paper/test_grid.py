@@ -413,7 +413,8 @@ def test_the_model_is_named(
 def measured(directory: Path, grid: Grid, perplexity: float) -> None:
     """A sweep whose cells hold what the tables and figures need."""
     grid.write(directory)
-    names = "pm_divergence length perplexity entropy_per_token kl_per_token".split()
+    names = "pm_divergence pm_divergence_reference length perplexity".split()
+    names += ["entropy_per_token", "kl_per_token"]
     report = {name: {"mean": perplexity, "ci95": 0.5, "count": 1} for name in names}
     sides = [{"text": t, "logp": 0.5, "ref_logp": 0.5, "reward": 1.0, "ended": True} for t in "ab"]
     for cell in grid.cells():

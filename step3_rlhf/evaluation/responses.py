@@ -1,0 +1,18 @@
+"""The record of what was drawn for an evaluation."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Responses:
+    """One response to each prompt, scored by policy, reference and reward; [prompts] each."""
+
+    texts: list[str]
+    logp: Tensor  # log π(y|x), nats
+    ref_logp: Tensor  # log π_ref(y|x), nats
+    rewards: Tensor
+    lengths: Tensor  # tokens, EOS included
+    ended: Tensor  # 1 if the response has its EOS, else 0
+    natural: Tensor | None = None  # 1 if the response is in M(x); None without an M(x)
