@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from step3_rlhf.experience import Experience, Scores
-from step3_rlhf.ppo import ClippedLoss
+from step3_rlhf.ppo import ClippedLoss, loss_divisor
 from step3_rlhf.regularizers.base import Regularizer
 from training.models.logprobs import masked_sum
 from training.runtime.ranks import sum_over_ranks
@@ -16,8 +16,9 @@ from training.runtime.ranks import sum_over_ranks
 class IterationMetrics:
     """Sums over this rank's responses and tokens; `averages` adds up the ranks and divides."""
 
-    def __init__(self, regularizer: Regularizer) -> None:
+    def __init__(self, regularizer: Regularizer, response_length: int) -> None:
         self.regularizer = regularizer
+        self.response_length = response_length
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -78,6 +79,7 @@ class IterationMetrics:
         totals = sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
         sums = dict(zip(self.sums, totals, strict=True))
         n, tokens = sums["responses"], sums["tokens"]
+        divisor = loss_divisor(int(n), self.response_length)
         variance = sums["squared_returns"] / tokens - (sums["returns"] / tokens) ** 2
         unexplained = sums["squared_errors"] / tokens - (sums["errors"] / tokens) ** 2
         return {
@@ -91,8 +93,8 @@ class IterationMetrics:
             "policy/kl_per_token": sums["log_ratio"] / tokens,
             "policy/approxkl": sums["approxkl"] / tokens,
             "policy/clipfrac": sums["policy_clipped"] / tokens,
-            "loss/policy": sums["policy_loss"] / tokens,
-            "loss/value": sums["value_loss"] / tokens,
+            "loss/policy": sums["policy_loss"] / divisor,
+            "loss/value": sums["value_loss"] / divisor,
             "val/clipfrac": sums["value_clipped"] / tokens,
             "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
             "response/length": tokens / n,

@@ -58,7 +58,8 @@ class PPOTrainer:
         Returns:
             The iteration's metrics, the same on every rank.
         """
-        config, metrics = self.config, IterationMetrics(self.regularizer)
+        config = self.config
+        metrics = IterationMetrics(self.regularizer, config.response_length)
         # 1. Prompts: this rank's share, with a seed for each draw.
         prompts = self.prompts.of_iteration(number)
         # 2. Rollout: one response to each prompt, drawn from the current actor.
@@ -168,12 +169,13 @@ class PPOTrainer:
     ) -> None:
         """One pass over the rollout: an optimizer step of actor and critic per mini-batch."""
         accumulation = self.config.gradient_accumulation_steps
+        length = self.config.response_length
         for first in range(0, len(parts), accumulation):
             optimizer_step(
                 [self.actor, self.critic],
                 parts[first : first + accumulation],
                 lambda part: losses(part, metrics),
-                items=lambda part: int(part.rollout.response_mask.sum()),
+                items=lambda part: ppo.loss_divisor(len(part.rollout), length),
             )
 
     def losses(self, part: Experience, metrics: IterationMetrics) -> Sequence[Tensor]:

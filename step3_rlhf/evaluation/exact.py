@@ -95,7 +95,8 @@ def measure_set(
         "reference": ref_logp.sum(-1).log_softmax(0).exp().tolist(),
         "rewards": rewards.tolist(),
     }
-    natural = regularizer and regularizer.natural(ref_logp, rollout.response_mask.cpu())
+    inside = rollout.response_mask.cpu()
+    natural = regularizer.natural(ref_logp, inside) if regularizer else None
     if natural is not None:
         entry["natural"] = natural.tolist()
         entry["natural_mass"] = logp.exp()[natural].sum().item()

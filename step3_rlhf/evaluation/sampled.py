@@ -134,7 +134,8 @@ def respond(
         )
         columns = [logp.sum(-1), ref_logp.sum(-1), models.reward(rollout)]
         columns += [rollout.lengths, rollout.ended]
-        natural = regularizer and regularizer.natural(ref_logp, rollout.response_mask.cpu())
+        inside = rollout.response_mask.cpu()
+        natural = regularizer.natural(ref_logp, inside) if regularizer else None
         if natural is not None:
             columns.append(natural)
         return list(zip(rollout.responses, *(column.tolist() for column in columns), strict=True))

@@ -169,9 +169,10 @@ def test_the_first_step_is_reinforce_with_a_baseline(experience) -> None:
                 next_value = values[row, t]
                 advantages[row, t] = following
         returns = (advantages + values) * mask
-    tokens = mask.sum()
-    wanted_policy = -(advantages * logp)[mask].sum() / tokens
-    wanted_value = 0.5 * 0.5 * ((values - returns)[mask] ** 2).sum() / tokens  # vf_coef = ½
+    divisor = 8 * 6  # responses · response_length, however long the responses are
+    assert mask.sum() < divisor
+    wanted_policy = -(advantages * logp)[mask].sum() / divisor
+    wanted_value = 0.5 * 0.5 * ((values - returns)[mask] ** 2).sum() / divisor  # vf_coef = ½
 
     scores = trainer.old_scores(part)
     torch.testing.assert_close(scores.logp[mask], logp[mask].detach(), rtol=0, atol=1e-5)
@@ -344,7 +345,7 @@ def test_an_evaluations_means_are_logged() -> None:
 
 def test_statistics_add_up_over_micro_batches(experience) -> None:
     trainer, part, _ = experience
-    metrics = IterationMetrics(trainer.regularizer)
+    metrics = IterationMetrics(trainer.regularizer, trainer.config.response_length)
     for first in (0, 4):
         rows = part.rollout.rows(first, first + 4)
         columns = rows.response_mask.shape[1]
