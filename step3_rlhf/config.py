@@ -12,6 +12,11 @@ from training.data.settings import DataSettings
 from training.deepspeed_section import deepspeed_faults
 from training.stage_config import OptimizerSettings, RunConfig, StageConfig, model_path_faults
 
+NO_CERTIFICATE = (
+    "because r + R + πR′ is not constant at the optimum of total_variation or of a token-level "
+    "f-divergence"
+)
+
 
 class RewardModelSettings(StrictModel):
     """One sequence-classification model with one label, and its weight in the sum of rewards."""
@@ -143,6 +148,15 @@ class AlignmentConfig(SamplingSettings, RunConfig):
         return found
 
 
+class EarlyStoppingSettings(StrictModel):
+    """Ends training once the policy has arrived at its optimum."""
+
+    optimum_gap: Positive
+    """Largest `optimum/gap`, in units of reward, that counts as arrived."""
+    patience: Count = 5
+    """Iterations in a row whose gap has to be that small."""
+
+
 class PPOConfig(StageConfig, AlignmentConfig):
     """Aligns the policy with the reward model under a regularizer."""
 
@@ -164,6 +178,11 @@ class PPOConfig(StageConfig, AlignmentConfig):
     total_episodes: Count | None = None
     """Responses in the whole run, a multiple of those in one iteration, in place of
     num_train_epochs; null uses that."""
+    num_generations: Count = 1
+    """Responses to each prompt of an iteration; it divides per_device_train_batch_size. From 2 on,
+    `optimum/gap` says how far the policy is from its optimum."""
+    early_stopping: EarlyStoppingSettings | None = None
+    """Ends the run when it has arrived; null runs to its end. It needs num_generations of 2."""
     num_ppo_epochs: Count = 1
     """Passes over each rollout."""
     num_mini_batches: Count = 1
@@ -222,6 +241,15 @@ class PPOConfig(StageConfig, AlignmentConfig):
                 "lora.lora_dropout: PPO scores what it trains, and dropout would score another "
                 "policy; 0 is the value here"
             )
+        if self.per_device_train_batch_size % self.num_generations:
+            found.append(
+                f"num_generations: {self.num_generations} does not divide "
+                f"per_device_train_batch_size, {self.per_device_train_batch_size}"
+            )
+        if self.early_stopping and self.num_generations < 2:
+            found.append("early_stopping: the gap is only known with num_generations of 2 or more")
+        if self.early_stopping and not self.regularizer.levels_credit:
+            found.append(f"early_stopping: {self.regularizer.name} has no gap, {NO_CERTIFICATE}")
         rollout = self.local_rollout_size()
         if rollout % self.rollout_batch_size and self.rollout_batch_size < rollout:
             found.append(
@@ -241,6 +269,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
             found.append("missing_eos_penalty: responses that were cut get another reward")
         if self.advantage_normalization == "full":
             found.append("advantage_normalization=full: blows up noise near the optimum")
+        if self.num_generations > 1 and not self.regularizer.levels_credit:
+            found.append(f"num_generations: no optimum/gap is logged, {NO_CERTIFICATE}")
         if self.evaluation.sampling is not None:
             own = self.evaluation.sampling.warnings()
             found += [f"evaluation.sampling.{warning}" for warning in own]

@@ -19,6 +19,7 @@ from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
 from step3_rlhf.evaluation.resume import FinishedBlocks, fingerprint
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.evaluation.settings import settings_of_run
+from step3_rlhf.iteration_metrics import EarlyStopping
 from step3_rlhf.loading import load_frozen_policy
 from step3_rlhf.prompts import Prompts, iterations
 from step3_rlhf.rewards.sources import load_reward
@@ -38,7 +39,13 @@ from training.runtime.engine import TrainedModule
 from training.runtime.signals import Stopped, stop_requests
 from training.runtime.tracking import Tracker, say
 
-SHOWN = ("objective/rlhf_reward", "objective/kl", "policy/entropy_per_token", "response/length")
+SHOWN = (
+    "objective/rlhf_reward",
+    "optimum/gap",
+    "objective/kl",
+    "policy/entropy_per_token",
+    "response/length",
+)
 """Metrics that are shown beside the progress bar."""
 
 
@@ -64,8 +71,8 @@ def main(config: PPOConfig) -> None:
     trainer = build(config, roles, Prompts(data.train, config), count)
     output = prepare_output(config)
     with stop_requests.deferred():
-        first = train(trainer, count, held_out, evaluation)
-        write_models(trainer, output, was_trained=first == count)
+        first, done = train(trainer, count, held_out, evaluation)
+        write_models(trainer, output, was_trained=first == done)
     say(f"Evaluating; if this is stopped, `bash scripts/evaluate.sh {output}` resumes it")
     finished = FinishedBlocks(output, fingerprint(settings_of_run(str(output)), held_out))
     figures, instances = evaluate(
@@ -74,7 +81,7 @@ def main(config: PPOConfig) -> None:
     write_evaluation(figures, instances, output)
     finished.remove()
     say(
-        f"PPO with {config.regularizer.name} is done after {count} iterations\n{summary(figures)}\n"
+        f"PPO with {config.regularizer.name} is done after {done} iterations\n{summary(figures)}\n"
         f"  actor:      {output / 'actor'}\n  critic:     {output / 'critic'}\n"
         f"  evaluation: {output / 'evaluation.json'}\n  metrics:    {output / 'metrics.jsonl'}"
     )
@@ -112,11 +119,14 @@ def load_reference(
     )
 
 
-def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig) -> int:
-    """Run all iterations that are not done yet.
+def train(
+    trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: EvaluationConfig
+) -> tuple[int, int]:
+    """Run all iterations that are not done yet, up to `count` or until the policy has arrived.
 
     Returns:
-        The number of iterations that a resumed run found done; 0 in a new run.
+        The number of iterations that a resumed run found done, 0 in a new run; and that of all that
+        are done now.
     """
     config = trainer.config
     checkpoints = Checkpoints(config, {"actor": trainer.actor, "critic": trainer.critic})
@@ -126,26 +136,37 @@ def train(trainer: PPOTrainer, count: int, held_out: HeldOut, evaluation: Evalua
     elif config.reward_centering == "reference_mean":
         trainer.center_rewards()
         say(f"Rewards are centered at {trainer.reward_center:.4f}, the reference policy's mean")
+    early = EarlyStopping(config.early_stopping, state.get("iterations_within_gap", 0))
     name = f"PPO, {config.regularizer.name}"
     tracker = Tracker(config.output_dir, count, name, config.deepspeed, done=first)
     episodes = config.local_rollout_size() * ranks.world_size()
-    for number in range(first, count):
-        metrics = trainer.iteration(number) | {"episode": float((number + 1) * episodes)}
-        done = number + 1
+    done = first
+    while done < count and not early.has_arrived():
+        metrics = trainer.iteration(done)
+        done += 1
+        metrics |= {"episode": float(done * episodes)}
         if config.eval_steps and done % config.eval_steps == 0 and done < count:
             figures, _ = evaluate(models_of(trainer), held_out, config.regularizer, evaluation)
             metrics |= means_of(figures)
-        if done % config.logging_steps == 0 or done == count:
+        early.observe(metrics)
+        last = done if early.has_arrived() else count
+        if done % config.logging_steps == 0 or done == last:
             tracker.log(done, metrics, SHOWN)
         tracker.advance()
         stop = stop_requests.agreed()
-        if stop or checkpoints.is_due(done, count):
-            checkpoints.save(done, {"reward_center": trainer.reward_center})
+        if stop or checkpoints.is_due(done, last):
+            state = {
+                "reward_center": trainer.reward_center,
+                "iterations_within_gap": early.iterations,
+            }
+            checkpoints.save(done, state)
         if stop:
             tracker.close()
             raise Stopped(stop, done)
     tracker.close()
-    return first
+    if early.has_arrived():
+        say(f"The policy is at its optimum after {done} of {count} iterations (early_stopping)")
+    return first, done
 
 
 def write_models(trainer: PPOTrainer, output: Path, was_trained: bool) -> None:

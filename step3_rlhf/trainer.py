@@ -59,10 +59,10 @@ class PPOTrainer:
             The iteration's metrics, the same on every rank.
         """
         config = self.config
-        metrics = IterationMetrics(self.regularizer, config.response_length)
+        metrics = IterationMetrics(self.regularizer, config)
         # 1. Prompts: this rank's share, with a seed for each draw.
         prompts = self.prompts.of_iteration(number)
-        # 2. Rollout: one response to each prompt, drawn from the current actor.
+        # 2. Rollout: one response to each row, drawn from the current actor.
         rollout = sample(self.actor.engine, self.tokenizer, *prompts, config.sampling)
         with dumped(config.output_dir, number + 1, rollout.readable):
             # 3. Rewards: r(x, y) of each response.

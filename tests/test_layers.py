@@ -34,9 +34,10 @@ training.runtime.signals training.runtime.tracking training.settings_reference
 training.world.base_model
 
 step3_rlhf.paper.grid.launcher step3_rlhf.paper.quickstart.table1
-step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimum
-step3_rlhf.regularizers.solvers training.data.files training.data.formats training.data.split
-training.models.scalar training.stage_config training.world.files
+step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality
+step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers training.data.files
+training.data.formats training.data.split training.models.scalar training.stage_config
+training.world.files
 
 step3_rlhf.paper.quickstart.page step3_rlhf.paper.quickstart.report_json
 step3_rlhf.regularizers.divergences step3_rlhf.regularizers.links training.data.records

@@ -19,6 +19,8 @@ SUMMARY = (
     "pm_divergence_reference",
     "equal_pairs",
     "natural_mass",
+    "optimum_gap",
+    "optimum_kl",
     "length",
     "perplexity",
     "entropy",
@@ -52,7 +54,9 @@ def evaluate(
         reference = [
             respond(models, held_out, config, draw, finished, from_reference=True) for draw in draws
         ]
-    figures, instances = sampled_metrics(held_out.prompts, responses, reference, temperature)
+    figures, instances = sampled_metrics(
+        held_out.prompts, responses, reference, temperature, regularizer
+    )
     if held_out.texts:
         figures["held_out_text"] = held_out_perplexity(models, held_out, config, finished)
     if held_out.sets:

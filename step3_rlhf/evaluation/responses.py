@@ -15,4 +15,5 @@ class Responses:
     rewards: Tensor
     lengths: Tensor  # tokens, EOS included
     ended: Tensor  # 1 if the response has its EOS, else 0
+    credit: Tensor | None = None  # a(y) = r + R + πR′; None without a regularizer
     natural: Tensor | None = None  # 1 if the response is in M(x); None without an M(x)

@@ -21,10 +21,14 @@ from step3_rlhf.evaluation.scoring import Models, token_logps
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.regularizers import Regularizer
+from step3_rlhf.regularizers.optimality import certificate
 from step3_rlhf.rollout import assemble, sample
 from training.data import response_end
 from training.runtime import ranks
 from training.statistics import Estimate, estimate
+
+OPTIMUM_FIGURES = ("optimum_gap", "optimum_spread", "optimum_kl")
+"""Keys of the distance from the optimum."""
 
 
 def sampled_metrics(
@@ -32,6 +36,7 @@ def sampled_metrics(
     responses: list[Responses],
     reference: list[Responses],
     temperature: float,
+    regularizer: Regularizer | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of section 6.1 from independent responses to each prompt.
 
@@ -42,6 +47,8 @@ def sampled_metrics(
             prompt's PM divergence is the mean over its pairs.
         reference: an even number of the reference's draws.
         temperature: T of the softmax(r/T) that a preference-matching policy reaches.
+
+        regularizer: the distance from its optimum is measured.
 
     Returns:
         The figures of evaluation.json and the lines of instances.jsonl.
@@ -65,6 +72,7 @@ def sampled_metrics(
         "kl": mean(lambda y: y.logp - y.ref_logp),
         "kl_per_token": mean(lambda y: (y.logp - y.ref_logp) / y.lengths),
     }
+    estimates |= optimum_figures(responses, regularizer)
     figures: dict[str, Any] = {
         "prompts": len(prompts),
         "pairs_per_prompt": len(pairs.divergence),
@@ -92,6 +100,18 @@ def sampled_metrics(
     return figures, instances
 
 
+def optimum_figures(
+    responses: list[Responses], regularizer: Regularizer | None
+) -> dict[str, Estimate | None]:
+    """How far the policy is from the regularizer's optimum; None where that cannot be known."""
+    found: dict[str, Estimate | None] = dict.fromkeys(OPTIMUM_FIGURES)
+    credits = [draw.credit for draw in responses if draw.credit is not None]
+    if credits and regularizer is not None:
+        by_prompt = certificate(torch.stack(credits, dim=-1), regularizer)
+        found |= {f"optimum_{name}": estimate(values) for name, values in by_prompt.items()}
+    return found
+
+
 def respond(
     models: Models,
     held_out: HeldOut,
@@ -107,7 +127,7 @@ def respond(
 
     Args:
         draw: number of the draw; each has other seeds.
-        regularizer: says which responses are natural; None where nothing does.
+        regularizer: says which responses are natural, and what PPO credits them with.
         from_reference: the reference draws instead of the policy: the same responses for every
             policy that has this reference.
     """
@@ -132,12 +152,13 @@ def respond(
             token_logps(models.policy, rollout, config),
             token_logps(models.reference, rollout, config),
         )
-        columns = [logp.sum(-1), ref_logp.sum(-1), models.reward(rollout)]
-        columns += [rollout.lengths, rollout.ended]
-        inside = rollout.response_mask.cpu()
-        natural = regularizer.natural(ref_logp, inside) if regularizer else None
-        if natural is not None:
-            columns.append(natural)
+        rewards = models.reward(rollout).double().cpu()
+        columns = [logp.sum(-1), ref_logp.sum(-1), rewards, rollout.lengths, rollout.ended]
+        if regularizer is not None:
+            mask = rollout.response_mask.cpu()
+            columns.append(rewards + regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1))
+            natural = regularizer.natural(ref_logp, mask)
+            columns += [] if natural is None else [natural]
         return list(zip(rollout.responses, *(column.tolist() for column in columns), strict=True))
 
     measured = over_ranks(

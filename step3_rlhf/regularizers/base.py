@@ -66,6 +66,24 @@ class Regularizer(StrictModel, ABC):
         return None
 
     @property
+    def coefficient(self) -> float:
+        """β of the marginal, in units of reward per nat."""
+        return self.beta
+
+    @property
+    def levels_credit(self) -> bool:
+        """Whether r + R + πR′ is the same for all responses that the optimum gives.
+
+        The first-order condition of every regularizer that is a function of π(y|x) says so.
+        """
+        return True
+
+    @property
+    def is_log_linear(self) -> bool:
+        """Whether the optimum is ∝ w·e^{r/β}, with a weight w that does not depend on r."""
+        return False
+
+    @property
     def preference_temperature(self) -> float:
         """T of softmax(r/T), the distribution that matches the reward's preferences."""
         return self.beta

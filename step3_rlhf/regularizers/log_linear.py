@@ -36,9 +36,8 @@ class LogLinear(Regularizer):
         """[batch, length] log w_t in nats, zero where the mask is false."""
 
     @property
-    def coefficient(self) -> float:
-        """The factor of log π in the objective."""
-        return self.beta
+    def is_log_linear(self) -> bool:
+        return True
 
     def value(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
         return self.marginal(logp, ref_logp, mask).per_token.sum(-1)

@@ -76,7 +76,7 @@ def test_every_key_of_metrics_jsonl_is_defined_and_no_other(
     build: Build, held_out: HeldOut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The keys of a real run's lines, with an evaluation, and those that fp16 adds."""
-    trainer = build(eval_steps=1, regularizer=NATURAL)
+    trainer = build(eval_steps=1, regularizer=NATURAL, num_generations=2)
     config = trainer.config
     Path(config.output_dir).mkdir()
     train(trainer, 2, held_out, EvaluationConfig.of(config))

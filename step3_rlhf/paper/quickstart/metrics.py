@@ -84,6 +84,23 @@ METRICS = (
         "reward model; SFT has none",
     ),
     Metric(
+        "optimum_kl",
+        "KL opt.",
+        "KL to own optimum",
+        True,
+        "estimate of KL(π ‖ π*), in nats, from the spread of r + R + πR′ within each prompt's "
+        "responses; it needs no response set, and only log-linear regularizers have it",
+        in_terminal=False,
+    ),
+    Metric(
+        "optimum_gap",
+        "gap",
+        "Gap to own optimum",
+        True,
+        "half that spread's variance over β: what the objective can still gain, in units of reward",
+        in_terminal=False,
+    ),
+    Metric(
         "outside_mass",
         "outside",
         "Outside mass",

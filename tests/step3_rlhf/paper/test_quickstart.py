@@ -33,7 +33,7 @@ from training.errors import UserError
 ROOT = Path(__file__).parents[3]
 SAMPLED = (
     "pm_divergence reward length ended_fraction perplexity reference_perplexity entropy kl "
-    "pm_divergence_unequal pm_divergence_reference equal_pairs"
+    "pm_divergence_unequal pm_divergence_reference equal_pairs optimum_kl optimum_gap"
 )
 EXACT = "tv_to_reward tv_to_population tv_to_optimum outside_mass natural_mass"
 REGULARIZERS: dict[str, dict[str, Any] | None] = {
