@@ -61,7 +61,8 @@ class SamplingSettings(StrictModel):
     """How responses are drawn. PPO's mathematics holds for temperature 1, top_p 1 and top_k 0."""
 
     response_length: Count = 256
-    """Tokens after which a response is cut."""
+    """Tokens after which a response is cut. In training it moves the optimum, which is over cut
+    responses too."""
     temperature: Positive = 1.0
     """Divisor of the logits when drawing. In training, any value but 1 moves the optimum."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -132,10 +132,13 @@ def train(
     checkpoints = Checkpoints(config, {"actor": trainer.actor, "critic": trainer.critic})
     first, state = checkpoints.restore()
     if state:
-        trainer.reward_center = state["reward_center"]
-    elif config.reward_centering == "reference_mean":
-        trainer.center_rewards()
-        say(f"Rewards are centered at {trainer.reward_center:.4f}, the reference policy's mean")
+        trainer.reward_center, trainer.cuts = state["reward_center"], state["cuts"]
+    else:
+        trainer.foresee_cuts()
+        warn_of_cuts(trainer)
+        if config.reward_centering == "reference_mean":
+            trainer.center_rewards()
+            say(f"Rewards are centered at {trainer.reward_center:.4f}, the reference policy's mean")
     early = EarlyStopping(config.early_stopping, state.get("iterations_within_gap", 0))
     name = f"PPO, {config.regularizer.name}"
     tracker = Tracker(config.output_dir, count, name, config.deepspeed, done=first)
@@ -157,6 +160,7 @@ def train(
         if stop or checkpoints.is_due(done, last):
             state = {
                 "reward_center": trainer.reward_center,
+                "cuts": trainer.cuts,
                 "iterations_within_gap": early.iterations,
             }
             checkpoints.save(done, state)
@@ -167,6 +171,20 @@ def train(
     if early.has_arrived():
         say(f"The policy is at its optimum after {done} of {count} iterations (early_stopping)")
     return first, done
+
+
+def warn_of_cuts(trainer: PPOTrainer) -> None:
+    """Say so if responses that do not end gain on the others with every token."""
+    growth = trainer.cuts.get("cut/log_growth", 0.0)
+    if growth > 0:
+        say(
+            f"Warning: response_length={trainer.config.response_length} moves the optimum. At a "
+            "prefix of the reference's responses, the tokens that do not end the response weigh "
+            f"e^{growth:.2f} together, more than 1: without differences of reward, about "
+            f"{trainer.cuts['cut/predicted_share']:.0%} of the optimum's responses are cut. "
+            "Regularizers with lower weights, such as conditional_pm with a larger alpha, or kl, "
+            "cut fewer"
+        )
 
 
 def write_models(trainer: PPOTrainer, output: Path, was_trained: bool) -> None:

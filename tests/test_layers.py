@@ -40,9 +40,9 @@ training.data.formats training.data.split training.models.scalar training.stage_
 training.world.files
 
 step3_rlhf.paper.quickstart.page step3_rlhf.paper.quickstart.report_json
-step3_rlhf.regularizers.divergences step3_rlhf.regularizers.links training.data.records
-training.data.templates training.models.lora training.models.options training.runtime.engine
-training.world.__main__
+step3_rlhf.regularizers.divergences step3_rlhf.regularizers.links
+step3_rlhf.regularizers.truncation training.data.records training.data.templates
+training.models.lora training.models.options training.runtime.engine training.world.__main__
 
 step3_rlhf.regularizers.f_divergence step3_rlhf.regularizers.generalized_pl training.data.tokens
 training.models.partitioned training.runtime.checkpoint

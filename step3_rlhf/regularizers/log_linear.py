@@ -31,6 +31,14 @@ class LogLinear(Regularizer):
     optimum    π* ∝ w(y|x)·e^{r/β}, w(y|x) = Π_t w_t
     """
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether log w_t is a function of log π_ref,t alone, whatever the shape of the arguments.
+
+        A run can then tell how many responses its optimum cuts (truncation.py).
+        """
+        return False
+
     @abstractmethod
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         """[batch, length] log w_t in nats, zero where the mask is false."""
@@ -56,6 +64,10 @@ class KL(LogLinear):
 
     name: Literal["kl"] = "kl"
 
+    @property
+    def weighs_tokens(self) -> bool:
+        return True
+
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, ref_logp, 0.0)
 
@@ -71,6 +83,10 @@ class PreferenceMatching(LogLinear):
     name: Literal["pm"] = "pm"
     c2: float = 0.0
     """C_2 of eq. (3.8), in units of reward."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return True
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         return torch.zeros_like(ref_logp)
@@ -102,6 +118,10 @@ class MaximumEntropy(LogLinear):
     @property
     def coefficient(self) -> float:
         return self.tau
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return True
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         return torch.zeros_like(ref_logp)
@@ -145,6 +165,10 @@ class ConditionalPM(LogLinear):
                     raise ValueError(f'{field}: only with "level": "sequence"')
         return self
 
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.level == "token"
+
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         ref_logp = torch.where(mask, ref_logp, 0.0)
         if self.level == "token":
@@ -178,6 +202,10 @@ class KLInterpolation(LogLinear):
     name: Literal["kl_interpolation"] = "kl_interpolation"
     kappa: Fraction
     """Exponent of the reference: 0 is pm, 1 is kl."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return True
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         if self.kappa == 0.0:  # π_ref^0 = 1, also where π_ref = 0

@@ -441,3 +441,37 @@ def test_a_run_that_has_arrived_ends_and_a_resumed_one_stays_there(build: Build)
     assert train(again, 10, nothing, evaluation) == (2, 3)  # two of the three in a row were before
     for name, value in weights(trainer).items():
         assert torch.equal(value, weights(again)[name]), name
+
+
+# Cut responses
+
+
+def test_a_run_foresees_how_many_responses_its_optimum_cuts(build: Build, capsys) -> None:
+    """pm: the whole vocabulary but the end weighs V − 1, from the first line of metrics on."""
+    trainer = build(regularizer={"name": "pm"}, save_steps=1)
+    output = Path(trainer.config.output_dir)
+    output.mkdir()
+    (output / "config.json").write_text(json.dumps(trainer.config.model_dump(mode="json")))
+    nothing, evaluation = HeldOut([], [], [], []), EvaluationConfig.of(trainer.config)
+    train(trainer, 1, nothing, evaluation)
+    (line,) = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    policy = trainer.actor.module
+    existing = policy.model.lm_head.weight.shape[0]
+    existing -= 0 if policy.absent is None else int(policy.absent.sum())
+    ends = len(policy.ends or (0,))
+    assert line["cut/log_growth"] == pytest.approx(math.log(existing - ends), rel=1e-6)
+    assert line["cut/predicted_share"] > 0.9
+    assert "response_length=6 moves the optimum" in capsys.readouterr().out
+    resumed = build(regularizer={"name": "pm"}, save_steps=1, resume_from_checkpoint="latest")
+    train(resumed, 2, nothing, evaluation)
+    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["cut/log_growth"] == line["cut/log_growth"]
+
+    anew = {"overwrite_output_dir": True}
+    kl = build(regularizer={"name": "kl"}, **anew)
+    kl.foresee_cuts()
+    assert kl.cuts["cut/log_growth"] < 0
+    settings = {"name": "conditional_pm", "alpha": 0.1, "level": "sequence"}
+    by_response = build(regularizer=settings, **anew)
+    by_response.foresee_cuts()
+    assert by_response.cuts == {}

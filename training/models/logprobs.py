@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 ROWS_PER_CHUNK = 1024
 
+Statistic = Callable[[Tensor, Tensor], Tensor]
+"""From logits [rows, vocabulary] and log Σ e^logit [rows] to one number per row."""
+
 
 def token_logprobs(
     hidden: Tensor,
@@ -21,6 +24,7 @@ def token_logprobs(
     rows_per_chunk: int = ROWS_PER_CHUNK,
     chunks: int | None = None,
     absent: Tensor | None = None,
+    statistic: Statistic | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute log π(target | hidden) for each row, in nats.
 
@@ -33,23 +37,25 @@ def token_logprobs(
         chunks: number of calls of the head, at least as many as the rows need; some may be empty.
             If the call is a collective operation (ZeRO-3), every rank must make the same number.
         absent: [vocabulary] bool, ids that no token has; their probability is 0.
+        statistic: returned in place of the entropy.
 
     Returns:
         log-probabilities [rows] float32, and entropies [rows] float32 (nats) or None.
     """
+    statistic = statistic or (entropy_of if with_entropy else None)
     logps, entropies = [], []
     for number in range(chunks or chunks_of(len(targets), rows_per_chunk)):
         part = slice(number * rows_per_chunk, (number + 1) * rows_per_chunk)
         rows, wanted = hidden[part], targets[part]
         if torch.is_grad_enabled():
             logp, entropy = checkpoint(
-                _score_rows, rows, wanted, head, with_entropy, absent, use_reentrant=False
+                _score_rows, rows, wanted, head, statistic, absent, use_reentrant=False
             )
         else:
-            logp, entropy = _score_rows(rows, wanted, head, with_entropy, absent)
+            logp, entropy = _score_rows(rows, wanted, head, statistic, absent)
         logps.append(logp)
         entropies.append(entropy)
-    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+    return torch.cat(logps), torch.cat(entropies) if statistic else None
 
 
 def chunks_of(rows: int, rows_per_chunk: int = ROWS_PER_CHUNK) -> int:
@@ -61,17 +67,18 @@ def _score_rows(
     hidden: Tensor,
     targets: Tensor,
     head: Callable[[Tensor], Tensor],
-    with_entropy: bool,
+    statistic: Statistic | None,
     absent: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     logits = without_absent(head(hidden).float(), absent)
     log_normalizer = logits.logsumexp(dim=-1)
     logp = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normalizer
-    if not with_entropy:
-        return logp, None
-    # H = log Z − Σ p·logit
-    expected_logit = (logits.softmax(dim=-1) * logits).sum(dim=-1)
-    return logp, log_normalizer - expected_logit
+    return logp, statistic(logits, log_normalizer) if statistic else None
+
+
+def entropy_of(logits: Tensor, log_normalizer: Tensor) -> Tensor:
+    """[rows] H = log Z − Σ p·logit, nats."""
+    return log_normalizer - (logits.softmax(dim=-1) * logits).sum(dim=-1)
 
 
 def without_absent(logits: Tensor, absent: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from training.models.families.noise import Quiet
 from training.models.families.own_head import OwnHead, decoder_of, is_plain
 from training.models.hidden_states import hidden_states, takes_positions
-from training.models.logprobs import chunks_of, token_logprobs
+from training.models.logprobs import Statistic, chunks_of, token_logprobs
 from training.models.partitioned import is_partitioned
 from training.runtime.ranks import max_over_ranks
 
@@ -45,6 +45,7 @@ class Policy(Quiet):
         attention_mask: Tensor,
         scored_mask: Tensor,
         with_entropy: bool = False,
+        statistic: Statistic | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute log π of the tokens that `scored_mask` marks, each given all tokens before it.
 
@@ -52,6 +53,7 @@ class Policy(Quiet):
             input_ids: [batch, length], padded on either side.
             attention_mask: [batch, length], 0 on padding.
             scored_mask: [batch, length] bool; never true in column 0.
+            statistic: of the distribution at each scored token, in place of the entropy.
 
         Returns:
             Log-probabilities [batch, length] float32 in nats, 0 where not scored, and the entropy
@@ -80,6 +82,7 @@ class Policy(Quiet):
             with_entropy,
             chunks=chunks,
             absent=self.absent,
+            statistic=statistic,
         )
         return _scatter(logp, scored_mask), None if entropy is None else _scatter(
             entropy, scored_mask
