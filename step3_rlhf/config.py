@@ -23,6 +23,10 @@ from training.stage_config import OptimizerSettings, RunConfig, StageConfig, mod
 
 BETA = ("regularizer", "beta")
 """The place of β in a config."""
+NO_CERTIFICATE = (
+    "because r + R + πR′ is not constant at the optimum of total_variation or of a token-level "
+    "f-divergence"
+)
 
 
 class RewardModelSettings(StrictModel):
@@ -68,7 +72,8 @@ class SamplingSettings(StrictModel):
     """How responses are drawn. PPO's mathematics holds for temperature 1, top_p 1 and top_k 0."""
 
     response_length: Count = 256
-    """Tokens after which a response is cut."""
+    """Tokens after which a response is cut. In training it moves the optimum, which is over cut
+    responses too."""
     temperature: Positive = 1.0
     """Divisor of the logits when drawing. In training, any value but 1 moves the optimum."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -172,6 +177,15 @@ class AlignmentConfig(SamplingSettings, RunConfig):
         return found
 
 
+class EarlyStoppingSettings(StrictModel):
+    """Ends training once the policy has arrived at its optimum."""
+
+    optimum_gap: Positive
+    """Largest `optimum/gap`, in units of reward, that counts as arrived."""
+    patience: Count = 5
+    """Iterations in a row whose gap has to be that small."""
+
+
 class PPOConfig(StageConfig, AlignmentConfig):
     """Aligns the policy with the reward model under a regularizer."""
 
@@ -194,6 +208,11 @@ class PPOConfig(StageConfig, AlignmentConfig):
     total_episodes: Count | None = None
     """Responses in the whole run, a multiple of those in one iteration, in place of
     num_train_epochs; null uses that."""
+    num_generations: Count = 1
+    """Responses to each prompt of an iteration; it divides per_device_train_batch_size. From 2 on,
+    `optimum/gap` says how far the policy is from its optimum."""
+    early_stopping: EarlyStoppingSettings | None = None
+    """Ends the run when it has arrived; null runs to its end. It needs num_generations of 2."""
     num_ppo_epochs: Count = 1
     """Passes over each rollout."""
     num_mini_batches: Count = 1
@@ -254,6 +273,15 @@ class PPOConfig(StageConfig, AlignmentConfig):
             )
         if self.eval_steps and self.data.validation_share == 0:
             found.append("eval_steps: needs validation data, a data.validation_share above 0")
+        if self.per_device_train_batch_size % self.num_generations:
+            found.append(
+                f"num_generations: {self.num_generations} does not divide "
+                f"per_device_train_batch_size, {self.per_device_train_batch_size}"
+            )
+        if self.early_stopping and self.num_generations < 2:
+            found.append("early_stopping: the gap is only known with num_generations of 2 or more")
+        if self.early_stopping and not self.regularizer.levels_credit:
+            found.append(f"early_stopping: {self.regularizer.name} has no gap, {NO_CERTIFICATE}")
         rollout = self.local_rollout_size()
         if rollout % self.rollout_batch_size and self.rollout_batch_size < rollout:
             found.append(
@@ -273,6 +301,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
             found.append("missing_eos_penalty: responses that were cut get another reward")
         if self.advantage_normalization == "full":
             found.append("advantage_normalization=full: blows up noise near the optimum")
+        if self.num_generations > 1 and not self.regularizer.levels_credit:
+            found.append(f"num_generations: no optimum/gap is logged, {NO_CERTIFICATE}")
         if self.evaluation.sampling is not None:
             own = self.evaluation.sampling.warnings()
             found += [f"evaluation.sampling.{warning}" for warning in own]

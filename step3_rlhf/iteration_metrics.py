@@ -1,4 +1,6 @@
-"""The metrics of one PPO iteration: each rank sums, then all ranks average.
+"""The metrics of one PPO iteration, and what ends a run by them.
+
+Each rank sums, then all ranks average.
 
 README.md beside this file defines every metric by its formula and unit.
 """
@@ -6,18 +8,24 @@ README.md beside this file defines every metric by its formula and unit.
 import torch
 from torch import Tensor
 
+from step3_rlhf.config import EarlyStoppingSettings, PPOConfig
 from step3_rlhf.experience import Experience, Scores
-from step3_rlhf.ppo import ClippedLoss
+from step3_rlhf.ppo import ClippedLoss, loss_divisor
 from step3_rlhf.regularizers.base import Regularizer
+from step3_rlhf.regularizers.optimality import certificate
 from training.models.logprobs import masked_sum
 from training.runtime.ranks import sum_over_ranks
+
+OPTIMUM = "optimum/"
+"""Prefix of the figures that say how far the policy is from its optimum."""
 
 
 class IterationMetrics:
     """Sums over this rank's responses and tokens; `averages` adds up the ranks and divides."""
 
-    def __init__(self, regularizer: Regularizer) -> None:
+    def __init__(self, regularizer: Regularizer, config: PPOConfig) -> None:
         self.regularizer = regularizer
+        self.config = config
         self._names: tuple[str, ...] = ()
         self._sums: Tensor | None = None  # [names] float64, on the device until `averages`
 
@@ -45,7 +53,8 @@ class IterationMetrics:
         """
         mask, old = part.rollout.response_mask, part.old
         regularizer = self.regularizer.value(old.logp, part.ref_logp, mask)
-        bound = self.regularizer.marginal(old.logp, part.ref_logp, mask).bound
+        marginal = self.regularizer.marginal(old.logp, part.ref_logp, mask)
+        credit = part.rewards + marginal.per_token.sum(-1)
         returns = torch.where(mask, part.returns, 0.0).double()
         errors = torch.where(mask, part.returns - old.values, 0.0).double()
         added = {
@@ -57,7 +66,7 @@ class IterationMetrics:
             "log_ratio": masked_sum(old.logp - part.ref_logp, mask),
             "regularizer": regularizer.sum(),
             "objective": (part.rewards + regularizer).sum(),
-            "bound": bound.sum(),
+            "bound": marginal.bound.sum(),
             "entropy": masked_sum(entropy, mask),
             "policy_loss": policy.total,
             "policy_clipped": policy.clipped,
@@ -72,6 +81,10 @@ class IterationMetrics:
         }
         if (drawn := part.rollout.drawn_logp) is not None:
             added["drawn_difference"] = masked_sum((drawn - old.logp).abs(), mask)
+        if self.config.num_generations > 1:
+            by_prompt = credit.view(-1, self.config.num_generations)
+            distances = certificate(by_prompt, self.regularizer)
+            added |= {OPTIMUM + name: values.sum() for name, values in distances.items()}
         values = torch.stack([value_sum.detach().double() for value_sum in added.values()])
         self._names = tuple(added)
         self._sums = values if self._sums is None else self._sums + values
@@ -90,9 +103,13 @@ class IterationMetrics:
         totals = sum_over_ranks(torch.stack(list(own.values()))).tolist()  # the only wait
         sums = dict(zip(own, totals, strict=True))
         n, tokens = sums["responses"], sums["tokens"]
+        divisor = loss_divisor(int(n), self.config.response_length)
         variance = sums["squared_returns"] / tokens - (sums["returns"] / tokens) ** 2
         unexplained = sums["squared_errors"] / tokens - (sums["errors"] / tokens) ** 2
-        known = "drawn_difference" in sums
+        prompts = n / self.config.num_generations
+        averages = {name: sums[name] / prompts for name in sums if name.startswith(OPTIMUM)}
+        if "drawn_difference" in sums:
+            averages["sampling/logp_difference"] = sums["drawn_difference"] / tokens
         return {
             "objective/rlhf_reward": sums["objective"] / n,
             "objective/scores": sums["rewards"] / sums["drawn"],
@@ -104,11 +121,34 @@ class IterationMetrics:
             "policy/kl_per_token": sums["log_ratio"] / tokens,
             "policy/approxkl": sums["approxkl"] / tokens,
             "policy/clipfrac": sums["policy_clipped"] / tokens,
-            "loss/policy": sums["policy_loss"] / tokens,
-            "loss/value": sums["value_loss"] / tokens,
+            "loss/policy": sums["policy_loss"] / divisor,
+            "loss/value": sums["value_loss"] / divisor,
             "val/clipfrac": sums["value_clipped"] / tokens,
             "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
             "prompt/length": sums["prompt_tokens"] / n,
             "response/length": tokens / n,
             "response/ended_fraction": sums["ended"] / n,
-        } | ({"sampling/logp_difference": sums["drawn_difference"] / tokens} if known else {})
+            **averages,
+        }
+
+
+class EarlyStopping:
+    """Counts the iterations in a row whose `optimum/gap` is small enough."""
+
+    def __init__(self, settings: EarlyStoppingSettings | None, iterations: int = 0) -> None:
+        """
+        Args:
+            settings: None never stops.
+            iterations: in a row so far, in a run that resumes.
+        """
+        self.settings = settings
+        self.iterations = iterations
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Count an iteration by its metrics."""
+        if self.settings is not None:
+            near = metrics["optimum/gap"] <= self.settings.optimum_gap
+            self.iterations = self.iterations + 1 if near else 0
+
+    def has_arrived(self) -> bool:
+        return self.settings is not None and self.iterations >= self.settings.patience

@@ -19,6 +19,7 @@ from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
 from step3_rlhf.evaluation.resume import FinishedBlocks, fingerprint
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.evaluation.settings import settings_of_run
+from step3_rlhf.iteration_metrics import EarlyStopping
 from step3_rlhf.loading import load_frozen_policy
 from step3_rlhf.prompts import Prompts, iterations
 from step3_rlhf.rewards.sources import load_reward
@@ -38,7 +39,13 @@ from training.runtime.engine import TrainedModule
 from training.runtime.signals import stop_requests
 from training.runtime.tracking import Tracker, peak_memory, say
 
-SHOWN = ("objective/rlhf_reward", "objective/kl", "policy/entropy_per_token", "response/length")
+SHOWN = (
+    "objective/rlhf_reward",
+    "optimum/gap",
+    "objective/kl",
+    "policy/entropy_per_token",
+    "response/length",
+)
 """Metrics that are shown beside the progress bar."""
 
 
@@ -68,8 +75,8 @@ def main(config: PPOConfig) -> None:
     trainer = build(config, roles, Prompts(data.train, config), count)
     output = prepare_output(config)
     with stop_requests.deferred():
-        first = train(trainer, count, validation, evaluation)
-        write_models(trainer, output, was_trained=first == count)
+        first, done = train(trainer, count, validation, evaluation)
+        write_models(trainer, output, was_trained=first == done)
     say(f"Evaluating; if this is stopped, `bash scripts/evaluate.sh {output}` resumes it")
     finished = FinishedBlocks(output, fingerprint(settings_of_run(str(output)), held_out))
     figures, instances = evaluate(
@@ -78,7 +85,7 @@ def main(config: PPOConfig) -> None:
     write_evaluation(figures, instances, output)
     finished.remove()
     say(
-        f"PPO with {config.regularizer.name} is done after {count} iterations\n{summary(figures)}\n"
+        f"PPO with {config.regularizer.name} is done after {done} iterations\n{summary(figures)}\n"
         f"  actor:      {output / 'actor'}\n  critic:     {output / 'critic'}\n"
         f"  evaluation: {output / 'evaluation.json'}\n  metrics:    {output / 'metrics.jsonl'}"
     )
@@ -118,45 +125,74 @@ def load_reference(
 
 def train(
     trainer: PPOTrainer, count: int, validation: HeldOut | None, evaluation: EvaluationConfig
-) -> int:
-    """Run all iterations that are not done yet.
+) -> tuple[int, int]:
+    """Run all iterations that are not done yet, up to `count` or until the policy has arrived.
 
     Args:
         validation: what is measured every `eval_steps` iterations; None for nothing.
 
     Returns:
-        The number of iterations that a resumed run found done; 0 in a new run.
+        The number of iterations that a resumed run found done, 0 in a new run; and that of all that
+        are done now.
     """
     config = trainer.config
     checkpoints = Checkpoints(config, {"actor": trainer.actor, "critic": trainer.critic})
     first, state = checkpoints.restore()
     if state:
-        trainer.reward_center = state["reward_center"]
-    elif config.reward_centering == "reference_mean":
-        trainer.center_rewards()
-        say(f"Rewards are centered at {trainer.reward_center:.4f}, the reference policy's mean")
+        trainer.reward_center, trainer.cuts = state["reward_center"], state["cuts"]
+    else:
+        trainer.foresee_cuts()
+        warn_of_cuts(trainer)
+        if config.reward_centering == "reference_mean":
+            trainer.center_rewards()
+            say(f"Rewards are centered at {trainer.reward_center:.4f}, the reference policy's mean")
+    early = EarlyStopping(config.early_stopping, state.get("iterations_within_gap", 0))
     name = f"PPO, {config.regularizer.name}"
     tracker = Tracker(config.output_dir, count, name, config.deepspeed, done=first)
     episodes = config.local_rollout_size() * ranks.world_size()
-    for number in range(first, count):
+    done = first
+    while done < count and not early.has_arrived():
         with trainer.clock.phase("iteration"):
-            metrics = trainer.iteration(number) | {"episode": float((number + 1) * episodes)}
-        metrics |= trainer.clock.read() | peak_memory()
-        done = number + 1
+            metrics = trainer.iteration(done)
+        done += 1
+        metrics |= {"episode": float(done * episodes)} | trainer.clock.read() | peak_memory()
         if validation and done % config.eval_steps == 0 and done < count:
             figures, _ = evaluate(models_of(trainer), validation, config.regularizer, evaluation)
             metrics |= means_of(figures)
-        if done % config.logging_steps == 0 or done == count:
+        early.observe(metrics)
+        last = done if early.has_arrived() else count
+        if done % config.logging_steps == 0 or done == last:
             tracker.log(done, metrics, SHOWN)
         tracker.advance()
         stop = stop_requests.agreed()
-        if stop or checkpoints.is_due(done, count):
-            checkpoints.save(done, {"reward_center": trainer.reward_center})
+        if stop or checkpoints.is_due(done, last):
+            state = {
+                "reward_center": trainer.reward_center,
+                "cuts": trainer.cuts,
+                "iterations_within_gap": early.iterations,
+            }
+            checkpoints.save(done, state)
         if stop:
             tracker.close()
             raise Stopped(stop, done)
     tracker.close()
-    return first
+    if early.has_arrived():
+        say(f"The policy is at its optimum after {done} of {count} iterations (early_stopping)")
+    return first, done
+
+
+def warn_of_cuts(trainer: PPOTrainer) -> None:
+    """Say so if responses that do not end gain on the others with every token."""
+    growth = trainer.cuts.get("cut/log_growth", 0.0)
+    if growth > 0:
+        say(
+            f"Warning: response_length={trainer.config.response_length} moves the optimum. At a "
+            "prefix of the reference's responses, the tokens that do not end the response weigh "
+            f"e^{growth:.2f} together, more than 1: without differences of reward, about "
+            f"{trainer.cuts['cut/predicted_share']:.0%} of the optimum's responses are cut. "
+            "Regularizers with lower weights, such as conditional_pm with a larger alpha, or kl, "
+            "cut fewer"
+        )
 
 
 def write_models(trainer: PPOTrainer, output: Path, was_trained: bool) -> None:

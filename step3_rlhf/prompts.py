@@ -15,7 +15,7 @@ TRAINING, CENTERING, EVALUATION = 0, 1, 2
 
 
 class PromptBatch(NamedTuple):
-    """Prompts to draw one response each to.
+    """Prompts to draw one response each to; several responses to one prompt are adjacent rows.
 
     ids        [B] lists of token ids
     dialogues  [B] the same prompts as messages
@@ -38,31 +38,32 @@ class Prompts:
         self._orders: dict[int, list[int]] = {}
 
     def of_iteration(self, number: int) -> PromptBatch:
-        """This rank's prompts of an iteration, counted from 0.
+        """This rank's prompts of an iteration, counted from 0, each `num_generations` times.
 
-        Each optimizer step has the same global batch on any number of ranks.
+        Each optimizer step has the same global batch on any number of ranks. All rows of a prompt
+        are in one micro-batch.
         """
-        config = self.config
+        config, each = self.config, self.config.num_generations
         accumulation, micro = config.gradient_accumulation_steps, config.per_device_train_batch_size
-        mini_batch = micro * accumulation * world_size()
-        positions: list[int] = []
+        mini_batch = micro * accumulation * world_size() // each
+        prompts: list[int] = []
         for k in range(config.num_mini_batches):
             first = (number * config.num_mini_batches + k) * mini_batch
             positions_of_all = list(range(first, first + mini_batch))
-            parts = shard(positions_of_all, rank(), world_size(), micro, accumulation)
-            positions += [position for part in parts for position in part]
-        return self._at(positions, TRAINING)
+            parts = shard(positions_of_all, rank(), world_size(), micro // each, accumulation)
+            prompts += [position for part in parts for position in part]
+        draws = [each * position + k for position in prompts for k in range(each)]
+        return self._at(draws, TRAINING, each)
 
     def for_centering(self, count: int) -> PromptBatch:
         """This rank's share of `count` prompts, rounded up so that every rank has equally many."""
         share = -(-count // world_size())
         return self._at([rank() + world_size() * k for k in range(share)], CENTERING)
 
-    def _at(self, positions: list[int], purpose: int) -> PromptBatch:
-        rows = [self._row(position) for position in positions]
-        seeds: list[tuple[int, ...]] = [
-            (self.config.seed, purpose, position) for position in positions
-        ]
+    def _at(self, draws: list[int], purpose: int, each: int = 1) -> PromptBatch:
+        """The prompts of the given draws; `each` consecutive ones belong to one prompt."""
+        rows = [self._row(draw // each) for draw in draws]
+        seeds: list[tuple[int, ...]] = [(self.config.seed, purpose, draw) for draw in draws]
         ids = [list(self.ids[row]) for row in rows]
         return PromptBatch(ids, [self.dialogues[row] for row in rows], seeds)
 
@@ -96,7 +97,8 @@ def iterations(config: PPOConfig, prompts: int, processes: int | None = None) ->
     processes = processes or world_size()
     per_iteration = config.local_rollout_size() * processes
     if config.total_episodes is None:
-        return max(1, round(config.num_train_epochs * prompts / per_iteration))
+        drawn = config.num_train_epochs * prompts * config.num_generations
+        return max(1, round(drawn / per_iteration))
     if config.total_episodes % per_iteration:
         raise ValueError(
             f"total_episodes: {config.total_episodes} is not a multiple of the {per_iteration} "

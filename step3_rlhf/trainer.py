@@ -15,13 +15,20 @@ from step3_rlhf.config import PPOConfig
 from step3_rlhf.experience import Experience, Judged, Scores
 from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.prompts import Prompts
+from step3_rlhf.regularizers.log_linear import LogLinear
+from step3_rlhf.regularizers.truncation import cut_share, end_weight_of, log_growth_of
 from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout, sample
+from training.models.logprobs import Statistic, masked_sum
 from training.models.lora import WithoutAdapter
+from training.models.policy import Policy
 from training.runtime.engine import TrainedModule, optimizer_step
 from training.runtime.faults import dumped, require_finite
 from training.runtime.ranks import sum_over_ranks
 from training.runtime.tracking import Clock
+
+CUT_SAMPLES = 64
+"""Responses of the reference from which the share of cut responses is foreseen."""
 
 Part = TypeVar("Part", bound=Judged)
 
@@ -50,6 +57,8 @@ class PPOTrainer:
         self.clock = Clock()
         self.reward_center = 0.0
         """Mean reward of the reference policy, −C_1 of Example 2, subtracted from every reward."""
+        self.cuts: dict[str, float] = {}
+        """What `foresee_cuts` found: figures that are logged with every iteration."""
 
     def iteration(self, number: int) -> dict[str, float]:
         """Draw responses, score them, and take optimizer steps on them.
@@ -60,10 +69,11 @@ class PPOTrainer:
         Returns:
             The iteration's metrics, the same on every rank.
         """
-        config, clock, metrics = self.config, self.clock, IterationMetrics(self.regularizer)
+        config, clock = self.config, self.clock
+        metrics = IterationMetrics(self.regularizer, config)
         # 1. Prompts: this rank's share, with a seed for each draw.
         prompts = self.prompts.of_iteration(number)
-        # 2. Rollout: one response to each prompt, drawn from the current actor.
+        # 2. Rollout: one response to each row, drawn from the current actor.
         with clock.phase("rollout"):
             rollout = sample(self.actor.engine, self.tokenizer, *prompts, config.sampling)
         with dumped(config.output_dir, number + 1, rollout.readable):
@@ -90,7 +100,7 @@ class PPOTrainer:
                 for _ in range(config.num_ppo_epochs):
                     self.take_steps(experiences, self.losses, metrics)
         # 10. Metrics: averages over the responses and tokens of all ranks.
-        return metrics.averages(raw_rewards) | self.optimizer_metrics()
+        return metrics.averages(raw_rewards) | self.optimizer_metrics() | self.cuts
 
     def shape_rewards(self, rewards: Tensor, rollout: Rollout) -> Tensor:
         """[B] rewards that PPO maximizes: centered, and penalized or clipped if the config says so.
@@ -174,12 +184,13 @@ class PPOTrainer:
     ) -> None:
         """One pass over the rollout: an optimizer step of actor and critic per mini-batch."""
         accumulation = self.config.gradient_accumulation_steps
+        length = self.config.response_length
         for first in range(0, len(parts), accumulation):
             optimizer_step(
                 [self.actor, self.critic],
                 parts[first : first + accumulation],
                 lambda part: losses(part, metrics),
-                items=lambda part: int(part.rollout.response_mask.sum()),
+                items=lambda part: ppo.loss_divisor(len(part.rollout), length),
                 clock=self.clock,
             )
 
@@ -206,6 +217,43 @@ class PPOTrainer:
         )
         metrics.add(part, new, entropy, policy, value)
         return policy.total, self.config.vf_coef * value.total
+
+    @torch.no_grad()
+    def foresee_cuts(self) -> None:
+        """Estimate from responses of the reference, before iteration 0, how many the optimum cuts.
+
+        The law and its quantities are in regularizers/truncation.py; here they are means over the
+        prefixes of the reference's responses. Only for weights that are a product over tokens.
+        """
+        regularizer = self.regularizer
+        if not (isinstance(regularizer, LogLinear) and regularizer.weighs_tokens):
+            return
+        prompts = self.prompts.for_centering(CUT_SAMPLES)
+        rollout = sample(self.reference, self.tokenizer, *prompts, self.config.sampling)
+        actor = self.actor.module
+        assert isinstance(actor, Policy)
+        ends = list(actor.ends) or [self.tokenizer.eos_token_id]
+
+        def statistic(of: Callable[[LogLinear, Tensor, Tensor], Tensor]) -> Statistic:
+            def value(logits: Tensor, log_normalizer: Tensor) -> Tensor:
+                is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+                is_end[ends] = True
+                return of(regularizer, logits - log_normalizer[:, None], is_end)
+
+            return value
+
+        sums = torch.zeros(3, dtype=torch.float64, device=rollout.input_ids.device)
+        size = self.config.per_device_eval_batch_size
+        for first in range(0, len(rollout), size):
+            part = rollout.rows(first, first + size)
+            views = (part.input_ids, part.attention_mask, part.scored_mask)
+            for place, of in enumerate((log_growth_of, end_weight_of)):
+                _, values = self.reference(*views, statistic=statistic(of))
+                sums[place] += masked_sum(values.double(), part.scored_mask)
+            sums[2] += part.lengths.sum()
+        growth, end_weight, tokens = sum_over_ranks(sums.cpu()).tolist()
+        share = cut_share(growth / tokens, end_weight / tokens, self.config.response_length)
+        self.cuts = {"cut/log_growth": growth / tokens, "cut/predicted_share": share}
 
     def optimizer_metrics(self) -> dict[str, float]:
         """Learning rates, gradient norms and, in fp16, loss scales of the last optimizer step."""

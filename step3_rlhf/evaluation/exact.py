@@ -28,6 +28,7 @@ EXACT_FIGURES = (
     "kl_to_population",
     "kl_to_optimum",
     "outside_mass",
+    "natural_mass",
 )
 """Keys of the means."""
 
@@ -45,11 +46,12 @@ def exact_metrics(
     The prompts of one topic are one cluster; a prompt without a topic is one by itself.
 
     Distances are between distributions conditional on the set; `outside_mass` is the policy's
-    probability of everything outside it. A figure that no prompt has is None.
+    probability of everything outside it, and `natural_mass` that of the set's responses that the
+    regularizer counts as natural. A figure that no prompt has is None.
     """
 
     def measure(rows: list[int]) -> list[dict[str, Any]]:
-        return [measure_set(models, sets[row], regularizer, temperature) for row in rows]
+        return [measure_set(models, sets[row], regularizer, temperature, config) for row in rows]
 
     per_prompt = over_ranks(len(sets), 1, measure, "response sets", finished)
     figures: dict[str, Any] = {"prompts": len(per_prompt)}
@@ -62,7 +64,11 @@ def exact_metrics(
 
 
 def measure_set(
-    models: Models, finite: FiniteSet, regularizer: Regularizer | None, temperature: float
+    models: Models,
+    finite: FiniteSet,
+    regularizer: Regularizer | None,
+    temperature: float,
+    config: EvaluationConfig,
 ) -> dict[str, Any]:
     """An entry of `per_prompt`: distributions over one prompt's responses, and distances."""
     count = len(finite.responses)
@@ -74,8 +80,8 @@ def measure_set(
         ranks.device(),
         (response_end(models.tokenizer),),
     )
-    logp = token_logps(models.policy, rollout).sum(-1)
-    ref_logp = token_logps(models.reference, rollout)
+    logp = token_logps(models.policy, rollout, config).sum(-1)
+    ref_logp = token_logps(models.reference, rollout, config)
     rewards = models.reward(rollout).double().cpu()
     policy = logp.log_softmax(0)
     targets = {"reward": (rewards / temperature).log_softmax(0)}
@@ -93,6 +99,11 @@ def measure_set(
         "reference": ref_logp.sum(-1).log_softmax(0).exp().tolist(),
         "rewards": rewards.tolist(),
     }
+    inside = rollout.response_mask.cpu()
+    natural = regularizer.natural(ref_logp, inside) if regularizer else None
+    if natural is not None:
+        entry["natural"] = natural.tolist()
+        entry["natural_mass"] = logp.exp()[natural].sum().item()
     for name, target in targets.items():
         entry[name] = target.exp().tolist()
         entry[f"tv_to_{name}"] = total_variation(policy, target).item()

@@ -13,6 +13,21 @@ from step3_rlhf.regularizers import Regularizer
 from training.runtime import ranks
 from training.runtime.json_text import json_line, json_text
 
+SUMMARY = (
+    "pm_divergence",
+    "pm_divergence_unequal",
+    "pm_divergence_reference",
+    "equal_pairs",
+    "natural_mass",
+    "optimum_gap",
+    "optimum_kl",
+    "length",
+    "perplexity",
+    "entropy",
+    "kl",
+)
+EXACT_SUMMARY = ("tv_to_reward", "tv_to_population", "tv_to_optimum", "outside_mass")
+
 
 def evaluate(
     models: Models,
@@ -33,9 +48,14 @@ def evaluate(
     """
     temperature = regularizer.preference_temperature if regularizer else 1.0
     draws = range(2 * config.evaluation.pairs_per_prompt)
-    responses = [respond(models, held_out, config, draw, finished) for draw in draws]
+    responses = [respond(models, held_out, config, draw, finished, regularizer) for draw in draws]
+    reference = responses  # of SFT, which is its own reference
+    if models.reference is not models.policy:
+        reference = [
+            respond(models, held_out, config, draw, finished, from_reference=True) for draw in draws
+        ]
     figures, instances = sampled_metrics(
-        held_out.prompt_texts, responses, temperature, held_out.groups
+        held_out.prompt_texts, responses, reference, temperature, regularizer, held_out.groups
     )
     calibration = config.beta_calibration
     figures = {
@@ -65,18 +85,17 @@ def write_evaluation(
 
 def summary(figures: dict[str, Any]) -> str:
     """The main figures, one line each."""
-    lines = [
-        line_of(name, figures[name])
-        for name in ("pm_divergence", "length", "perplexity", "entropy", "kl")
+    shown = [figures.get(name) for name in SUMMARY] + [
+        figures.get("exact", {}).get(name) for name in EXACT_SUMMARY
     ]
-    for name in ("tv_to_reward", "tv_to_population", "tv_to_optimum", "outside_mass"):
-        figure = figures.get("exact", {}).get(name)
-        if figure:
-            lines.append(line_of(name, figure))
-    return "\n".join(lines)
+    return "\n".join(
+        line_of(name, figure)
+        for name, figure in zip(SUMMARY + EXACT_SUMMARY, shown, strict=True)
+        if figure
+    )
 
 
 def line_of(name: str, figure: dict[str, Any]) -> str:
     """A mean and, if there is more than one cluster, its interval."""
     interval = "" if figure["ci95"] is None else f" ± {figure['ci95']:.4f}"
-    return f"  {name + ':':<24}{figure['mean']:10.4f}{interval}"
+    return f"  {name + ':':<26}{figure['mean']:10.4f}{interval}"

@@ -1,7 +1,7 @@
 """Metrics of sampled responses (section 6.1) and the perplexity of held-out texts."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,14 +10,17 @@ from torch import Tensor
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import HeldOut
 from step3_rlhf.evaluation.metrics import (
-    pm_divergence,
     pm_squared_difference,
     response_perplexity,
 )
+from step3_rlhf.evaluation.pairs import pair_figures, pairs_of
+from step3_rlhf.evaluation.responses import Responses
 from step3_rlhf.evaluation.resume import FinishedBlocks
-from step3_rlhf.evaluation.scoring import Models, full_vocabulary_sums, sequence_logps
+from step3_rlhf.evaluation.scoring import Models, full_vocabulary_sums, token_logps
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
+from step3_rlhf.regularizers import Regularizer
+from step3_rlhf.regularizers.optimality import certificate
 from step3_rlhf.rollout import assemble, sample
 from training.data import response_end
 from training.runtime import ranks
@@ -36,25 +39,16 @@ ESTIMAND = (
 )
 """What the sampled figures of evaluation.json estimate."""
 
-
-@dataclass(frozen=True)
-class Responses:
-    """One response to each prompt, scored by policy, reference and reward; [prompts] each."""
-
-    texts: list[str]
-    logp: Tensor  # log π(y|x), nats
-    ref_logp: Tensor  # log π_ref(y|x), nats
-    rewards: Tensor
-    lengths: Tensor  # tokens, EOS included
-    ended: Tensor  # 1 if the response has its EOS, else 0
-    full_entropy: Tensor | None = None  # Σ_t H(π(·|prefix_t)), nats, over the whole vocabulary
-    full_kl: Tensor | None = None  # Σ_t KL(π(·|prefix_t) ‖ π_ref(·|prefix_t)), nats
+OPTIMUM_FIGURES = ("optimum_gap", "optimum_spread", "optimum_kl")
+"""Keys of the distance from the optimum."""
 
 
 def sampled_metrics(
     prompts: list[str],
     responses: list[Responses],
+    reference: list[Responses],
     temperature: float,
+    regularizer: Regularizer | None = None,
     groups: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of section 6.1 from independent responses to each prompt.
@@ -63,21 +57,26 @@ def sampled_metrics(
     prompts, and if `groups` is empty, over prompts.
 
     Args:
-        responses: an even number of draws. Consecutive draws make a pair, and a prompt's PM
-            divergence is the mean over its pairs.
+        responses: an even number of the policy's draws. Consecutive draws make a pair, and a
+            prompt's PM divergence is the mean over its pairs.
+        reference: an even number of the reference's draws.
         temperature: T of the softmax(r/T) that a preference-matching policy reaches.
+
+        regularizer: the distance from its optimum is measured.
 
     Returns:
         The figures of evaluation.json and the lines of instances.jsonl.
     """
-    pairs = list(zip(responses[::2], responses[1::2], strict=True))
-    divergence = torch.stack(
-        [pm_divergence(a.logp, b.logp, a.rewards, b.rewards, temperature) for a, b in pairs]
-    ).mean(0)
+    pairs = pairs_of(responses, temperature)
+    divergence = pairs.divergence.mean(0)
 
     clusters = numbered(groups or prompts)
+    drawn_pairs = zip(responses[::2], responses[1::2], strict=True)
     squared = torch.stack(
-        [pm_squared_difference(a.logp, b.logp, a.rewards, b.rewards, temperature) for a, b in pairs]
+        [
+            pm_squared_difference(a.logp, b.logp, a.rewards, b.rewards, temperature)
+            for a, b in drawn_pairs
+        ]
     ).mean(0)
     drawn = clusters.repeat(len(responses))
 
@@ -91,8 +90,9 @@ def sampled_metrics(
     def mean(value: Callable[[Responses], Tensor]) -> Estimate:
         return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0), clusters)
 
-    estimates = {
-        "pm_divergence": estimate(divergence, clusters),
+    natural = [draw.natural for draw in responses if draw.natural is not None]
+    estimates = pair_figures(pairs, pairs_of(reference, temperature), clusters) | {
+        "natural_mass": estimate(torch.stack(natural).mean(0), clusters) if natural else None,
         "reward": mean(lambda y: y.rewards),
         "length": mean(lambda y: y.lengths),
         "ended_fraction": mean(lambda y: y.ended),
@@ -116,14 +116,15 @@ def sampled_metrics(
         measured = [value for value in values if value is not None]
         if measured:
             estimates[name] = ratio_estimate(every(measured), lengths, drawn)
+    estimates |= optimum_figures(responses, regularizer, clusters)
     figures: dict[str, Any] = {
         "estimand": ESTIMAND,
         "prompts": len(prompts),
         "clusters": len(clusters.unique()),
-        "pairs_per_prompt": len(pairs),
+        "pairs_per_prompt": len(pairs.divergence),
         "preference_temperature": temperature,
     }
-    figures |= {name: asdict(value) for name, value in estimates.items()}
+    figures |= {name: value and asdict(value) for name, value in estimates.items()}
     instances = [
         {
             "prompt": prompt,
@@ -145,12 +146,28 @@ def sampled_metrics(
     return figures, instances
 
 
+def optimum_figures(
+    responses: list[Responses], regularizer: Regularizer | None, clusters: Tensor
+) -> dict[str, Estimate | None]:
+    """How far the policy is from the regularizer's optimum; None where that cannot be known."""
+    found: dict[str, Estimate | None] = dict.fromkeys(OPTIMUM_FIGURES)
+    credits = [draw.credit for draw in responses if draw.credit is not None]
+    if credits and regularizer is not None:
+        by_prompt = certificate(torch.stack(credits, dim=-1), regularizer)
+        found |= {
+            f"optimum_{name}": estimate(values, clusters) for name, values in by_prompt.items()
+        }
+    return found
+
+
 def respond(
     models: Models,
     held_out: HeldOut,
     config: EvaluationConfig,
     draw: int,
     finished: FinishedBlocks | None = None,
+    regularizer: Regularizer | None = None,
+    from_reference: bool = False,
 ) -> Responses:
     """Draw and score one response to every prompt, the work divided over the ranks.
 
@@ -158,13 +175,21 @@ def respond(
 
     Args:
         draw: number of the draw; each has other seeds.
+        regularizer: says which responses are natural, and what PPO credits them with.
+        from_reference: the reference draws instead of the policy: the same responses for every
+            policy that has this reference.
     """
+    drawer, name = (
+        (models.reference, "reference's responses")
+        if from_reference
+        else (models.policy, "responses")
+    )
     order = sorted(range(len(held_out.prompts)), key=lambda row: len(held_out.prompt_ids[row]))
 
     def measure(places: list[int]) -> list[tuple[Any, ...]]:
         rows = [order[place] for place in places]
         rollout = sample(
-            models.policy,
+            drawer,
             models.tokenizer,
             [list(held_out.prompt_ids[row]) for row in rows],
             [held_out.prompts[row] for row in rows],
@@ -172,20 +197,33 @@ def respond(
             config.sampling,
         )
         logp, ref_logp = (
-            sequence_logps(models.policy, rollout, config),
-            sequence_logps(models.reference, rollout, config),
+            token_logps(models.policy, rollout, config),
+            token_logps(models.reference, rollout, config),
         )
-        rewards = models.reward(rollout)
-        full = full_vocabulary_sums(models, rollout, config.sampling.response_length)
-        columns = (logp, ref_logp, rewards, rollout.lengths, rollout.ended, *full)
-        return list(zip(rollout.responses, *(column.tolist() for column in columns), strict=True))
+        rewards = models.reward(rollout).double().cpu()
+        columns: list[Tensor | None] = [logp.sum(-1), ref_logp.sum(-1), rewards]
+        columns += [rollout.lengths, rollout.ended]
+        credit = natural = None
+        if regularizer is not None:
+            mask = rollout.response_mask.cpu()
+            credit = rewards + regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1)
+            natural = regularizer.natural(ref_logp, mask)
+        columns += [credit, natural]
+        if not from_reference:
+            columns += full_vocabulary_sums(models, rollout, config.sampling.response_length)
+        unknown = [None] * len(rollout)
+        listed = [unknown if column is None else column.tolist() for column in columns]
+        return list(zip(rollout.responses, *listed, strict=True))
 
     measured = over_ranks(
-        len(order), config.sampling.rollout_batch_size, measure, f"draw {draw + 1}", finished
+        len(order), config.sampling.rollout_batch_size, measure, f"{name} {draw + 1}", finished
     )
     rows = [row for _, row in sorted(zip(order, measured, strict=True), key=lambda pair: pair[0])]
     texts, *columns = zip(*rows, strict=True)
-    return Responses(list(texts), *(torch.tensor(column).double() for column in columns))
+    values: Iterator[Any] = (
+        None if column[0] is None else torch.tensor(column).double() for column in columns
+    )
+    return Responses(list(texts), *values)
 
 
 def held_out_perplexity(
@@ -210,8 +248,8 @@ def held_out_perplexity(
             (response_end(models.tokenizer),),
         )
         columns = (
-            sequence_logps(models.policy, rollout, config),
-            sequence_logps(models.reference, rollout, config),
+            token_logps(models.policy, rollout, config).sum(-1),
+            token_logps(models.reference, rollout, config).sum(-1),
             rollout.lengths,
         )
         return list(zip(*(column.tolist() for column in columns), strict=True))

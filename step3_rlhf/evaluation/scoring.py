@@ -25,16 +25,15 @@ class Models:
 
 
 @torch.no_grad()
-def sequence_logps(model: Model, rollout: Rollout, config: EvaluationConfig) -> Tensor:
-    """[B] float64 log π(y|x) of each whole response, nats."""
+def token_logps(model: Model, rollout: Rollout, config: EvaluationConfig) -> Tensor:
+    """[B, R] float64 log-probability of each response token, nats, 0 where masked, on the CPU."""
     size = config.per_device_eval_batch_size
-    parts = []
+    found = torch.zeros(rollout.response_mask.shape, dtype=torch.float64)
     for first in range(0, len(rollout), size):
         rows = rollout.rows(first, first + size)
-        parts.append(
-            model(rows.input_ids, rows.attention_mask, rows.scored_mask)[0].double().sum(-1)
-        )
-    return torch.cat(parts)
+        logp, _ = model(rows.input_ids, rows.attention_mask, rows.scored_mask)
+        found[first : first + size, : rows.response_mask.shape[1]] = rows.response_part(logp).cpu()
+    return found
 
 
 DISTRIBUTIONS = 2**25
@@ -73,10 +72,3 @@ def full_vocabulary_sums(
             zeros = values.new_zeros(len(rows), dtype=torch.float64)
             sums.append(zeros.index_add(0, row, values.double()))
     return torch.cat(entropies), torch.cat(divergences)
-
-
-@torch.no_grad()
-def token_logps(model: Model, rollout: Rollout) -> Tensor:
-    """[B, R] float64 log-probability of each response token, nats, on the CPU."""
-    logp, _ = model(rollout.input_ids, rollout.attention_mask, rollout.scored_mask)
-    return rollout.response_part(logp).double().cpu()

@@ -56,6 +56,31 @@ class Regularizer(StrictModel, ABC):
         """[K] float64 log-probabilities (nats) of the optimum on a finite set; see optimum.py."""
         raise NoOptimumError(f"{self.name}: {type(self).__name__} does not state its optimum")
 
+    def natural(self, ref_logp: Tensor, mask: Tensor) -> Tensor | None:
+        """[batch] bool: the responses in M(x), among which preferences are matched.
+
+        None where the regularizer has no such set.
+        """
+        return None
+
+    @property
+    def coefficient(self) -> float:
+        """β of the marginal, in units of reward per nat."""
+        return self.beta
+
+    @property
+    def levels_credit(self) -> bool:
+        """Whether r + R + πR′ is the same for all responses that the optimum gives.
+
+        The first-order condition of every regularizer that is a function of π(y|x) says so.
+        """
+        return True
+
+    @property
+    def is_log_linear(self) -> bool:
+        """Whether the optimum is ∝ w·e^{r/β}, with a weight w that does not depend on r."""
+        return False
+
     @property
     def preference_temperature(self) -> float:
         """T of softmax(r/T), the distribution that matches the reward's preferences."""

@@ -13,7 +13,7 @@ from step3_rlhf.regularizers.base import (
     on_last_token,
     unbound,
 )
-from step3_rlhf.regularizers.divergences import Divergence, divergence
+from step3_rlhf.regularizers.divergences import Divergence, ReverseKL, divergence
 from step3_rlhf.regularizers.solvers import backward_induction
 from training.config import Fraction, Positive
 from training.deferred import Tensor, torch
@@ -66,6 +66,16 @@ class FDivergence(Regularizer):
     @property
     def generator(self) -> Divergence:
         return divergence(self.divergence, self.alpha)
+
+    @property
+    def levels_credit(self) -> bool:
+        """Not by total variation, whose f' is any number in [−½, ½] at u = 1; nor by token."""
+        by_response = self.level == "sequence" and self.divergence != "total_variation"
+        return by_response or self.is_log_linear
+
+    @property
+    def is_log_linear(self) -> bool:
+        return isinstance(self.generator, ReverseKL)
 
     def value(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
         log_u = self._log_ratio(logp, ref_logp, mask)

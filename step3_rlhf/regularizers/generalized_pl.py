@@ -51,6 +51,10 @@ class GeneralizedPL(Regularizer):
     def link(self) -> Link:
         return link(self.g, self.exponent)
 
+    @property
+    def is_log_linear(self) -> bool:
+        return self.g == "exponential"
+
     def value(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
         log_pi = response_sum(logp, mask)
         return self.beta * (self.link.integral_ratio(log_pi) - self.link.inverse(log_pi))

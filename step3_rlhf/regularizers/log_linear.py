@@ -30,14 +30,21 @@ class LogLinear(Regularizer):
     optimum    π* ∝ w(y|x)·e^{r/β}, w(y|x) = Π_t w_t
     """
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether log w_t is a function of log π_ref,t alone, whatever the shape of the arguments.
+
+        A run can then tell how many responses its optimum cuts (truncation.py).
+        """
+        return False
+
     @abstractmethod
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         """[batch, length] log w_t in nats, zero where the mask is false."""
 
     @property
-    def coefficient(self) -> float:
-        """The factor of log π in the objective."""
-        return self.beta
+    def is_log_linear(self) -> bool:
+        return True
 
     def value(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
         return self.marginal(logp, ref_logp, mask).per_token.sum(-1)
@@ -56,6 +63,10 @@ class KL(LogLinear):
 
     name: Literal["kl"] = "kl"
 
+    @property
+    def weighs_tokens(self) -> bool:
+        return True
+
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, ref_logp, 0.0)
 
@@ -71,6 +82,10 @@ class PreferenceMatching(LogLinear):
     name: Literal["pm"] = "pm"
     c2: float = 0.0
     """C_2 of eq. (3.8), in units of reward."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return True
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         return torch.zeros_like(ref_logp)
@@ -102,6 +117,10 @@ class MaximumEntropy(LogLinear):
     @property
     def coefficient(self) -> float:
         return self.tau
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return True
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         return torch.zeros_like(ref_logp)
@@ -145,18 +164,28 @@ class ConditionalPM(LogLinear):
                     raise ValueError(f'{field}: only with "level": "sequence"')
         return self
 
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.level == "token"
+
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         ref_logp = torch.where(mask, ref_logp, 0.0)
         if self.level == "token":
             return torch.where(mask & (ref_logp < self._log_threshold), ref_logp, 0.0)
-        log_w = ref_logp.sum(-1)
-        length = mask.sum(-1).clamp(min=1) if self.alpha_per_token is not None else 1
-        inside = log_w / length >= self._log_threshold
+        log_w, inside = ref_logp.sum(-1), self.natural(ref_logp, mask)
         if self.log_epsilon is not None:
             log_w = torch.full_like(log_w, self.log_epsilon)
         elif self.epsilon is not None:
             log_w = torch.full_like(log_w, math.log(self.epsilon))
         return on_last_token(torch.where(inside, 0.0, log_w), mask)
+
+    def natural(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        """Token level: all tokens reach the threshold. Sequence level: the response does."""
+        ref_logp = torch.where(mask, ref_logp, 0.0)
+        if self.level == "token":
+            return (~mask | (ref_logp >= self._log_threshold)).all(-1)
+        length = mask.sum(-1).clamp(min=1) if self.alpha_per_token is not None else 1
+        return ref_logp.sum(-1) / length >= self._log_threshold
 
     @property
     def _log_threshold(self) -> float:
@@ -172,6 +201,10 @@ class KLInterpolation(LogLinear):
     name: Literal["kl_interpolation"] = "kl_interpolation"
     kappa: Fraction
     """Exponent of the reference: 0 is pm, 1 is kl."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return True
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         if self.kappa == 0.0:  # π_ref^0 = 1, also where π_ref = 0

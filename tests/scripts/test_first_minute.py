@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from training.runtime import lock
+from training.launch import lock
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 3.0

@@ -1,6 +1,7 @@
 """PPO's pure functions against numbers computed by hand."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from step3_rlhf.ppo import (
     advantages_and_returns,
+    loss_divisor,
     normalize_advantages,
     place_rewards,
     policy_loss,
@@ -173,3 +175,55 @@ def test_the_clipped_value_loss_by_hand() -> None:
     assert clipped.item() == 1
     loss.backward()
     assert values.grad.tolist() == [pytest.approx([2.0, 0.0, -1.9, 0.0], rel=1e-12)]
+
+
+# What the sums are divided by
+
+LENGTHS = (1, 10)
+"""Of the two responses; the optimum of pm with equal rewards gives each a probability of ½."""
+
+
+def mean_gradient(p: float, batch: int, divisor: Callable[[torch.Tensor], float]) -> float:
+    """Mean gradient of the policy loss over all batches, by the logit of the short response.
+
+    The response is chosen by its first token; the others are certain. The critic says log 2 − 1 of
+    every state, 1 nat less than the optimum is worth.
+    """
+    logit = torch.tensor(math.log(p / (1 - p)), dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(10) < torch.tensor(LENGTHS)[:, None]
+    log_first = torch.nn.functional.logsigmoid(torch.stack([logit, -logit]))
+    logp = torch.where(torch.arange(10) == 0, log_first[:, None], 0.0)
+    values = torch.full((2, 10), math.log(2) - 1).double()
+    rewards = place_rewards(-logp.detach(), torch.zeros(2), mask)  # marginal of pm: −log π
+    advantages, _ = advantages_and_returns(rewards, values, mask, 1.0, 1.0)
+    total = torch.zeros((), dtype=torch.float64)
+    for short in range(batch + 1):
+        rows = torch.tensor([0] * short + [1] * (batch - short))
+        loss, _ = policy_loss(
+            logp[rows], logp[rows].detach(), advantages[rows], mask[rows], cliprange=0.2
+        )
+        chance = math.comb(batch, short) * p**short * (1 - p) ** (batch - short)
+        total = total + chance * loss / divisor(mask[rows])
+    (gradient,) = torch.autograd.grad(total, logit)
+    return gradient.item()
+
+
+def rest_point(batch: int, divisor: Callable[[torch.Tensor], float]) -> float:
+    """The probability of the short response at which the mean gradient is 0."""
+    low, high = 0.01, 0.99
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if mean_gradient(middle, batch, divisor) > 0 else (middle, high)
+    return low
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_a_wrong_critic_does_not_move_the_rest_point(batch: int) -> None:
+    found = rest_point(batch, lambda mask: loss_divisor(len(mask), 10))
+    assert found == pytest.approx(0.5, abs=1e-9)
+
+
+@pytest.mark.parametrize(("batch", "moved"), [(1, 0.96), (4, 0.72), (16, 0.53)])
+def test_divided_by_the_drawn_tokens_it_would(batch: int, moved: float) -> None:
+    """The wrong variant: a mean over the batch's tokens."""
+    assert rest_point(batch, lambda mask: mask.sum().item()) == pytest.approx(moved, abs=6e-3)

@@ -58,6 +58,30 @@ def test_one_rank_and_two_see_the_same_in_every_optimizer_step(
         assert sorted(parts) == sorted(whole)
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_all_responses_to_a_prompt_are_on_one_rank_and_adjacent(
+    configured, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = {"num_mini_batches": 2, "per_device_train_batch_size": 4, "num_generations": 2}
+    (alone,) = of_all_ranks(
+        configured(**shared, gradient_accumulation_steps=2), number, 1, monkeypatch
+    )
+    first, second = of_all_ranks(configured(**shared), number, 2, monkeypatch)
+    for k in range(2):
+        whole = alone[8 * k : 8 * k + 8]
+        parts = first[4 * k : 4 * k + 4] + second[4 * k : 4 * k + 4]
+        assert sorted(parts) == sorted(whole)
+    for batch in (alone, first, second):
+        for one, other in zip(batch[::2], batch[1::2], strict=True):
+            assert one[:2] == other[:2]
+            assert other[2][-1] == one[2][-1] + 1  # another draw of the same prompt
+            assert one[2][-1] % 2 == 0
+    firsts = [row for batch in (alone,) for row in batch[::2]]
+    single = configured(num_mini_batches=2, gradient_accumulation_steps=1)
+    expected = of_all_ranks(single, number, 1, monkeypatch)[0]
+    assert [row[1] for row in firsts] == [row[1] for row in expected]  # the same prompts in order
+
+
 def test_every_epoch_is_a_permutation_of_its_own(configured, monkeypatch) -> None:
     config = configured(per_device_train_batch_size=5)
     texts = [text for n in range(4) for _, text, _ in of_all_ranks(config, n, 1, monkeypatch)[0]]
@@ -102,6 +126,8 @@ def test_iterations(configured, monkeypatch: pytest.MonkeyPatch) -> None:
     assert iterations(config(total_episodes=48), prompts=10) == 2  # 4 · 2 · 3 = 24 each
     assert iterations(config(total_episodes=None, num_train_epochs=5.0), prompts=24) == 5
     assert iterations(config(total_episodes=None, num_train_epochs=0.1), prompts=24) == 1
+    twice = {"num_generations": 2, "per_device_train_batch_size": 4}
+    assert iterations(config(total_episodes=None, num_train_epochs=5.0, **twice), prompts=24) == 10
     monkeypatch.setattr(module, "world_size", lambda: 2)
     assert iterations(config(total_episodes=48), prompts=10) == 1
     with pytest.raises(ValueError, match="total_episodes: 24 is not a multiple of the 48"):

@@ -36,6 +36,8 @@ EVALUATION = (STAGE / "evaluation" / "README.md").read_text(encoding="utf-8")
 REGULARIZER = (STAGE / "regularizers" / "README.md").read_text(encoding="utf-8")
 
 Build = Callable[..., PPOTrainer]
+NATURAL = {"name": "conditional_pm", "alpha": 0.02}
+"""The regularizer that has every figure."""
 
 
 def section(text: str, heading: str) -> str:
@@ -76,7 +78,7 @@ def test_every_key_of_metrics_jsonl_is_defined_and_no_other(
     build: Build, held_out: HeldOut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The keys of a real run's lines, with an evaluation, and those that fp16 adds."""
-    trainer = build(eval_steps=1)
+    trainer = build(eval_steps=1, regularizer=NATURAL, num_generations=2)
     config = trainer.config
     Path(config.output_dir).mkdir()
     train(trainer, 2, held_out, EvaluationConfig.of(config))
@@ -104,7 +106,7 @@ def test_every_metric_has_a_formula() -> None:
 def test_every_figure_of_an_evaluation_is_defined_and_no_other(
     build: Build, held_out: HeldOut
 ) -> None:
-    trainer = build()
+    trainer = build(regularizer=NATURAL)
     config = EvaluationConfig.of(trainer.config)
     figures, instances = evaluate(models_of(trainer), held_out, trainer.regularizer, config)
     top = figures.keys() - {"held_out_text"}

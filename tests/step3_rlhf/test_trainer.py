@@ -1,9 +1,11 @@
 """One PPO iteration: its gradients by hand, and what must not change them."""
 
 import copy
+import json
 import math
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +13,16 @@ import torch
 from transformers import BertConfig
 
 from step3_rlhf import ppo
-from step3_rlhf.config import PPOConfig
+from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.evaluation.held_out import HeldOut
 from step3_rlhf.experience import Judged
 from step3_rlhf.iteration_metrics import IterationMetrics
-from step3_rlhf.main import means_of
+from step3_rlhf.main import means_of, train
 from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.roles import training_roles_of
 from step3_rlhf.rollout import sample
 from step3_rlhf.trainer import PPOTrainer
+from training.errors import UserError
 from training.models.policy import Policy
 from training.models.scalar import ScalarModel
 
@@ -112,8 +116,12 @@ def test_mini_batches_and_epochs_are_optimizer_steps(build: Build) -> None:
 
 @pytest.fixture
 def experience(build: Build) -> tuple[PPOTrainer, Judged, torch.Tensor]:
-    """A trainer, one micro-batch of a rollout, and the raw rewards."""
+    """A trainer, one micro-batch of a rollout, and the raw rewards.
+
+    A quarter of the tokens end a response, so that lengths differ.
+    """
     trainer = build()
+    trainer.actor.module.ends = tuple(range(0, len(trainer.tokenizer), 4))
     batch = trainer.prompts.of_iteration(0)
     rollout = sample(trainer.actor.engine, trainer.tokenizer, *batch, trainer.config.sampling)
     rewards = trainer.reward(rollout)
@@ -169,9 +177,10 @@ def test_the_first_step_is_reinforce_with_a_baseline(experience) -> None:
                 next_value = values[row, t]
                 advantages[row, t] = following
         returns = (advantages + values) * mask
-    tokens = mask.sum()
-    wanted_policy = -(advantages * logp)[mask].sum() / tokens
-    wanted_value = 0.5 * 0.5 * ((values - returns)[mask] ** 2).sum() / tokens  # vf_coef = ½
+    divisor = 8 * 6  # responses · response_length, however long the responses are
+    assert mask.sum() < divisor
+    wanted_policy = -(advantages * logp)[mask].sum() / divisor
+    wanted_value = 0.5 * 0.5 * ((values - returns)[mask] ** 2).sum() / divisor  # vf_coef = ½
 
     scores = trainer.old_scores(part)
     torch.testing.assert_close(scores.logp[mask], logp[mask].detach(), rtol=0, atol=1e-5)
@@ -344,7 +353,7 @@ def test_an_evaluations_means_are_logged() -> None:
 
 def test_statistics_add_up_over_micro_batches(experience) -> None:
     trainer, part, _ = experience
-    metrics = IterationMetrics(trainer.regularizer)
+    metrics = IterationMetrics(trainer.regularizer, trainer.config)
     for first in (0, 4):
         rows = part.rollout.rows(first, first + 4)
         columns = rows.response_mask.shape[1]
@@ -354,3 +363,115 @@ def test_statistics_add_up_over_micro_batches(experience) -> None:
     assert metrics.sums["responses"] == 8
     assert metrics.sums["tokens"] == part.rollout.response_mask.sum()
     assert math.isfinite(metrics.sums["policy_loss"])
+
+
+# Several responses to a prompt
+
+
+def test_responses_to_one_prompt_are_adjacent_and_their_spread_is_logged(build: Build) -> None:
+    """optimum/* by hand: the unbiased variance of r + R + πR′ within each prompt (kl, β = ½)."""
+    trainer = build(num_generations=4)
+    batch = trainer.prompts.of_iteration(1)
+    assert [batch.texts[k : k + 4] for k in (0, 4)] == [[batch.texts[k]] * 4 for k in (0, 4)]
+    assert batch.texts[0] != batch.texts[4]
+    assert [seed[-1] for seed in batch.seeds] == list(range(8, 16))
+    rollout = sample(trainer.actor.engine, trainer.tokenizer, *batch, trainer.config.sampling)
+    assert len(set(rollout.responses)) == 8
+    rewards = trainer.reward(rollout)
+    (part,) = trainer.micro_batches(rollout, rewards, trainer.reference_logp(rollout))
+    with torch.no_grad():
+        ratio = own_logp(trainer.actor.module, part) - own_logp(trainer.reference, part)
+    credit = (rewards - 0.5 * (ratio * rollout.response_mask).sum(-1)).double()
+    spreads = [(c.sub(c.mean()) ** 2).sum().item() / 3 / 0.5**2 for c in credit.split(4)]
+    metrics = trainer.iteration(1)
+    assert metrics["optimum/spread"] == pytest.approx(sum(spreads) / 2, rel=1e-4)
+    assert metrics["optimum/gap"] == pytest.approx(0.25 * sum(spreads) / 2, rel=1e-4)
+    assert metrics["optimum/kl"] > 0
+    assert not any(name.startswith("optimum/") for name in build().iteration(0))
+
+
+def test_several_responses_change_nothing_with_accumulation(build: Build) -> None:
+    found = []
+    for micro, accumulation in ((8, 1), (4, 2)):
+        trainer = build(
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            num_generations=4,
+        )
+        metrics = trainer.iteration(0)
+        found.append({name: metrics[name] for name in metrics if name.startswith("optimum/")})
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_batch_that_does_not_hold_whole_prompts_is_refused(configured) -> None:
+    with pytest.raises(UserError, match="num_generations: 3 does not divide"):
+        configured(num_generations=3)
+    stopping = {"early_stopping": {"optimum_gap": 0.1}}
+    with pytest.raises(UserError, match="only known with num_generations"):
+        configured(**stopping)
+    step = {"name": "f_divergence", "divergence": "total_variation"}
+    with pytest.raises(UserError, match="total_variation or of a token-level"):
+        configured(**stopping, num_generations=2, regularizer=step)
+    (warning,) = configured(num_generations=2, regularizer=step).warnings()
+    assert "no optimum/gap is logged" in warning
+
+
+def test_a_run_that_has_arrived_ends_and_a_resumed_one_stays_there(build: Build) -> None:
+    """Any gap counts as arrived: three iterations in a row of ten."""
+    nothing = HeldOut([], [], [], [])
+    changes: dict[str, Any] = {
+        "num_generations": 2,
+        "early_stopping": {"optimum_gap": 1e9, "patience": 3},
+        "save_steps": 2,
+    }
+    trainer = build(**changes)
+    output = Path(trainer.config.output_dir)
+    output.mkdir()
+    (output / "config.json").write_text(json.dumps(trainer.config.model_dump(mode="json")))
+    evaluation = EvaluationConfig.of(trainer.config)
+    assert train(trainer, 10, nothing, evaluation) == (0, 3)
+    kept = [path.name for path in sorted((output / "checkpoints").iterdir())]
+    assert kept == ["step-00000002", "step-00000003"]
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 3
+
+    resumed = build(**changes, resume_from_checkpoint="latest")
+    assert train(resumed, 10, nothing, evaluation) == (3, 3)  # no further iteration
+    shutil.rmtree(output / "checkpoints" / "step-00000003")
+    again = build(**changes, resume_from_checkpoint="latest")
+    assert train(again, 10, nothing, evaluation) == (2, 3)  # two of the three in a row were before
+    for name, value in weights(trainer).items():
+        assert torch.equal(value, weights(again)[name]), name
+
+
+# Cut responses
+
+
+def test_a_run_foresees_how_many_responses_its_optimum_cuts(build: Build, capsys) -> None:
+    """pm: the whole vocabulary but the end weighs V − 1, from the first line of metrics on."""
+    trainer = build(regularizer={"name": "pm"}, save_steps=1)
+    output = Path(trainer.config.output_dir)
+    output.mkdir()
+    (output / "config.json").write_text(json.dumps(trainer.config.model_dump(mode="json")))
+    nothing, evaluation = HeldOut([], [], [], []), EvaluationConfig.of(trainer.config)
+    train(trainer, 1, nothing, evaluation)
+    (line,) = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    policy = trainer.actor.module
+    existing = policy.model.lm_head.weight.shape[0]
+    existing -= 0 if policy.absent is None else int(policy.absent.sum())
+    ends = len(policy.ends or (0,))
+    assert line["cut/log_growth"] == pytest.approx(math.log(existing - ends), rel=1e-6)
+    assert line["cut/predicted_share"] > 0.9
+    assert "response_length=6 moves the optimum" in capsys.readouterr().out
+    resumed = build(regularizer={"name": "pm"}, save_steps=1, resume_from_checkpoint="latest")
+    train(resumed, 2, nothing, evaluation)
+    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["cut/log_growth"] == line["cut/log_growth"]
+
+    anew = {"overwrite_output_dir": True}
+    kl = build(regularizer={"name": "kl"}, **anew)
+    kl.foresee_cuts()
+    assert kl.cuts["cut/log_growth"] < 0
+    settings = {"name": "conditional_pm", "alpha": 0.1, "level": "sequence"}
+    by_response = build(regularizer=settings, **anew)
+    by_response.foresee_cuts()
+    assert by_response.cuts == {}

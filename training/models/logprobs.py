@@ -18,6 +18,9 @@ MOST_KEPT_LOGITS = 2**27
 BLOCK = 2**22
 """Logits that are normalized at the same time: 16 MiB in float32."""
 
+Statistic = Callable[[Tensor, Tensor], Tensor]
+"""From logits [rows, vocabulary] and log Σ e^logit [rows] to one number per row."""
+
 
 def token_logprobs(
     hidden: Tensor,
@@ -28,6 +31,7 @@ def token_logprobs(
     chunks: int | None = None,
     absent: Tensor | None = None,
     keep_logits: bool = False,
+    statistic: Statistic | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute log π(target | hidden) for each row, in nats.
 
@@ -42,23 +46,23 @@ def token_logprobs(
         absent: [vocabulary] bool, ids that no token has; their probability is 0.
         keep_logits: keep them for the backward pass, which computes them again otherwise. Every
             rank must choose the same if the head is a collective operation.
+        statistic: returned in place of the entropy.
 
     Returns:
         log-probabilities [rows] float32, and entropies [rows] float32 (nats) or None.
     """
     logps, entropies = [], []
+    how = head, with_entropy, absent, statistic
     for number in range(chunks or chunks_of(len(targets), rows_per_chunk)):
         part = slice(number * rows_per_chunk, (number + 1) * rows_per_chunk)
         rows, wanted = hidden[part], targets[part]
         if torch.is_grad_enabled() and not keep_logits:
-            logp, entropy = checkpoint(
-                _score_rows, rows, wanted, head, with_entropy, absent, use_reentrant=False
-            )
+            logp, entropy = checkpoint(_score_rows, rows, wanted, *how, use_reentrant=False)
         else:
-            logp, entropy = _score_rows(rows, wanted, head, with_entropy, absent)
+            logp, entropy = _score_rows(rows, wanted, *how)
         logps.append(logp)
         entropies.append(entropy)
-    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+    return torch.cat(logps), torch.cat(entropies) if with_entropy or statistic else None
 
 
 def chunks_of(rows: int, rows_per_chunk: int = ROWS_PER_CHUNK) -> int:
@@ -72,10 +76,16 @@ def _score_rows(
     head: Callable[[Tensor], Tensor],
     with_entropy: bool,
     absent: Tensor | None,
+    statistic: Statistic | None,
 ) -> tuple[Tensor, Tensor | None]:
     logits = head(hidden)
     if not isinstance(head, torch.nn.Module):  # its last operation may need its own result
         logits = logits.clone()
+    if statistic is not None:
+        logits = without_absent(logits.float(), absent)
+        log_normalizer = logits.logsumexp(dim=-1)
+        logp = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normalizer
+        return logp, statistic(logits, log_normalizer)
     logp, entropy = _Scores.apply(logits, targets, absent, with_entropy)
     return logp, entropy if with_entropy else None
 

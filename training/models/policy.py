@@ -13,6 +13,7 @@ from training.models.hidden_states import hidden_states, takes_positions
 from training.models.logprobs import (
     MOST_KEPT_LOGITS,
     ROWS_PER_CHUNK,
+    Statistic,
     chunks_of,
     token_logprobs,
     without_absent,
@@ -56,6 +57,7 @@ class Policy(Quiet):
         scored_mask: Tensor,
         with_entropy: bool = False,
         whole: bool = False,
+        statistic: Statistic | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute log π of the tokens that `scored_mask` marks, each given all tokens before it.
 
@@ -65,6 +67,7 @@ class Policy(Quiet):
             scored_mask: [batch, length] bool; never true in column 0.
             whole: return the whole distributions in place of the entropies. They take memory:
                 keep batches small.
+            statistic: of the distribution at each scored token, in place of the entropy.
 
         Returns:
             Log-probabilities [batch, length] float32 in nats, 0 where not scored, and the entropy
@@ -96,6 +99,7 @@ class Policy(Quiet):
             chunks=chunks,
             absent=self.absent,
             keep_logits=self._keeps(chunks),
+            statistic=statistic,
         )
         return _scatter(logp, scored_mask), None if entropy is None else _scatter(
             entropy, scored_mask

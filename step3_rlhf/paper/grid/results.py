@@ -19,6 +19,9 @@ from training.statistics import Estimate
 HELD_OUT = "held_out_perplexity"
 """Of people's own texts under the policy: `held_out_text` in evaluation.json."""
 
+CHOOSES = "pm_divergence_reference"
+"""The figure by which the best α is chosen."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -128,7 +131,8 @@ def read_results(
         paper_model: whose numbers tables and figures have, in place of the sweep's own.
 
     Raises:
-        UserError: it is no sweep, or none of its cells is finished.
+        UserError: it is no sweep, none of its cells is finished, or one was evaluated before there
+            was the figure that chooses.
     """
     grid = Grid.read(directory)
     if name:
@@ -138,16 +142,25 @@ def read_results(
     finished = [cell for cell in grid.cells() if is_finished(directory / cell.name)]
     if not finished:
         raise UserError(f"{directory}: no cell of this sweep is finished")
-    return Results(grid, {cell: Measured(directory / cell.name) for cell in finished})
+    measured = {cell: Measured(directory / cell.name) for cell in finished}
+    outdated = [cell.name for cell in finished if CHOOSES not in measured[cell].report]
+    if outdated:
+        again = [f"bash scripts/evaluate.sh {directory / name}" for name in outdated]
+        raise UserError(again, f"{CHOOSES}, which chooses α, is not in evaluation.json; evaluate:")
+    return Results(grid, measured)
 
 
 def best_alpha(results: Results, beta: float) -> Cell | None:
-    """Conditional PM with the lowest PM divergence of this β: the paper's "optimal α"."""
+    """Conditional PM with the lowest divergence of this β on pairs that the reference drew.
+
+    The paper's "optimal α" has the lowest PM divergence. A policy that always gives one answer has
+    0 of it, so nothing is chosen by it here.
+    """
     cells = [cell for cell in results.grid.row(beta) if cell.alpha is not None]
     found = {
-        cell: measured.estimate("pm_divergence").mean
+        cell: measured.estimate(CHOOSES).mean
         for cell in cells
-        if (measured := results.get(cell)) is not None
+        if (measured := results.get(cell)) is not None and CHOOSES in measured.estimates
     }
     return min(found, key=lambda cell: found[cell]) if found else None
 

@@ -180,8 +180,10 @@ def _environment(results: Results, table: Table, below: Sequence[str] = ()) -> l
 
 
 def comma_separated(results: Results) -> str:
-    """Every cell, every sampled metric at full precision; a missing cell has empty fields."""
-    names = list(results.any.estimates)
+    """Every cell, every sampled metric at full precision; what is missing has empty fields."""
+    names = list(
+        dict.fromkeys(name for cell in results.measured.values() for name in cell.estimates)
+    )
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     fields = [column for name in names for column in (name, f"{name}_ci95")]
@@ -192,8 +194,9 @@ def comma_separated(results: Results) -> str:
         if measured is None:
             writer.writerow([*place, "missing", "", *[""] * len(fields)])
             continue
-        figures = [measured.estimate(name) for name in names]
-        values = [value for figure in figures for value in (figure.mean, figure.ci95)]
+        values: list[float | str] = []
+        for figure in map(measured.estimates.get, names):  # natural_mass needs an M(x)
+            values += ["", ""] if figure is None else [figure.mean, figure.ci95 or ""]
         writer.writerow([*place, "finished", measured.report["prompts"], *values])
     return buffer.getvalue()
 

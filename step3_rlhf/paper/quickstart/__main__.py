@@ -48,13 +48,14 @@ def write_report(directory: Path) -> str:
 
 
 def metrics_table(runs: dict[str, Run]) -> str:
-    """The metrics of all runs in aligned columns, at most 100 characters wide."""
+    """The main metrics of all runs in aligned columns, at most 100 characters wide."""
     widest = max(len("run"), *(len(name) for name in runs))
     width = min(widest, 18)
-    arrows = [metric.heading + ("↓" if metric.lower_is_better else "") for metric in METRICS]
+    metrics = [metric for metric in METRICS if metric.in_terminal]
+    arrows = [metric.heading + ("↓" if metric.lower_is_better else "") for metric in metrics]
     lines = [f"{'run':<{width}}" + "".join(f"{heading:>9}" for heading in arrows)]
     for name, run in runs.items():
-        cells = "".join(f"{number(run.mean(metric.name)):>9}" for metric in METRICS)
+        cells = "".join(f"{number(run.mean(metric.name)):>9}" for metric in metrics)
         lines.append(f"{name[:width]:<{width}}{cells}")
     return "\n".join(lines)
 

@@ -14,6 +14,8 @@ class Metric:
     """For the page."""
     lower_is_better: bool
     meaning: str
+    in_terminal: bool = True
+    """Whether the terminal's table, which is narrow, has the column too."""
 
 
 METRICS = (
@@ -23,7 +25,41 @@ METRICS = (
         "PM divergence",
         True,
         "KL divergence, in nats, between the choices that the policy and the reward model make "
-        "between two of the policy's own responses (section 6.1)",
+        "between two of the policy's own responses (section 6.1); equal responses count as 0, so "
+        "that a policy with a single answer has 0",
+    ),
+    Metric(
+        "pm_divergence_unequal",
+        "PM neq.",
+        "PM divergence, unequal pairs",
+        True,
+        "the same over the pairs whose two responses differ; none if no pair does",
+        in_terminal=False,
+    ),
+    Metric(
+        "pm_divergence_reference",
+        "PM ref.",
+        "PM divergence, reference's pairs",
+        True,
+        "the same over unequal pairs that the reference drew, from which no policy can hide",
+        in_terminal=False,
+    ),
+    Metric(
+        "equal_pairs",
+        "equal",
+        "Equal pairs",
+        False,
+        "share of the policy's pairs whose two responses are the same",
+        in_terminal=False,
+    ),
+    Metric(
+        "natural_mass",
+        "π(M)",
+        "Natural mass",
+        False,
+        "probability of the responses in the set that the run's regularizer counts as natural, "
+        "M(x); only conditional PM has such a set",
+        in_terminal=False,
     ),
     Metric(
         "tv_to_reward",
@@ -46,6 +82,23 @@ METRICS = (
         True,
         "the same, to the closed-form optimum of the run's own regularizer under the trained "
         "reward model; SFT has none",
+    ),
+    Metric(
+        "optimum_kl",
+        "KL opt.",
+        "KL to own optimum",
+        True,
+        "estimate of KL(π ‖ π*), in nats, from the spread of r + R + πR′ within each prompt's "
+        "responses; it needs no response set, and only log-linear regularizers have it",
+        in_terminal=False,
+    ),
+    Metric(
+        "optimum_gap",
+        "gap",
+        "Gap to own optimum",
+        True,
+        "half that spread's variance over β: what the objective can still gain, in units of reward",
+        in_terminal=False,
     ),
     Metric(
         "outside_mass",

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from step3_rlhf.evaluation.__main__ import main
 from step3_rlhf.evaluation.exact import EXACT_FIGURES, measure_set
 from step3_rlhf.evaluation.held_out import HeldOut
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
-from step3_rlhf.evaluation.sampled import Responses, held_out_perplexity, respond, sampled_metrics
+from step3_rlhf.evaluation.metrics import pm_divergence
+from step3_rlhf.evaluation.responses import Responses
+from step3_rlhf.evaluation.sampled import held_out_perplexity, respond, sampled_metrics
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.evaluation.settings import run_settings
 from step3_rlhf.evaluation.shared_work import over_ranks
@@ -52,7 +55,7 @@ def test_sampled_metrics_by_hand() -> None:
         ["c", "d"], tensor(-3.0, -2.0), tensor(-3.0, -4.0), tensor(1.0, 2.0), tensor(3, 1),
         tensor(1, 1),
     )  # fmt: skip
-    figures, instances = sampled_metrics(["x", "y"], [first, second], temperature=2.0)
+    figures, instances = sampled_metrics(["x", "y"], [first, second], [second, first], 2.0)
 
     def kl(p: float, q: float) -> float:
         return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
@@ -65,6 +68,9 @@ def test_sampled_metrics_by_hand() -> None:
     assert means == pytest.approx(
         {
             "pm_divergence": sum(divergences) / 2,
+            "pm_divergence_unequal": sum(divergences) / 2,
+            "pm_divergence_reference": sum(divergences) / 2,  # the same pairs, the other way round
+            "equal_pairs": 0.0,
             "reward": 1.0,
             "length": 1.75,
             "ended_fraction": 0.75,
@@ -129,8 +135,8 @@ def test_several_pairs_are_averaged_within_a_prompt() -> None:
         return Responses(["", ""], tensor(*logp), zeros, zeros, zeros + 1, zeros)
 
     draws = [drawn(-1.0, -1.0), drawn(-2.0, -1.0), drawn(-4.0, -1.0), drawn(-1.0, -3.0)]
-    single = [sampled_metrics(["x", "y"], draws[k : k + 2], 1.0)[0] for k in (0, 2)]
-    figures, instances = sampled_metrics(["x", "y"], draws, 1.0)
+    single = [sampled_metrics(["x", "y"], draws[k : k + 2], draws[:2], 1.0)[0] for k in (0, 2)]
+    figures, instances = sampled_metrics(["x", "y"], draws, draws, 1.0)
     assert [[y["logp"] for y in entry["responses"]] for entry in instances] == [
         [-1.0, -2.0, -4.0, -1.0], [-1.0, -1.0, -1.0, -3.0],
     ]  # fmt: skip
@@ -160,6 +166,71 @@ def test_work_is_divided_over_the_ranks_and_joined_in_order(
     assert len({tuple(len(rows) for rows in made) for made in calls}) == 1
     joined = [row for round_ in zip(*contributed, strict=True) for part in round_ for row in part]
     assert joined == list(range(count))
+
+
+# What collapse passes, and what it does not
+
+
+def test_only_the_papers_figure_passes_a_collapsed_policy() -> None:
+    """Population (.5, .3, .2), 99.9 % on the least liked: TV .80, PM divergence .002."""
+    population, policy = tensor(0.5, 0.3, 0.2), tensor(0.0005, 0.0005, 0.999)
+    assert 0.5 * (policy - population).abs().sum().item() == pytest.approx(0.799, abs=1e-12)
+    rewards, generator = population.log(), torch.Generator().manual_seed(0)
+
+    def draws(shares: torch.Tensor, logp: torch.Tensor) -> list[Responses]:
+        rows = torch.multinomial(shares, 40_000, replacement=True, generator=generator)
+        return [
+            Responses(
+                ["abc"[k] for k in half.tolist()], logp[half], population.log()[half],
+                rewards[half], torch.ones_like(half), torch.ones_like(half),
+                natural=(half < 2).double(),
+            )
+            for half in rows.chunk(2)
+        ]  # fmt: skip
+
+    prompts = [""] * 20_000
+
+    def figures(shares: torch.Tensor) -> dict[str, float]:
+        logp = shares.log()
+        found, _ = sampled_metrics(prompts, draws(shares, logp), draws(population, logp), 1.0)
+        return {name: value["mean"] for name, value in found.items() if isinstance(value, dict)}
+
+    # The exact means over all pairs, by the matrix of instance divergences.
+    def exact(shares: torch.Tensor, pairs: torch.Tensor, unequal: bool) -> float:
+        first, second = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T
+        divergence = pm_divergence(
+            shares.log()[first], shares.log()[second], rewards[first], rewards[second], 1.0
+        )
+        weights = pairs[first] * pairs[second] * ((first != second) if unequal else 1)
+        return ((weights * divergence).sum() / weights.sum()).item()
+
+    collapsed = figures(policy)
+    assert exact(policy, policy, unequal=False) == pytest.approx(0.0022, abs=5e-5)  # it passes
+    assert exact(policy, policy, unequal=True) == pytest.approx(1.0796, abs=5e-4)
+    assert exact(policy, population, unequal=True) == pytest.approx(0.5947, abs=5e-4)
+    assert collapsed["pm_divergence"] < 0.004
+    assert collapsed["pm_divergence_unequal"] == pytest.approx(1.0796, abs=0.05)
+    assert collapsed["pm_divergence_reference"] == pytest.approx(0.5947, abs=0.02)
+    assert collapsed["equal_pairs"] == pytest.approx(0.999**2, abs=1e-3)
+    assert collapsed["natural_mass"] == pytest.approx(0.001, abs=5e-4)
+    matching = figures(population)
+    for name in ("pm_divergence", "pm_divergence_unequal", "pm_divergence_reference"):
+        assert matching[name] == pytest.approx(0.0, abs=1e-12)
+    assert matching["equal_pairs"] == pytest.approx(0.38, abs=0.01)
+
+
+def test_no_unequal_pair_has_no_mean() -> None:
+    same = Responses(["a"], tensor(-1.0), tensor(-1.0), tensor(0.0), tensor(1), tensor(1))
+    found, _ = sampled_metrics(["x"], [same, same], [same, same], 1.0)
+    assert found["pm_divergence"]["mean"] == 0.0
+    assert found["pm_divergence_unequal"] is None
+    assert found["pm_divergence_reference"] is None
+    assert found["equal_pairs"]["mean"] == 1.0
+    assert found["natural_mass"] is None
+    # The same text, cut and ended: two responses.
+    cut = replace(same, lengths=tensor(2))
+    found, _ = sampled_metrics(["x"], [same, cut], [same, same], 1.0)
+    assert found["equal_pairs"]["mean"] == 0.0
 
 
 # With models
@@ -221,9 +292,9 @@ def test_responses_are_what_the_models_say_of_them(models: Models, held_out, con
 SET = FiniteSet(PROMPTS[0], ("tea", "coffee", "a glass of water"), (0.5, 0.3, 0.2), "drinks")
 
 
-def test_exact_figures_by_the_models_own_logits(models: Models) -> None:
+def test_exact_figures_by_the_models_own_logits(models: Models, config) -> None:
     kl = parse_regularizer({"name": "kl", "beta": 0.5})
-    found = measure_set(models, SET, kl, temperature=0.5)
+    found = measure_set(models, SET, kl, 0.5, config)
     logp, ref_logp = (
         tensor(*(own_logp(m, models.tokenizer, SET.prompt, r) for r in SET.responses))
         for m in (models.policy, models.reference)
@@ -248,19 +319,19 @@ def test_exact_figures_by_the_models_own_logits(models: Models) -> None:
 
 
 def test_pms_optimum_is_the_rewards_softmax_and_kls_at_constant_reward_the_reference(
-    models: Models,
+    models: Models, config
 ) -> None:
-    pm = measure_set(models, SET, parse_regularizer({"name": "pm"}), 1.0)
+    pm = measure_set(models, SET, parse_regularizer({"name": "pm"}), 1.0, config)
     assert pm["tv_to_optimum"] == pytest.approx(pm["tv_to_reward"], abs=1e-9)
     constant = FunctionReward(lambda prompts, texts: [2.0] * len(texts), "m:f")
     same = Models(models.policy, models.policy, constant, models.tokenizer)
-    kl = measure_set(same, SET, parse_regularizer({"name": "kl"}), 1.0)
+    kl = measure_set(same, SET, parse_regularizer({"name": "kl"}), 1.0, config)
     assert kl["tv_to_optimum"] == pytest.approx(0.0, abs=1e-9)
     assert kl["reward"] == pytest.approx([1 / 3] * 3)
-    nothing = measure_set(models, SET, None, 1.0)
+    nothing = measure_set(models, SET, None, 1.0, config)
     assert "tv_to_optimum" not in nothing
     unknown = FiniteSet(SET.prompt, SET.responses, None, None)
-    assert "tv_to_population" not in measure_set(models, unknown, None, 1.0)
+    assert "tv_to_population" not in measure_set(models, unknown, None, 1.0, config)
 
 
 def test_perplexity_of_held_out_text_is_per_token(models: Models, held_out, config) -> None:
@@ -307,6 +378,47 @@ def test_no_file_holds_a_number_that_is_none(tmp_path: Path) -> None:
         '{ "kl": null, "a": [ 1.0, null ] }'.split()
     )
     assert (tmp_path / "instances.jsonl").read_text() == '{"logp": null}\n'
+
+
+def test_the_natural_mass_is_that_of_the_references_natural_responses(
+    models: Models, held_out: HeldOut, config
+) -> None:
+    """Token level: every token at α or above; exactly on a set, as a share of draws elsewhere."""
+
+    def smallest(prompt: str, response: str) -> float:
+        (start,) = encode_prompt_texts([prompt], models.tokenizer)
+        (rest,) = encode_responses([response], models.tokenizer)
+        logits = models.reference.model(input_ids=torch.tensor([start + rest])).logits[0].double()
+        steps = logits[len(start) - 1 : -1].log_softmax(-1)
+        return steps.gather(1, torch.tensor(rest)[:, None]).min().exp().item()
+
+    least = sorted((smallest(SET.prompt, text), text) for text in SET.responses)
+    alpha = (least[0][0] + least[1][0]) / 2  # all but one are natural
+    regularizer = parse_regularizer({"name": "conditional_pm", "alpha": alpha})
+    found = measure_set(models, SET, regularizer, 1.0, config)
+    natural = [text != least[0][1] for text in SET.responses]
+    assert found["natural"] == natural
+    expected = sum(
+        math.exp(own_logp(models.policy, models.tokenizer, SET.prompt, text))
+        for text, inside in zip(SET.responses, natural, strict=True)
+        if inside
+    )
+    assert found["natural_mass"] == pytest.approx(expected, rel=1e-4)
+    assert "natural_mass" not in measure_set(models, SET, None, 1.0, config)
+
+    for alpha, mass in ((0.0, 1.0), (1.1, 0.0)):
+        regularizer = parse_regularizer({"name": "conditional_pm", "alpha": alpha})
+        drawn = respond(models, held_out, config, 0, regularizer=regularizer)
+        assert drawn.natural.mean() == mass
+    assert respond(models, held_out, config, 0).natural is None
+
+
+def test_the_references_draws_are_scored_by_the_policy(models: Models, held_out, config) -> None:
+    drawn = respond(models, held_out, config, 0, from_reference=True)
+    other = replace(models, policy=models.reference, reference=models.policy)
+    same = respond(other, held_out, config, 0)
+    assert drawn.texts == same.texts != respond(models, held_out, config, 0).texts
+    torch.testing.assert_close(drawn.logp, same.ref_logp, rtol=0, atol=1e-5)
 
 
 # RUN_DIR

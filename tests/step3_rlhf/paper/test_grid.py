@@ -413,7 +413,8 @@ def test_the_model_is_named(
 def measured(directory: Path, grid: Grid, perplexity: float) -> None:
     """A sweep whose cells hold what the tables and figures need."""
     grid.write(directory)
-    names = "pm_divergence length perplexity entropy_per_token kl_per_token".split()
+    names = "pm_divergence pm_divergence_reference length perplexity".split()
+    names += ["entropy_per_token", "kl_per_token"]
     report: dict[str, Any] = {name: {"mean": perplexity, "ci95": 0.5, "count": 1} for name in names}
     interval = {"perplexity_ci95": None, "perplexity_low": None, "perplexity_high": None}
     report["held_out_text"] = {"texts": 1, "clusters": 1, "perplexity": perplexity, **interval}

@@ -17,12 +17,14 @@ from step3_rlhf.paper.grid import page as sweep_page
 from step3_rlhf.paper.grid import tables as sweep_tables
 from step3_rlhf.paper.grid.cells import Cell, Grid
 from step3_rlhf.paper.grid.results import Results, best_alpha, read_results, sigmoid
+from training.errors import UserError
 from training.statistics import Estimate
 
 GRID = Grid("some/model-2", (0.1, 0.3), (0.5, 1.0))
 KL = Cell("kl", 1.0)
 METRICS = (
-    "pm_divergence length perplexity entropy entropy_per_token kl kl_per_token reward "
+    "pm_divergence pm_divergence_reference length perplexity entropy entropy_per_token kl "
+    "kl_per_token reward "
     "pm_squared_difference perplexity_pooled entropy_full_vocabulary kl_full_vocabulary"
 ).split()
 TEXTS = "held_out_perplexity"
@@ -75,7 +77,8 @@ def results_without(tmp_path: Path) -> Callable[..., Results]:
         for cell in GRID.cells():
             if cell.name not in missing:
                 shift = {0.1: 0.5, 0.3: 0.25, None: 1.0}[cell.alpha]
-                write_cell(directory, cell, pm_divergence=cell.beta + shift, length=250.04)
+                figures = {"pm_divergence": cell.beta + shift, "length": 250.04}
+                write_cell(directory, cell, **figures, pm_divergence_reference=cell.beta + shift)
         return read_results(directory)
 
     return results
@@ -108,6 +111,28 @@ def test_the_best_alpha_has_the_lowest_divergence(results_without: Callable[...,
     assert best_alpha(results, 1.0) == Cell("conditional_pm", 1.0, 0.3)
     assert best_alpha(results, 0.5) == Cell("conditional_pm", 0.5, 0.1)
     assert best_alpha(Results(GRID, {}), 0.5) is None
+
+
+def test_a_collapsed_policy_is_never_the_best(tmp_path: Path) -> None:
+    """The lowest PM divergence is that of a policy that always gives one answer."""
+    GRID.write(tmp_path)
+    collapsed, matching = (Cell("conditional_pm", 1.0, alpha) for alpha in GRID.alphas)
+    write_cell(tmp_path, collapsed, pm_divergence=0.002, pm_divergence_reference=1.5)
+    write_cell(tmp_path, matching, pm_divergence=0.03, pm_divergence_reference=0.04)
+    assert best_alpha(read_results(tmp_path), 1.0) == matching
+
+
+def test_an_evaluation_without_the_figure_that_chooses_is_refused(tmp_path: Path) -> None:
+    GRID.write(tmp_path)
+    write_cell(tmp_path, KL)
+    file = tmp_path / KL.name / "evaluation.json"
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps(report | {"pm_divergence_reference": None}))  # no pair differed
+    assert best_alpha(read_results(tmp_path), 1.0) is None
+    del report["pm_divergence_reference"]
+    file.write_text(json.dumps(report))
+    with pytest.raises(UserError, match=f"evaluate.sh {tmp_path / KL.name}"):
+        read_results(tmp_path)
 
 
 # Tables

@@ -33,8 +33,11 @@ from training.data import split_rows
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[3]
-SAMPLED = "pm_divergence reward length ended_fraction perplexity reference_perplexity entropy kl"
-EXACT = "tv_to_reward tv_to_population tv_to_optimum outside_mass"
+SAMPLED = (
+    "pm_divergence reward length ended_fraction perplexity reference_perplexity entropy kl "
+    "pm_divergence_unequal pm_divergence_reference equal_pairs optimum_kl optimum_gap"
+)
+EXACT = "tv_to_reward tv_to_population tv_to_optimum outside_mass natural_mass"
 REGULARIZERS: dict[str, dict[str, Any] | None] = {
     "sft": None,
     "kl": {"name": "kl", "beta": 1.0},
