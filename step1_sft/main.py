@@ -101,7 +101,12 @@ def dry_run(config: SFTConfig, run: DryRun) -> None:
     )
     run.phases["training"] = {
         "activations": kept,
-        "logits": logits(shape, rows * data.max_response_length),
+        "logits": logits(
+            shape,
+            rows * data.max_response_length,
+            precision(config),
+            kept=not config.gradient_checkpointing,
+        ),
     }
 
 

@@ -75,7 +75,7 @@ def _scoring(config: PPOConfig, shapes: list[Shape]) -> dict[str, int]:
     length = config.data.max_prompt_length + config.response_length
     return {
         "a layer": max(forward(shape, rows * length, precision(config)) for shape in shapes),
-        "logits": logits(shapes[0], rows * config.response_length),
+        "logits": logits(shapes[0], rows * config.response_length, precision(config), False),
     }
 
 
@@ -90,7 +90,12 @@ def _training(config: PPOConfig, actor: Shape, critic: Shape) -> dict[str, int]:
     return {
         "actor's activations": kept[0],
         "critic's": kept[1],
-        "logits": logits(actor, rows * config.response_length),
+        "logits": logits(
+            actor,
+            rows * config.response_length,
+            precision(config),
+            kept=not config.gradient_checkpointing,
+        ),
     }
 
 

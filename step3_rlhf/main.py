@@ -156,7 +156,7 @@ def train(
             metrics = trainer.iteration(done)
         done += 1
         metrics |= {"episode": float(done * episodes)} | trainer.clock.read() | peak_memory()
-        if validation and done % config.eval_steps == 0 and done < count:
+        if validation and config.eval_steps and done % config.eval_steps == 0 and done < count:
             figures, _ = evaluate(models_of(trainer), validation, config.regularizer, evaluation)
             metrics |= means_of(figures)
         early.observe(metrics)

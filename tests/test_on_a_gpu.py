@@ -18,9 +18,10 @@ from step1_sft.config import SFTConfig
 from step1_sft.main import ResponseModelling
 from step2_reward.config import RewardConfig
 from step2_reward.main import PreferenceModelling
-from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.config import EvaluationConfig, PPOConfig, SamplingSettings
 from step3_rlhf.evaluation.held_out import load_held_out
 from step3_rlhf.evaluation.measure import evaluate
+from step3_rlhf.generation.drawing import Draws
 from step3_rlhf.main import build, models_of
 from step3_rlhf.prompts import Prompts
 from step3_rlhf.roles import training_roles_of
@@ -28,6 +29,7 @@ from step3_rlhf.trainer import PPOTrainer
 from training import fitting
 from training.config import check_config
 from training.data import read_records, tokenize
+from training.models.decoding.decoder import Decoder
 from training.models.loading import load_policy, load_scalar_model
 from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained
@@ -127,14 +129,18 @@ def test_stage_1(
         trained = TrainedModule(policy, config, config, 2)
         assert all(isinstance(parameter, OnGpu) for parameter in policy.parameters())
         task = ResponseModelling(
-            trained, data.train, data.eval, config, world_tokenizer.pad_token_id
+            trained,
+            data.train,
+            fitting.held_out_splits(data.eval, config.data),
+            config,
+            world_tokenizer.pad_token_id,
         )
         with counted() as evaluating:
-            task.evaluate()
+            task.evaluate("validation")
         found = fitting.fit(config, trained, task, fitting.EarlyStopping())
-    assert found["eval/loss"] > 0
+    assert found["test/loss"] > 0
     assert evaluating.of("main.py") <= EVALUATING, evaluating
-    assert syncs.total - 2 * evaluating.total <= 2 * STEP, syncs
+    assert syncs.total - 3 * evaluating.total <= 2 * STEP, syncs  # validation twice, test once
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"lora": LORA}], ids=str)
@@ -150,14 +156,18 @@ def test_stage_2(
         model = load_scalar_model(pretrained, world_tokenizer, options, new_head=True)
         trained = TrainedModule(model, config, config, 2)
         task = PreferenceModelling(
-            trained, data.train, data.eval, config, world_tokenizer.pad_token_id
+            trained,
+            data.train,
+            fitting.held_out_splits(data.eval, config.data),
+            config,
+            world_tokenizer.pad_token_id,
         )
         with counted() as evaluating:
-            task.evaluate()
+            task.evaluate("validation")
         found = fitting.fit(config, trained, task, fitting.EarlyStopping())
-    assert found["eval/loss"] > 0
+    assert found["test/loss"] > 0
     assert evaluating.of("main.py") <= EVALUATING, evaluating
-    assert syncs.total - 2 * evaluating.total <= 2 * STEP, syncs
+    assert syncs.total - 3 * evaluating.total <= 2 * STEP, syncs  # validation twice, test once
 
 
 @pytest.fixture
@@ -219,7 +229,30 @@ def test_stage_3(trainer: Callable[..., PPOTrainer], name: str) -> None:
             metrics = run.iteration(0)
     assert metrics["response/length"] > 0
     assert syncs.of("iteration_metrics.py") == 1
-    assert syncs.total - syncs.of("rollout.py") <= BEYOND_DRAWING.get(name, 21), syncs
+    drawing = syncs.of("rollout.py") + syncs.of("step3_rlhf/generation")
+    assert syncs.total - drawing <= BEYOND_DRAWING.get(name, 21), syncs
+
+
+def test_a_decode_step_waits_for_nothing(trainer: Callable[..., PPOTrainer]) -> None:
+    """Between the prompt and the check after 16 steps, whatever settings warp the logits."""
+    with pretend_gpu():
+        policy = trainer().actor.module.eval()
+        assert policy.decodes
+        ids = torch.full((3, 5), 7, device=GPU)
+        settings = SamplingSettings(response_length=12, temperature=0.7, top_k=9, top_p=0.9)
+        draws = Draws(torch.rand(3, 12).double(), settings, (2, 5), 0, ids.device)
+        inside = []
+
+        def choose(logits: torch.Tensor) -> torch.Tensor:
+            inside.append(syncs.total)
+            return draws.choose(logits)
+
+        with counted() as syncs:
+            Decoder(policy, ids, torch.ones_like(ids), 12).run(choose, lambda: draws.ended)
+            assert inside == [0] * 12, syncs
+            assert syncs.total == 0, syncs
+            draws.tokens.tolist()
+            assert syncs.total == 1
 
 
 def test_evaluation(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from training.models.logprobs import ROWS_PER_CHUNK
+from training.models.logprobs import BLOCK, MOST_KEPT_LOGITS, ROWS_PER_CHUNK
 
 ADAM = 8
 """Bytes per trained parameter: two float32 moments."""
@@ -204,13 +204,19 @@ def forward(shape: Shape, tokens: int, precision: torch.dtype) -> int:
     return activations(one, tokens, precision, checkpointing=False)
 
 
-def logits(shape: Shape, scored_tokens: int) -> int:
-    """The logits of one chunk (logprobs.py) at the peak of its backward pass.
+def logits(shape: Shape, scored_tokens: int, precision: torch.dtype, kept: bool = True) -> int:
+    """The logits (logprobs.py) at the peak of the backward pass, which turns them into gradients.
 
-    They exist in the model's own precision and in float32, together with their log-softmax and the
-    gradients.
+    They exist once in the model's own precision, and a block of them twice in float32.
+
+    Args:
+        kept: activations are not recomputed, so that logits are kept up to `MOST_KEPT_LOGITS`.
     """
-    return 5 * FLOAT32 * min(scored_tokens, ROWS_PER_CHUNK) * shape.vocabulary
+    chunks = -(-scored_tokens // ROWS_PER_CHUNK)
+    kept = kept and chunks * ROWS_PER_CHUNK * shape.vocabulary <= MOST_KEPT_LOGITS
+    rows = scored_tokens if kept else min(scored_tokens, ROWS_PER_CHUNK)
+    block = min(rows * shape.vocabulary, max(BLOCK, shape.vocabulary))
+    return rows * shape.vocabulary * precision.itemsize + 2 * FLOAT32 * block
 
 
 def key_value_cache(shape: Shape, sequences: int, length: int, precision: torch.dtype) -> int:

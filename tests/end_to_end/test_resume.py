@@ -138,7 +138,7 @@ def test_an_evaluation_that_was_stopped_goes_on(
         run("ppo", output_dir=str(output), resume_from_checkpoint="latest")
     else:
         evaluate.run(settings_of_run(str(output)))
-    assert "goes on after 2 finished blocks" in capsys.readouterr().out
+    assert "goes on after 4 finished blocks" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in written} == written
     for name, text in expected.items():
         assert (output / name).read_text() == text

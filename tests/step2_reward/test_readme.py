@@ -28,7 +28,8 @@ def test_every_metric_is_defined(stage_settings: Callable[[str], dict[str, Any]]
     report = json.loads((output / "evaluation.json").read_text())
 
     text = README.read_text(encoding="utf-8")
-    evaluation, training = text.split("and in addition:")
+    evaluation, rest = text.split("and in addition:")
+    training = rest.split("## Calibration")[0]
     assert first_column(evaluation) == report.keys()
     assert all(f"`{name}`" in evaluation for name in report["reliability"][0])
     splits = re.findall(r"\| `SPLIT/([^`]+)` \|", evaluation)

@@ -372,8 +372,10 @@ def test_responses_to_one_prompt_are_adjacent_and_their_spread_is_logged(build: 
     """optimum/* by hand: the unbiased variance of r + R + πR′ within each prompt (kl, β = ½)."""
     trainer = build(num_generations=4)
     batch = trainer.prompts.of_iteration(1)
-    assert [batch.texts[k : k + 4] for k in (0, 4)] == [[batch.texts[k]] * 4 for k in (0, 4)]
-    assert batch.texts[0] != batch.texts[4]
+    assert [batch.dialogues[k : k + 4] for k in (0, 4)] == [
+        [batch.dialogues[k]] * 4 for k in (0, 4)
+    ]
+    assert batch.dialogues[0] != batch.dialogues[4]
     assert [seed[-1] for seed in batch.seeds] == list(range(8, 16))
     rollout = sample(trainer.actor.engine, trainer.tokenizer, *batch, trainer.config.sampling)
     assert len(set(rollout.responses)) == 8

@@ -123,8 +123,10 @@ def test_cache_and_logits_by_hand() -> None:
     shape = replace(shape_of("llama-3.2-1b"), vocabulary=100)
     # 2 (keys, values) x 16 layers x 8 heads x 64 x 3 sequences x 50 tokens x 2 bytes
     assert key_value_cache(shape, 3, 50, BF16) == 2 * 16 * 8 * 64 * 3 * 50 * 2
-    assert logits(shape, 10) == 5 * 4 * 10 * 100
-    assert logits(shape, 10**6) == 5 * 4 * 1024 * 100  # chunk by chunk
+    assert logits(shape, 10, BF16) == (2 + 2 * 4) * 10 * 100
+    assert logits(shape, 10**6, BF16) == 2 * 10**8 + 2 * 4 * 2**22  # all are kept, in bfloat16
+    assert logits(shape, 10**6, BF16, kept=False) == (2 + 2 * 4) * 1024 * 100  # chunk by chunk
+    assert logits(shape, 10**7, BF16) == (2 + 2 * 4) * 1024 * 100  # too many to keep
 
 
 def peak_of(work: Callable[[], object]) -> int:
@@ -147,12 +149,12 @@ def test_logits_are_what_their_backward_pass_holds(with_entropy: bool) -> None:
     targets = torch.randint(vocabulary, (rows,))
 
     def work() -> None:
-        logp, entropy = token_logprobs(hidden, targets, head, with_entropy)
-        (logp.sum() if entropy is None else logp.sum() + entropy.sum()).backward()
+        logp, _ = token_logprobs(hidden, targets, head, with_entropy, keep_logits=True)
+        logp.sum().backward()
 
     work()
     shape = replace(shape_of("opt-1.3b"), vocabulary=vocabulary)
-    assert peak_of(work) == pytest.approx(logits(shape, rows), rel=0.1)
+    assert peak_of(work) == pytest.approx(logits(shape, rows, BF16), rel=0.1)
 
 
 def kept_by_autograd(model: PreTrainedModel, tokens: torch.Tensor) -> int:

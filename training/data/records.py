@@ -180,7 +180,7 @@ def _with_rankings(records: list[Record], stage: Stage, count: CountUp) -> list[
         except Unusable as reason:
             count(str(reason))
             continue
-        found.append(replace(ranking, origin=first.origin))
+        found.append(replace(ranking, origin=first.origin, group=first.group))
     return found
 
 

@@ -262,14 +262,15 @@ def _encode_batch(
         for prompt, responses in _examples(record, outcome):
             try:
                 rendered.append(render_prompt(prompt, tokenizer))
-                kept.append((prompt, responses))
+                group = record.group or normalized(record.prompt_text)
+                kept.append((prompt, responses, group))
             except TemplateRefusal as refusal:
                 outcome.refused.setdefault(number, str(refusal))
     prompt_ids = encode_prompts(rendered, tokenizer)
-    flat = [response for _, responses in kept for response in responses]
+    flat = [response for _, responses, _ in kept for response in responses]
     encoded = iter(encode_responses(flat, tokenizer))
     columns: dict[str, list[Any]] = {name: [] for name in _features(stage)}
-    for (prompt, responses), whole in zip(kept, prompt_ids, strict=True):
+    for (prompt, responses, group), whole in zip(kept, prompt_ids, strict=True):
         answers = [next(encoded) for _ in responses]
         ids = _within_length(prompt, whole, tokenizer, settings, outcome)
         if ids is None:
@@ -284,7 +285,7 @@ def _encode_batch(
             sum(len(answer) > limit for answer in answers),
         )
         columns["prompt"].append(dialogue_text(prompt))
-        columns["group"].append(record.group or normalized(record.prompt_text))
+        columns["group"].append(group)
         columns["prompt_ids"].append(ids)
         if stage == "sft":
             columns["response_ids"].append(cut[0])

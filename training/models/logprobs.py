@@ -100,7 +100,7 @@ class _Scores(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, absent: Tensor | None, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        log_normalizer = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        log_normalizer = logits.new_empty(len(logits), dtype=torch.float32)
         entropy = torch.zeros_like(log_normalizer)
         for part in _blocks(logits):
             rows = without_absent(logits[part].float(), absent)
@@ -124,12 +124,13 @@ class _Scores(torch.autograd.Function):
         for part in _blocks(logits):
             rows = without_absent(logits[part].float(), ctx.absent)
             logp = rows - log_normalizer[part, None]
-            p = logp.exp()
-            gradient = torch.zeros_like(p)
-            if of_entropy is not None:  # ∂H/∂logit = −p (log p + H)
-                gradient -= of_entropy[part, None] * p * (logp + entropy[part, None])
+            slope = torch.zeros_like(log_normalizer[part, None])
             if of_logp is not None:  # ∂log π(target)/∂logit = 1(target) − p
-                gradient.addcmul_(p, of_logp[part, None], value=-1)
+                slope = slope - of_logp[part, None]
+            if of_entropy is not None:  # ∂H/∂logit = −p (log p + H)
+                slope = slope - of_entropy[part, None] * (logp + entropy[part, None])
+            gradient = logp.exp_().mul_(slope)
+            if of_logp is not None:
                 gradient.scatter_add_(-1, targets[part, None], of_logp[part, None])
             logits[part] = gradient
         return logits, None, None, None

@@ -90,7 +90,9 @@ def test_sampled_metrics_by_hand() -> None:
     assert figures["length"]["ci95"] == pytest.approx(12.7062047 * 1.5 / 2)
     assert (figures["clusters"], "groups" in figures["estimand"]) == (2, True)
     # Two phrasings of one question are one observation, which has no interval.
-    together, _ = sampled_metrics(["x", "y"], [first, second], 2.0, ["question", "question"])
+    together, _ = sampled_metrics(
+        ["x", "y"], [first, second], [second, first], 2.0, groups=["question", "question"]
+    )
     assert together["length"] == figures["length"] | {
         "ci95": None, "low": None, "high": None, "clusters": 1,
     }  # fmt: skip

@@ -63,8 +63,9 @@ class Decoder:
         self.model = decoder_of(policy.model)
         self.ids, self.prompt_mask, self.steps = ids, mask.bool(), steps
         rows, prompt = ids.shape
-        self.captures = ids.device.type == "cuda"
-        self.fixed_shapes = fixed_shapes or self.captures
+        on_gpu = ids.device.type == "cuda"
+        self.captures = on_gpu and torch.cuda.is_available()
+        self.fixed_shapes = fixed_shapes or on_gpu
         config = policy.model.config.get_text_config()
         self.columns = Columns(prompt + steps - 1, ids.device, reads_all=self.fixed_shapes)
         layers = [PreallocatedLayer(self.columns) for _ in range(config.num_hidden_layers)]
