@@ -19,6 +19,7 @@ import pytest
 from step1_sft.config import SFTConfig
 from step2_reward.calibrate.settings import CalibrationConfig, calibration_parser
 from step2_reward.config import RewardConfig
+from step3_rlhf.benchmark.__main__ import benchmark_parser
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluation.settings import evaluation_parser
 from step3_rlhf.paper.grid.__main__ import parsed as grid_arguments
@@ -118,6 +119,8 @@ def check_script(script: str, arguments: list[str]) -> None:
         options = grid_arguments(arguments)
         if options.config:
             check_overrides(PPOConfig, read_mapping(str(ROOT / options.config)), options.overrides)
+    elif script == "benchmark.sh":
+        benchmark_parser().parse_args(arguments)
     elif script == "test.sh":
         selected = [a for a in arguments if a not in ("--fast", "--all")]
         missing = [a for a in selected if a.startswith("tests/") and not (ROOT / a).exists()]

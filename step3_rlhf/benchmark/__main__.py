@@ -34,7 +34,8 @@ Runs = dict[str, list[Timing]]
 PHASES = ("rollout", "reward", "reference", "old_scores", "forward", "backward", "step")
 
 
-def main() -> None:
+def benchmark_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         usage="bash scripts/benchmark.sh [--shape NAME | --config STAGE3.json] [options]",
         description=__doc__,
@@ -51,6 +52,11 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="also ours in bfloat16")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    return parser
+
+
+def main() -> None:
+    parser = benchmark_parser()
     options = parser.parse_args()
     if options.config and options.against:
         parser.error("--against needs --shape: another library does not read our configs")

@@ -13,6 +13,7 @@ from typing import Any
 from step3_rlhf.benchmark.shapes import Shape
 from training.errors import UserError
 
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "step3_rlhf.sh"
 TRL = "1.10.0"
 """The last version whose PPO these figures were compared with."""
 
@@ -37,7 +38,7 @@ def time_ours(config: Path, overrides: list[str], log: Path) -> Timing:
         UserError: the run failed.
     """
     output = json.loads(config.read_text())["output_dir"]
-    _run(["bash", "scripts/step3_rlhf.sh", str(config), *overrides], log)
+    _run(["bash", str(SCRIPT), str(config), *overrides], log)
     lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines][1:]
     middle = {

@@ -174,18 +174,30 @@ def test_launch_lines_were_found() -> None:
     assert {script for _, script, _ in LINES} == {*SCRIPTS, *OTHERS.values()}
 
 
+RECORDER = """#!/usr/bin/env bash
+case "$*" in
+    "-m step"*.config* | "-m step3_rlhf.evaluation.settings"* | "-m step2_reward.calibrate"*)
+        mapfile -t arguments <<<"$LAUNCH_ARGUMENTS"
+        module="${2/.config/.main}"
+        printf '%s\\0' "${arguments[@]}" --module "${module%.settings}" "${@:3}" >"$RECORD"
+        exit "${RECORDER_EXITS:-0}" ;;
+    *) exec "$PYTHON" "$@" ;;
+esac
+"""
+"""Takes the place of the process that checks the config and then becomes the launcher."""
+
+
 @pytest.fixture
 def recorded(tmp_path: Path) -> Callable[..., Any]:
-    """Runs a script with a recorder for `deepspeed`; what DeepSpeed's own parser made of it."""
-    recorder, record = tmp_path / "bin" / "deepspeed", tmp_path / "record"
+    """Runs a script with a recorder for the launcher; what DeepSpeed's own parser made of it."""
+    recorder, record = tmp_path / "bin" / "python", tmp_path / "record"
     recorder.parent.mkdir()
-    recorder.write_text(
-        '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$RECORD"\nexit "${RECORDER_EXITS:-0}"\n'
-    )
+    recorder.write_text(RECORDER)
     recorder.chmod(0o755)
     environment = os.environ | {
         "VIRTUAL_ENV": sys.prefix,
         "PATH": f"{recorder.parent}:{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
         "RECORD": str(record),
         "NUM_PROCESSES": "2",
         "DEEPSPEED_ARGS": "--no_ssh --node_rank=0",

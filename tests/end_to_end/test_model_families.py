@@ -170,7 +170,7 @@ def test_all_stages(finished: Path, family: str, zero: int) -> None:
     assert losses[-1] < losses[0]
     assert len(lines(output / "ppo" / "metrics.jsonl")) == 2
     assert lines(output / "ppo" / "metrics.jsonl")[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
-    assert json.loads((output / "ppo" / "evaluation.json").read_text())["prompts"] == 4
+    assert json.loads((output / "ppo" / "evaluation.json").read_text())["prompts"] == 3
     tokenizer = AutoTokenizer.from_pretrained(output / "ppo" / "actor")
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
     actor = AutoModelForCausalLM.from_pretrained(output / "ppo" / "actor")

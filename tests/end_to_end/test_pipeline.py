@@ -208,7 +208,7 @@ def test_the_reward_stage_writes_its_contract(reward: tuple[Run, Run]) -> None:
         assert {"config.json", "metrics.jsonl", "evaluation.json", "model"} <= names
         report = run.json("evaluation.json")
         assert {"pairs", "accuracy", "log_loss", "ece", "reliability"} <= report.keys()
-        assert report["pairs"] == 9
+        assert report["pairs"] == 6
         best = min(line["validation/loss"] for line in run.metrics)
         assert report["log_loss"] == pytest.approx(best, abs=1e-6)
         # A new head prefers nothing: the first loss is log 2.

@@ -24,6 +24,7 @@ from step3_rlhf import main as ppo
 from step3_rlhf.config import PPOConfig
 from training.config import check_config
 from training.runtime import engine, ranks
+from training.runtime.tracking import Clock
 
 STAGES: dict[str, tuple[Any, Any]] = {
     "sft": (SFTConfig, sft),
@@ -37,13 +38,14 @@ def mean_of_means(
     micro_batches: Sequence[Any],
     loss_sums: Callable[[Any], Sequence[Tensor]],
     items: Callable[[Any], int],
+    clock: Clock | None = None,
 ) -> list[float]:
     """What most code does: each micro-batch of each rank counts the same, whatever it holds."""
 
     def loss_means(batch: Any) -> list[Tensor]:
         return [loss / max(items(batch), 1) for loss in loss_sums(batch)]
 
-    return engine.optimizer_step(trained, micro_batches, loss_means, lambda batch: 1)
+    return engine.optimizer_step(trained, micro_batches, loss_means, lambda batch: 1, clock)
 
 
 @contextlib.contextmanager

@@ -331,7 +331,12 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
     *print\\(sys.prefix\\)*) echo "$NOTES" ;;
     "-m pip"*) ;;
-    "-m training.world"* | "-m step3_rlhf.paper.quickstart"* | *--module*)
+    "-m step"*.config* | "-m step3_rlhf.evaluation.settings"*) # which would become the launcher
+        module="${2/.config/.main}"
+        set -- --module "${module%.settings}" "${@:3}"
+        printf '%s\\0' "$@" >"$NOTES/call_$(date +%s%N)"
+        [[ "$*" != *"$FAIL_ON"* ]] ;;
+    "-m training.world"* | "-m step3_rlhf.paper.quickstart"*)
         printf '%s\\0' "$@" >"$NOTES/call_$(date +%s%N)"
         [[ "$*" != *"$FAIL_ON"* ]] ;;
     *) exec "$PYTHON" "$@" ;;
