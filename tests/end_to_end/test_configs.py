@@ -250,7 +250,7 @@ def test_every_phase_of_the_quickstart_starts_with_a_config_that_loads(
         (directory / phase / "model").rename(tmp_path / "model")
     launcher = recorded("quickstart.sh", "--only", phase, "--output", str(directory), "--seed", "7")
     if phase == "sft_evaluation":
-        run_dir, *overrides = launcher.user_args
+        run_dir, *overrides = (word for word in launcher.user_args if word != "--overwrite")
         settings = run_settings(run_dir)
         faults = apply_overrides(settings, overrides)
         config: Any = check_config(EvaluationConfig, settings, "config:", faults)

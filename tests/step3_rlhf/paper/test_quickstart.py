@@ -419,6 +419,7 @@ def test_quickstart_passes_what_the_stages_understand(
     for call in calls:
         module, config, *overrides = call[call.index("--module") + 1 :]
         if module == "step3_rlhf.evaluation":
+            overrides.remove("--overwrite")
             settings = run_settings(config)
             faults = apply_overrides(settings, overrides)
             checked: Any = check_config(EvaluationConfig, settings, "faults:", faults)
