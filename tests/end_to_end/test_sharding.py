@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from training.data import collate_texts, read_records, tokenize
 from training.data.settings import DataSettings
+from training.fitting import held_out_splits
 from training.models.loading import load_policy, load_scalar_model
 from training.models.pretrained import Pretrained
 
@@ -236,8 +237,9 @@ def test_division_changes_nothing(matrix: Matrix, kind: str) -> None:
     assert max(differences.values()) <= TOLERANCE, differences
 
 
-@pytest.mark.parametrize("kind", KINDS[:4])
+@pytest.mark.parametrize("kind", KINDS[:3])
 def test_a_mean_of_means_would_be_seen(matrix: Matrix, kind: str) -> None:
+    """Not in PPO, whose losses are divided by what does not depend on the drawn lengths."""
     assert matrix.difference(kind, CONTROL, wrongly=True) > 10 * TOLERANCE
 
 
@@ -290,7 +292,8 @@ def test_exports_have_the_loss_that_the_training_process_measured(
         max_prompt_length=48,
         max_response_length=16,
     )
-    texts = tokenize(read_records(data, "sft"), tokenizer, data, "sft").eval
+    held_out = tokenize(read_records(data, "sft"), tokenizer, data, "sft").eval
+    texts = held_out_splits(held_out, data)["validation"]
     batch = collate_texts(texts, list(range(len(texts))), tokenizer.pad_token_id)
     for division in divisions(kind):
         policy = load_policy(Pretrained(str(matrix.output(kind, division) / "model")), tokenizer)

@@ -196,7 +196,8 @@ def comma_separated(results: Results) -> str:
             continue
         values: list[float | str] = []
         for figure in map(measured.estimates.get, names):  # natural_mass needs an M(x)
-            values += ["", ""] if figure is None else [figure.mean, figure.ci95 or ""]
+            interval = "" if figure is None or figure.ci95 is None else figure.ci95
+            values += ["" if figure is None else figure.mean, interval]
         writer.writerow([*place, "finished", measured.report["prompts"], *values])
     return buffer.getvalue()
 
