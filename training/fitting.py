@@ -241,7 +241,7 @@ def fit(
                     keep()
         if evaluated or _is_due(done, config.logging_steps):
             metrics |= clock.read(timed) | peak_memory()
-            tracker.log(done, metrics, shown=("train/loss", "eval/loss"))
+            tracker.log(done, metrics, shown=("train/loss", "validation/loss"))
             timed = 0
         tracker.advance()
         stop = stop_requests.agreed()
