@@ -181,6 +181,11 @@ def require_own_draws(policy: Policy, own: Tensor, text: Text, name: str) -> Non
                 say(f"{name} is not decoded step by step here ({error}); generate draws instead")
             else:
                 policy.decodes = gap(decoded) <= tolerance
+                if not policy.decodes:
+                    say(
+                        f"{name} is not decoded step by step here (it would draw other tokens); "
+                        "generate draws instead"
+                    )
         drawn = _tried(
             lambda: logits_while_drawing(policy.model, prompts, mask, tokens, text.pad),
             f"{name}: a few tokens cannot be drawn",
