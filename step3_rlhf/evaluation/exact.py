@@ -83,13 +83,16 @@ def measure_set(
     logp = token_logps(models.policy, rollout, config).sum(-1)
     ref_logp = token_logps(models.reference, rollout, config)
     rewards = models.reward(rollout).double().cpu()
+    groups = rewards if config.reward.mixture else rewards[:, None]
+    shares = torch.tensor(config.reward.shares or (1.0,), dtype=torch.float64)
     policy = logp.log_softmax(0)
-    targets = {"reward": (rewards / temperature).log_softmax(0)}
+    targets = {"reward": mixed((groups / temperature).log_softmax(0), shares)}
     if finite.population is not None:
         targets["population"] = torch.tensor(finite.population).double().log()
-    best = optimum_on(rollout, rewards, ref_logp, regularizer)
-    if best is not None:
-        targets["optimum"] = best
+    optima = [optimum_on(rollout, column, ref_logp, regularizer) for column in groups.T]
+    known = [optimum for optimum in optima if optimum is not None]
+    if len(known) == len(optima):
+        targets["optimum"] = mixed(torch.stack(known, dim=-1), shares)
     entry: dict[str, Any] = {
         "prompt": finite.prompt,
         "topic": finite.topic,
@@ -99,6 +102,10 @@ def measure_set(
         "reference": ref_logp.sum(-1).log_softmax(0).exp().tolist(),
         "rewards": rewards.tolist(),
     }
+    if config.reward.mixture:
+        # The one reward whose softmax(r/T) on the set is the mixture of the groups'.
+        entry["rewards"] = (temperature * targets["reward"]).tolist()
+        entry["group_rewards"] = groups.T.tolist()
     inside = rollout.response_mask.cpu()
     natural = regularizer.natural(ref_logp, inside) if regularizer else None
     if natural is not None:
@@ -109,6 +116,11 @@ def measure_set(
         entry[f"tv_to_{name}"] = total_variation(policy, target).item()
         entry[f"kl_to_{name}"] = kl_divergence(policy, target).item()
     return entry
+
+
+def mixed(log_p: Tensor, shares: Tensor) -> Tensor:
+    """[K] log Σ_k ρ_k p_k, the mixture of the groups' distributions [K, G]; of one, itself."""
+    return log_p[:, 0] if len(shares) == 1 else (log_p + shares.log()).logsumexp(-1)
 
 
 def optimum_on(

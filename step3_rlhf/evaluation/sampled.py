@@ -206,7 +206,8 @@ def respond(
         credit = natural = None
         if regularizer is not None:
             mask = rollout.response_mask.cpu()
-            credit = rewards + regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1)
+            marginal = regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1)
+            credit = rewards + (marginal if rewards.dim() == 1 else marginal[:, None])
             natural = regularizer.natural(ref_logp, mask)
         columns += [credit, natural]
         if not from_reference:
