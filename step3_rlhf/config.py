@@ -323,8 +323,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
         found += self.reward.mixture_faults(self.regularizer)
         if self.reward.mixture and self.num_generations < 2:
             found.append(
-                "num_generations: a mixture needs 2 or more, because how much a group has to say on "
-                "a prompt is estimated from the other responses to it"
+                "num_generations: a mixture needs 2 or more, because the level of each group's "
+                "rewards on a prompt is estimated from the other responses to it"
             )
         if self.reward.mixture and self.reward_centering != "none":
             found.append("reward_centering: not with a mixture, whose reward has no fixed level")

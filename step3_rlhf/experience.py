@@ -15,7 +15,9 @@ class Judged:
     """Responses with their rewards and the reference's log-probabilities (steps 3 to 5)."""
 
     rollout: Rollout
-    rewards: Tensor  # [B] r(x, y), after centering, penalty and clipping
+    rewards: (
+        Tensor  # [B] r(x, y), after centering, penalty and clipping; of a mixture's groups [B, G]
+    )
     ref_logp: Tensor  # [B, R] log π_ref,t, nats
 
 

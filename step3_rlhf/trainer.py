@@ -4,6 +4,7 @@ README.md beside this file has the formulas and shapes of each step.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,8 +16,10 @@ from step3_rlhf.config import PPOConfig
 from step3_rlhf.experience import Experience, Judged, Scores
 from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.prompts import Prompts
+from step3_rlhf.regularizers.base import Marginal
 from step3_rlhf.regularizers.log_linear import LogLinear
 from step3_rlhf.regularizers.truncation import cut_share, end_weight_of, log_growth_of
+from step3_rlhf.rewards.mixture import Mixture
 from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout, sample
 from training.models.logprobs import Statistic, masked_sum
@@ -54,6 +57,11 @@ class PPOTrainer:
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.regularizer = config.regularizer
+        self.mixture = None
+        if config.reward.mixture:
+            self.mixture = Mixture(
+                config.reward.shares, self.regularizer.coefficient, config.num_generations
+            )
         self.clock = Clock()
         self.reward_center = 0.0
         """Mean reward of the reference policy, −C_1 of Example 2, subtracted from every reward."""
@@ -99,6 +107,8 @@ class PPOTrainer:
                 # 9. Losses, and optimizer steps of actor and critic.
                 for _ in range(config.num_ppo_epochs):
                     self.take_steps(experiences, self.losses, metrics)
+        if self.mixture:
+            self.mixture.remember()
         # 10. Metrics: averages over the responses and tokens of all ranks.
         return metrics.averages(raw_rewards) | self.optimizer_metrics() | self.cuts
 
@@ -106,11 +116,12 @@ class PPOTrainer:
         """[B] rewards that PPO maximizes: centered, and penalized or clipped if the config says so.
 
         Args:
-            rewards: [B], as the reward source gave them.
+            rewards: [B], as the reward source gave them; of a mixture [B, G], as is the result.
         """
         shaped = rewards - self.reward_center  # + C_1, Example 2
         if self.config.missing_eos_penalty is not None:
-            shaped = torch.where(rollout.ended, shaped, shaped - self.config.missing_eos_penalty)
+            ended = rollout.ended.view(-1, *[1] * (rewards.dim() - 1))
+            shaped = torch.where(ended, shaped, shaped - self.config.missing_eos_penalty)
         if self.config.reward_clip is not None:
             shaped = shaped.clamp(-self.config.reward_clip, self.config.reward_clip)
         return shaped
@@ -155,16 +166,18 @@ class PPOTrainer:
     def with_advantages(self, parts: Sequence[Judged], old: Sequence[Scores]) -> list[Experience]:
         """Steps 7 and 8: token rewards, then advantages and returns, for all micro-batches."""
         config = self.config
-        advantages, returns = [], []
-        for part, scores in zip(parts, old, strict=True):
-            mask = part.rollout.response_mask
+        judged, advantages, returns = [], [], []
+        for by_group, scores in zip(parts, old, strict=True):
+            mask = by_group.rollout.response_mask
             # 7. The marginal R + πR′ (eq. 3.6) on each token, r(x, y) on the last one.
-            marginal = self.regularizer.marginal(scores.logp, part.ref_logp, mask)
+            marginal = self.regularizer.marginal(scores.logp, by_group.ref_logp, mask)
+            part = self.under_one_reward(by_group, marginal)
             token_rewards = ppo.place_rewards(marginal.per_token, part.rewards, mask)
             # 8. Advantages and returns (GAE).
             a, r = ppo.advantages_and_returns(
                 token_rewards, scores.values, mask, config.gamma, config.lam
             )
+            judged.append(part)
             advantages.append(a)
             returns.append(r)
         masks = [part.rollout.response_mask for part in parts]
@@ -173,8 +186,15 @@ class PPOTrainer:
         )
         return [
             Experience(part.rollout, part.rewards, part.ref_logp, scores, a, r)
-            for part, scores, a, r in zip(parts, old, normalized, returns, strict=True)
+            for part, scores, a, r in zip(judged, old, normalized, returns, strict=True)
         ]
+
+    def under_one_reward(self, part: Judged, marginal: Marginal) -> Judged:
+        """The micro-batch, with the rewards of the mixture in place of those of its groups."""
+        if self.mixture is None:
+            return part
+        credit, prompts = marginal.per_token.sum(-1), part.rollout.prompts
+        return replace(part, rewards=self.mixture.rewards(part.rewards, credit, prompts))
 
     def take_steps(
         self,

@@ -21,9 +21,9 @@ policy far from the optimum are noisier. At the optimum no e^{a_k/β} exceeds Z_
 
 A response takes no part in the Z_k of its own reward; otherwise it would lower its own reward by
 about 1/n, n the number of draws. What remains is the bias of log and 1/Z at an estimate of Z, also
-about 1/n: with a single visit to each prompt, 8 responses end at a total variation of about .04 in a
-tabular simulation with shares (.89, .10, .01) and their mirror, where the exact Z_k end at .02, and 2
-responses at .25; with six visits, 2 responses end at .03.
+of order 1/n. In a tabular simulation with shares (.89, .10, .01) and their mirror, the exact Z_k
+end at a total variation of .02 from the mixture; 8 responses and a single visit to each prompt end
+at .04, 2 responses at .25; with many visits and this memory, 2 responses end at .03.
 
 Shapes: B responses, P prompts, K responses to each prompt, G groups.
 """
