@@ -2,8 +2,8 @@
 
 A reward model gives each response to a prompt one number, so that the log-odds of three responses
 add up: i over j and j over k give i over k (BTL). People of several tastes need not choose so.
-Where the responses to a prompt were compared repeatedly, the saturated model, which gives every pair
-a probability of its own, can be held against the fitted BTL model:
+Where the responses to a prompt were compared repeatedly, the saturated model, which gives every
+pair a probability of its own, can be held against the fitted BTL model:
 
     D = 2 Σ_{i≠j} n_ij log( (n_ij / (n_ij + n_ji)) / σ(r_i − r_j) ),   n_ij: i was preferred to j
 

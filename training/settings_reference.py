@@ -189,8 +189,8 @@ README = """# Configs and settings of `{stage}`
 <!-- Made by `python -m training.settings_reference {path}`: change the configs or the docstrings
 of the settings, not this file. -->
 
-`quickstart.json` (the bundled world) and `smollm2.json` (SmolLM2-135M) have been run. Those for OPT
-and Llama have been checked with `--dry-run` only. `-paper.json` files follow the published code
+`quickstart*.json` (the bundled world) and `smollm2.json` (SmolLM2-135M) have been run. Those for
+OPT and Llama have been checked with `--dry-run` only. `-paper.json` files follow the published code
 where the default does not.
 """
 
