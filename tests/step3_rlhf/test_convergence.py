@@ -226,7 +226,8 @@ def check(
     after = distances(trainer, actor)
     print(
         f"{trainer.config.algorithm}, {name}, seed {SEED}: TV to its optimum "
-        f"{before.mean():.3f} -> {after.mean():.3f}, at most {after.max():.3f}, in {time.monotonic() - started:.0f} s"
+        f"{before.mean():.3f} -> {after.mean():.3f}, at most {after.max():.3f}, "
+        f"in {time.monotonic() - started:.0f} s"
     )
     assert before.mean() > LARGEST_TV + 0.04  # there is a way to go
     assert after.mean() <= largest
