@@ -4,10 +4,10 @@
 
 writes figure2.png, figure2_f_divergences.png, figure9.png and two_groups.png.
 
-Each of the first three shows two responses y_1 and y_2 to one prompt. The horizontal axis is the reward model's
-preference p_reward(y_1) = σ(r_1 − r_2), the vertical axis the optimal policy's π*(y_1). A policy
-that matches preferences lies on the diagonal. The fourth, which the paper does not have, shows three
-responses on which two groups of people disagree.
+The first three show two responses y_1 and y_2 to one prompt. The horizontal axis is the reward
+model's preference p_reward(y_1) = σ(r_1 − r_2), the vertical axis the optimal policy's π*(y_1). A
+policy that matches preferences lies on the diagonal. The fourth, which the paper does not have,
+shows three responses on which two groups of people disagree.
 """
 
 from __future__ import annotations
@@ -150,13 +150,13 @@ def two_groups_figure() -> Figure:
     figure = new_figure(11.0, 4.2)
     bars, curves = figure.subplots(1, 2, width_ratios=(1.5, 1.0))
     found = two_groups(0.5)
-    colours = dict(zip(found, (IDEAL, *BLUE_TO_BROWN[::3]), strict=False))
+    colours = dict(zip(found, (IDEAL, *BLUE_TO_BROWN[:4:3], PURPLE_TO_GREEN[-1]), strict=False))
     width = 0.8 / len(found)
     for number, (name, shares) in enumerate(found.items()):
         places = [response + (number - 1.5) * width for response in range(len(shares))]
         drawn = bars.bar(places, shares.tolist(), width, color=colours[name], label=name)
         bars.bar_label(drawn, fmt="%.2f", fontsize=8, padding=2)
-    labels = [f"{a:g} and {b:g}" for a, b in zip(TASTE, TASTE[::-1], strict=True)]
+    labels = [f"{a:.2f} and {b:.2f}" for a, b in zip(TASTE, TASTE[::-1], strict=True)]
     bars.set_xticks(range(len(TASTE)), labels)
     bars.set(
         ylim=(0, 0.55), ylabel="share", xlabel="what one half of the people say, and the other"
@@ -226,8 +226,8 @@ FIGURES = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m step3_rlhf.paper.analytic_figures",
-        description="Draw the paper's analytic figures (2, 2 for f-divergences, and 9) as PNGs, and "
-        "what two groups of people with opposite tastes lead to.",
+        description="Draw the paper's analytic figures (2, 2 for f-divergences, and 9) as PNGs, "
+        "and what two groups of people with opposite tastes lead to.",
     )
     parser.add_argument("directory", type=Path, help="where the figures go")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
