@@ -9,9 +9,10 @@ pair a probability of its own, can be held against the fitted BTL model:
 
 has K(K − 1)/2 − (K − 1) degrees of freedom for a prompt with K responses, all pairs of which were
 compared. D has a chi-square distribution only if every pair was compared many times; with few
-comparisons it is larger, by up to 39 % on average, and D of data simulated from the fitted model is
-too small, because that model has already followed the noise. But BTL says exactly how likely each
-outcome is given how often each response won (the sufficient statistic): the parameters drop out.
+comparisons it is larger, by up to 39 % on average, or smaller if the choices are nearly certain. D of
+data simulated from the fitted model is too small, because that model has already followed the noise.
+But BTL says exactly how likely each outcome is given how often each response won (the sufficient
+statistic): the parameters drop out.
 D's mean and variance are therefore those over outcomes in which every response wins as often, drawn
 by reversing circles i > j > k > i (Metropolis; Besag and Clifford 1989), and the p-value comes from
 the gamma distribution with these, of which every chi-square is a case.
@@ -31,9 +32,9 @@ Comparison = tuple[str, Sequence[int], Sequence[int]]
 
 ITERATIONS = 100
 """Of the MM algorithm."""
-CHAINS = 200
+CHAINS = 100
 """Outcomes that are drawn."""
-MOST_STEPS = 4000
+MOST_STEPS = 2000
 SEED = 0
 LARGEST_BATCH = 2**22
 """Numbers of wins that are kept at the same time."""
@@ -171,7 +172,7 @@ def with_circles_reversed(wins: Tensor, generator: torch.Generator) -> Tensor:
     chains, prompts, size = wins.shape[:3]
     circles = torch.tensor(list(permutations(range(size), 3)))
     repeated = wins.sum() / (wins + wins.mT > 0).sum().clamp(min=1)
-    steps = min(MOST_STEPS, int(len(circles) * (10 + 2 * repeated)))
+    steps = min(MOST_STEPS, int(len(circles) * (4 + repeated)))
     flat = wins.reshape(chains * prompts, -1).clone()
     for _ in range(steps):
         chosen = torch.randint(len(circles), (len(flat),), generator=generator)
