@@ -9,10 +9,10 @@ pair a probability of its own, can be held against the fitted BTL model:
 
 has K(K − 1)/2 − (K − 1) degrees of freedom for a prompt with K responses, all pairs of which were
 compared. D has a chi-square distribution only if every pair was compared many times; with few
-comparisons it is larger, by up to 39 % on average, or smaller if the choices are nearly certain. D of
-data simulated from the fitted model is too small, because that model has already followed the noise.
-But BTL says exactly how likely each outcome is given how often each response won (the sufficient
-statistic): the parameters drop out.
+comparisons it is larger, by up to 39 % on average, or smaller if the choices are nearly certain.
+D of data simulated from the fitted model is too small, because that model has already followed the
+noise. But BTL says exactly how likely each outcome is given how often each response won (the
+sufficient statistic): the parameters drop out.
 D's mean and variance are therefore those over outcomes in which every response wins as often, drawn
 by reversing circles i > j > k > i (Metropolis; Besag and Clifford 1989), and the p-value comes from
 the gamma distribution with these, of which every chi-square is a case.
