@@ -414,6 +414,11 @@ class PPOConfig(StageConfig, AlignmentConfig):
             found.append("missing_eos_penalty: responses that were cut get another reward")
         if self.advantage_normalization == "full":
             found.append("advantage_normalization=full: blows up noise near the optimum")
+        if self.reward.mixture and self.num_generations < 4:
+            found.append(
+                f"num_generations={self.num_generations}: until prompts have been visited several "
+                "times, a mixture is far from exact; 8 is better"
+            )
         if self.num_generations > 1 and not self.regularizer.levels_credit:
             found.append(f"num_generations: no optimum/gap is logged, {NO_CERTIFICATE}")
         if self.evaluation.sampling is not None:

@@ -203,6 +203,11 @@ def test_a_mixture_is_read(stage_settings: Any) -> None:
     assert config.reward.shares == (0.25, 0.75)
     assert [model.weight for model in config.reward.weighted_models] == [0.25, 0.75]
     assert check_config(PPOConfig, config.model_dump(mode="json"), "config:") == config
+    assert any("a mixture is far from exact" in warning for warning in config.warnings())
+    more = check_config(
+        PPOConfig, settings_with(stage_settings, GROUPS, num_generations=8), "config:"
+    )
+    assert not any("mixture" in warning for warning in more.warnings())
 
 
 @pytest.mark.parametrize(
