@@ -8,11 +8,11 @@ from training.data.chat_template import ChatTemplate
 from training.errors import UserError, did_you_mean
 
 USAGE = "bash scripts/chat.sh MODEL [MODEL ...] [options]"
-DESCRIPTION = """Talk to a policy, or to several side by side, or see how often each gives which answer.
+DESCRIPTION = """Talk to policies, one or several side by side, and see how often each gives which answer.
 
-MODEL is a Hugging Face directory, a Hub name, a GGUF file, or a run of this project: of a run of stage
-3 its actor/ answers, of a run of stage 1 its model/. All models are asked the same, with the same
-random numbers."""
+MODEL is a Hugging Face directory, a Hub name, a GGUF file, or a run of this project: of a run of
+stage 3 its actor/ answers, of a run of stage 1 its model/. All models are asked the same, with the
+same random numbers."""
 EXAMPLES = """examples:
   bash scripts/chat.sh runs/quickstart/conditional_pm
   bash scripts/chat.sh runs/quickstart/sft runs/quickstart/kl runs/quickstart/conditional_pm \\
@@ -21,8 +21,9 @@ EXAMPLES = """examples:
   bash scripts/chat.sh runs/quickstart/kl < questions.txt > answers.txt
 
 In a terminal, /share shows the distribution of answers to the last question, /reset forgets the
-dialogue, /quit ends, and Ctrl-C stops an answer. Without a terminal, every line of standard input is
-a question of its own, and the answers are printed as plain text.
+dialogue, /quit ends, and Ctrl-C stops an answer. Without a terminal, every line of standard input
+is a question of its own, and the answers are printed as plain text. In a distribution, answers that
+differ only in white space count as equal; case and punctuation count.
 
 Answers are drawn at temperature 1 from the whole distribution. This is the policy that training
 scores and evaluation measures. A lower temperature sharpens every distribution, so that a policy
@@ -72,7 +73,12 @@ def chat_parser() -> ChatParser:
         "positions end",
     )
     add("--temperature", type=positive, default=1.0, help="1 draws from the scored policy (1)")
-    add("--seed", type=seed, default=42, help="the same seed and questions get the same answers (42)")
+    add(
+        "--seed",
+        type=seed,
+        default=42,
+        help="the same seed and questions get the same answers (42)",
+    )
     add("--bf16", action="store_true", help="compute in bfloat16 in place of float32")
     add(
         "--batch-size",

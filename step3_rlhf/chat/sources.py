@@ -50,9 +50,7 @@ def sources_of(named: Sequence[str]) -> list[Source]:
     if faults:
         raise UserError(faults)
     names = short_names([_parts(place) for place in named])
-    return [
-        Source(path, name, origin) for (path, origin), name in zip(found, names, strict=True)
-    ]
+    return [Source(path, name, origin) for (path, origin), name in zip(found, names, strict=True)]
 
 
 def _policy_at(place: str) -> tuple[str, str]:
