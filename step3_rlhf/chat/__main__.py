@@ -42,6 +42,7 @@ def talk(options: argparse.Namespace, sources: list[Source], template: ChatTempl
     from step3_rlhf.chat.speakers import load_speakers
     from step3_rlhf.config import SamplingSettings
 
+    gc.freeze()  # otherwise Python would look through all of it once more at the end, for seconds
     gc.enable()
     transformers.utils.logging.disable_progress_bar()
     drawing = SamplingSettings(response_length=options.max_tokens, temperature=options.temperature)

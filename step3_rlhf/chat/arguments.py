@@ -8,7 +8,7 @@ from training.data.chat_template import ChatTemplate
 from training.errors import UserError, did_you_mean
 
 USAGE = "bash scripts/chat.sh MODEL [MODEL ...] [options]"
-DESCRIPTION = """Talk to policies, one or several side by side, and see how often each gives which answer.
+DESCRIPTION = """Talk to policies, and see how often each gives which answer.
 
 MODEL is a Hugging Face directory, a Hub name, a GGUF file, or a run of this project: of a run of
 stage 3 its actor/ answers, of a run of stage 1 its model/. All models are asked the same, with the

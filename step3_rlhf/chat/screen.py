@@ -13,13 +13,15 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from step3_rlhf.chat.bars import colour, printable, shares_tables
+from step3_rlhf.chat.bars import colour, printable, shares_bars
 from step3_rlhf.chat.session import Session
 from step3_rlhf.chat.settings import ChatSettings
 from training.errors import UserError
 
 NARROWEST = 28
 """Columns of the terminal that an answer needs; with fewer, the models answer one below another."""
+MARGIN = 3
+"""Columns left free on the right: a terminal shows ^C there, which else would begin a new line."""
 COMMANDS = """/share [N]  the distribution of N answers to the last question
 /reset      forget the dialogue
 /quit       end; Ctrl-D and Ctrl-C do so too, and while an answer is drawn Ctrl-C stops it"""
@@ -72,8 +74,7 @@ class Screen:
                 settings.samples, settings.batch_size, question, advance
             )
         self.console.print()
-        for table in shares_tables(names, found, settings.top, self.console.width):
-            self.console.print(table)
+        self.console.print(shares_bars(names, found, settings.top, self.console.width))
 
     def _obey(self, line: str) -> None:
         command, *words = line.split() or [""]
@@ -118,22 +119,23 @@ class Screen:
     def _answer_side_by_side(self, question: str) -> None:
         """A column for each model; while answers are drawn, the end of each is seen."""
         texts = [""] * len(self.session.names)
-        with Live(console=self.console, transient=True, refresh_per_second=12) as live:
+        try:
+            with Live(console=self.console, transient=True, refresh_per_second=12) as live:
 
-            def watch(place: int, text: str) -> None:
-                texts[place] = text
-                live.update(self._columns(texts, lines=self.console.height - 4))
+                def watch(place: int, text: str) -> None:
+                    texts[place] = text
+                    live.update(self._columns(texts, lines=self.console.height - 4))
 
-            try:
                 self.session.ask(question, watch)
-            finally:
-                live.update("")
-                self.console.print(self._columns(texts))
+        finally:  # also what was drawn before the user or a fault stopped it
+            self.console.print(self._columns(texts))
 
     def _columns(self, texts: list[str], lines: int | None = None) -> Table:
+        whole = self.console.width - MARGIN
         grid = Table.grid(expand=True)
+        grid.width = whole
         row = []
-        width = self.console.width // len(texts) - 4
+        width = whole // len(texts) - 4  # inside of a panel's frame
         for place, (name, text) in enumerate(zip(self.session.names, texts, strict=True)):
             grid.add_column(ratio=1)
             body = Text(printable(text))

@@ -28,7 +28,8 @@ class Source:
     """What was found at the place that the user named."""
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.path}" + (f" ({self.origin})" if self.origin else "")
+        name = "" if self.name == self.path else f"{self.name}: "
+        return name + self.path + (f" ({self.origin})" if self.origin else "")
 
 
 def sources_of(named: Sequence[str]) -> list[Source]:
