@@ -43,8 +43,9 @@ class Screen:
             import readline  # noqa: F401  # arrow keys in `input`
         self._say("/share, /reset, /quit; /help explains")
         while True:
+            self.console.print()
             try:
-                line = read("\n> ").strip()
+                line = read("> ").strip()
             except EOFError:
                 self.console.print()
                 return

@@ -15,6 +15,9 @@ from training.stage_config import model_path_faults
 FOLDERS = {"actor": "the actor of a run of stage 3", "model": "the model of a run of stage 1"}
 """Where a run's policy lies, and what it is; a run with both is one of stage 3."""
 
+SAY_NOTHING = {*FOLDERS, "actor_ema"}
+"""Names of folders that every run has: a short name needs one part more."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -99,14 +102,14 @@ def _parts(place: str) -> tuple[str, ...]:
 def short_names(places: Sequence[tuple[str, ...]]) -> list[str]:
     """The last parts of each place, as few as tell it from the others.
 
-    `actor` and `model` alone say nothing, so at least one part stands before them.
+    Before a name that says nothing stands at least one other part.
 
     Args:
         places: the parts of each path, no two of them equal.
     """
     names = []
     for place in places:
-        count = 2 if place[-1] in FOLDERS else 1
+        count = 2 if place[-1] in SAY_NOTHING else 1
         others = [other for other in places if other != place]
         while count < len(place) and place[-count:] in [other[-count:] for other in others]:
             count += 1

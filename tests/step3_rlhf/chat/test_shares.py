@@ -49,6 +49,6 @@ def test_plain_text() -> None:
         "Drink?",
         "",
         "kl: 4 answers, 2 different, entropy 0.56 nats",
-        "   75.0% [19.4%, 99.4%]   3  tea",
-        "   25.0% [0.6%, 80.6%]    1  other (1 different)",
+        "   75.0% [19.4%, 99.4%]    3  tea",
+        "   25.0% [0.6%, 80.6%]     1  other (1 different)",
     ]

@@ -55,7 +55,7 @@ def test_a_name_of_the_hub_stays_as_it_is() -> None:
         (["runs/a/kl", "runs/a/pm"], ["kl", "pm"]),
         (["runs/a/kl", "runs/b/kl"], ["a/kl", "b/kl"]),
         (["runs/a/kl", "runs/b/kl", "runs/b/pm"], ["a/kl", "b/kl", "pm"]),
-        (["runs/kl/actor", "runs/kl/actor_ema"], ["kl/actor", "actor_ema"]),
+        (["runs/kl/actor", "runs/kl/actor_ema"], ["kl/actor", "kl/actor_ema"]),
         (["kl", "runs/kl"], ["kl", "runs/kl"]),
         (["actor"], ["actor"]),
     ],
