@@ -20,6 +20,7 @@ from step1_sft.config import SFTConfig
 from step2_reward.calibrate.settings import CalibrationConfig, calibration_parser
 from step2_reward.config import RewardConfig
 from step3_rlhf.benchmark.__main__ import benchmark_parser
+from step3_rlhf.chat.arguments import chat_parser
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.evaluation.settings import evaluation_parser
 from step3_rlhf.paper.grid.__main__ import parsed as grid_arguments
@@ -116,6 +117,8 @@ def check_script(script: str, arguments: list[str]) -> None:
     elif script == "calibrate.sh":
         options = calibration_parser().parse_intermixed_args(arguments)
         check_overrides(CalibrationConfig, {}, options.overrides)
+    elif script == "chat.sh":
+        chat_parser().parse_intermixed_args(arguments)
     elif script == "sweep.sh":
         options = grid_arguments(arguments)
         if options.config:
