@@ -20,9 +20,10 @@ the gamma distribution with these, of which every chi-square is a case.
 Shapes: P prompts, K responses (the largest number; missing ones have no comparisons).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import chain, permutations
 
 import torch
 from torch import Tensor
@@ -73,18 +74,27 @@ class LackOfFit:
 
 
 def count_wins(comparisons: Iterable[Comparison]) -> Tensor:
-    """[P, K, K] float64: how often i was preferred to j, prompts and responses as they come."""
-    numbers: dict[str, dict[tuple[int, ...], int]] = {}
-    places = []
+    """[P, K, K] float64: how often i was preferred to j, of the prompts that can tell.
+
+    These have three responses or more, and each of the pairs that were compared was so twice on
+    average. Prompts and responses are in the order in which they come.
+    """
+    wins: dict[str, Counter[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     for prompt, *pair in comparisons:
-        responses = numbers.setdefault(prompt, {})
-        places.append((prompt, [responses.setdefault(tuple(ids), len(responses)) for ids in pair]))
-    order = {prompt: number for number, prompt in enumerate(numbers)}
-    largest = max(map(len, numbers.values()), default=0)
-    wins = torch.zeros(len(numbers), largest, largest, dtype=torch.float64)
-    for prompt, (winner, loser) in places:
-        wins[order[prompt], winner, loser] += winner != loser
-    return wins
+        preferred, other = map(tuple, pair)
+        if preferred != other:
+            wins.setdefault(prompt, Counter())[preferred, other] += 1
+    kept = []
+    for counts in wins.values():
+        places = {ids: place for place, ids in enumerate(dict.fromkeys(chain(*counts)))}
+        if len(places) > 2 and counts.total() >= 2 * len({frozenset(pair) for pair in counts}):
+            kept.append((places, counts))
+    size = max((len(places) for places, _ in kept), default=0)
+    table = torch.zeros(len(kept), size, size, dtype=torch.float64)
+    for number, (places, counts) in enumerate(kept):
+        for (preferred, other), count in counts.items():
+            table[number, places[preferred], places[other]] = count
+    return table
 
 
 def degrees_of_freedom(wins: Tensor) -> Tensor:
@@ -123,12 +133,9 @@ def deviance(wins: Tensor, probabilities: Tensor) -> Tensor:
 def lack_of_fit(wins: Tensor) -> LackOfFit:
     """Test whether BTL models, one for each prompt, fit the comparisons `wins` [P, K, K].
 
-    A prompt takes part if it has degrees of freedom and its pairs were compared twice on average.
+    A prompt takes part if it has degrees of freedom.
     """
-    pairs = ((wins + wins.mT) > 0).sum((-2, -1)) / 2
-    taking_part = degrees_of_freedom(wins) > 0
-    taking_part &= wins.sum((-2, -1)) >= 2 * pairs
-    wins = wins[taking_part]
+    wins = wins[degrees_of_freedom(wins) > 0]
     freedom, compared = int(degrees_of_freedom(wins).sum()), int(wins.sum())
     if freedom == 0:
         return LackOfFit(

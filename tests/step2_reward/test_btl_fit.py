@@ -37,13 +37,13 @@ def choices(groups: list[Tensor], each: int, generator: torch.Generator) -> Tens
 
 
 def test_wins_are_counted_by_prompt() -> None:
-    wins = count_wins(
-        [("x", [1], [2]), ("y", [5], [6]), ("x", [2], [1]), ("x", [1], [3]), ("x", [1], [2])]
-    )
-    assert wins.tolist() == [
-        [[0, 2, 1], [1, 0, 0], [0, 0, 0]],
-        [[0, 1, 0], [0, 0, 0], [0, 0, 0]],
-    ]
+    """Of prompts with three responses whose pairs were compared twice on average."""
+    x = [("x", [1], [2]), ("x", [2], [1]), ("x", [1], [3]), ("x", [1], [2])]
+    y = [("y", [5], [6])] * 9
+    z = [("z", [1], [2]), ("z", [2], [3]), ("z", [3], [1]), ("z", [4], [4])]
+    wins = count_wins([*y, x[0], *z, *x[1:]])
+    assert wins.tolist() == [[[0, 2, 1], [1, 0, 0], [0, 0, 0]]]
+    assert count_wins([*x, *z, *z]).shape == (2, 3, 3)
     assert count_wins([]).shape == (0, 0, 0)
 
 
@@ -146,12 +146,13 @@ def test_a_population_of_two_groups_is_rejected_unless_they_are_mirror_images() 
 
 
 def test_too_few_comparisons_are_no_test() -> None:
-    once = choices([torch.zeros(30, 4, dtype=torch.float64)], 1, torch.Generator().manual_seed(3))
-    pair = torch.tensor([[[0.0, 9.0], [5.0, 0.0]]], dtype=torch.float64)
-    for wins in (once, pair, count_wins([])):
-        found = lack_of_fit(wins)
+    circle = [("x", [1], [2]), ("x", [2], [3]), ("x", [3], [1])]
+    chain = [("x", [1], [2]), ("x", [2], [3])] * 9
+    for comparisons in (circle, [*circle, *circle[:2]], chain, [("x", [1], [2])] * 9, []):
+        found = lack_of_fit(count_wins(comparisons))
         assert (found.p_value, found.deviance, found.degrees_of_freedom) == (None, None, 0)
         assert "was not tested: it needs prompts with three or more responses" in found.meaning
+    assert lack_of_fit(count_wins(circle * 2)).p_value is not None
 
 
 def test_what_stage_2_reports() -> None:
