@@ -77,6 +77,12 @@ class Regularizer(StrictModel, ABC):
         return True
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the marginal stays as it is when π changes a little, and comparisons teach nothing.
+        """
+        return False
+
+    @property
     def is_log_linear(self) -> bool:
         """Whether the optimum is ∝ w·e^{r/β}, with a weight w that does not depend on r."""
         return False
