@@ -96,6 +96,10 @@ class Comparisons:
             parts[row.set] = [min(joined) if label in joined else label for label in part]
         return sum(len(set(part)) > 1 for part in parts)
 
+    def by_set(self) -> list[int]:
+        """All rows, those of one set after one another, so that a batch has few responses."""
+        return sorted(range(len(self.rows)), key=lambda row: self.rows[row].set)
+
     def batch(
         self, rows: Sequence[int], ref_logps: "RefLogps", pad_token_id: int, whole_sets: bool
     ) -> ComparedBatch:

@@ -47,6 +47,7 @@ def compared_log_mass(logp: Tensor, present: Tensor) -> Tensor:
 
 def implied_pairs(present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The pairs that rankings imply, as indices (comparison, better, worse), [pairs] each."""
-    better, worse = torch.triu_indices(*present.shape[-1:] * 2, offset=1, device=present.device)
+    count = present.shape[-1]
+    better, worse = torch.triu_indices(count, count, offset=1, device=present.device)
     row, pair = (present[:, better] & present[:, worse]).nonzero(as_tuple=True)
     return row, better[pair], worse[pair]

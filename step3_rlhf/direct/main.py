@@ -56,8 +56,8 @@ def train(config: DirectConfig) -> dict[str, float]:
     evaluation = EvaluationConfig.of(config)
     read_held_out(evaluation, roles_of(evaluation))  # whatever is wrong with it is said now
     roles, tokenizer = roles_of(config), pretrained.tokenizer
-    splits = {"train": data.train, **data.held_out}
-    comparisons = {split: Comparisons(content) for split, content in splits.items()}
+    comparisons = {"train": Comparisons(data.train)}
+    comparisons |= {split: Comparisons(content) for split, content in data.held_out.items()}
     say(what_is_identified(config, comparisons["train"]))
     ref_logps = reference.reference_logps(config, roles, comparisons)
     policy = load_policy(pretrained, tokenizer, LoadOptions.trained(config))
@@ -66,7 +66,7 @@ def train(config: DirectConfig) -> dict[str, float]:
         trained, data.train, comparisons, ref_logps, config, tokenizer.pad_token_id
     )
     output = prepare_output(config)
-    reference.keep(ref_logps, roles, comparisons, output)
+    reference.keep(ref_logps, roles.reference, comparisons, output)
     if ranks.rank() == 0:
         recover(output / "actor")
 

@@ -50,14 +50,17 @@ def reference_logps(
 
 
 def keep(
-    logps: Mapping[str, RefLogps], roles: Roles, splits: Mapping[str, Comparisons], output: Path
+    logps: Mapping[str, RefLogps],
+    model: Pretrained,
+    splits: Mapping[str, Comparisons],
+    output: Path,
 ) -> None:
-    """Write them into `output` unless they are there; rank 0 does."""
+    """Write what `model` gave into `output` unless it is there; rank 0 does."""
     path = output / FILE
     if ranks.rank() == 0 and not path.exists():
         draft = path.with_suffix(".unfinished")
         content = {split: found.values for split, found in logps.items()}
-        save_file(content, draft, {FINGERPRINT: fingerprint(roles.reference, splits)})
+        save_file(content, draft, {FINGERPRINT: fingerprint(model, splits)})
         os.replace(draft, path)
     ranks.barrier()
 

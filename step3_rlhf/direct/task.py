@@ -11,7 +11,7 @@ from step3_rlhf.direct.comparisons import ComparedBatch, Comparisons, RefLogps
 from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.direct.loss import compared_log_mass, direct_loss, implied_pairs
 from training import fitting
-from training.data import Split
+from training.data import FILLER, Split
 from training.runtime import ranks
 from training.runtime.engine import TrainedModule
 
@@ -114,8 +114,10 @@ class DirectOptimization:
     def evaluate(self, split: Split) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64, device=ranks.device())
         sums = _no_sums()
+        by_set = self.comparisons[split].by_set()
         size = self.config.per_device_eval_batch_size
-        for rows in fitting.evaluation_batches(len(self.comparisons[split].rows), size):
+        for places in fitting.evaluation_batches(len(by_set), size):
+            rows = [FILLER if place == FILLER else by_set[place] for place in places]
             batch = self._batch(split, rows, whole_sets=True)
             scored = self.scored(batch)
             total += torch.stack([self._losses(scored).sum().double(), batch.is_real.sum()])

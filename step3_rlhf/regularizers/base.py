@@ -78,8 +78,7 @@ class Regularizer(StrictModel, ABC):
 
     @property
     def is_flat(self) -> bool:
-        """Whether the marginal stays as it is when π changes a little, and comparisons teach nothing.
-        """
+        """Whether the marginal does not follow small changes of π: comparisons teach nothing."""
         return False
 
     @property

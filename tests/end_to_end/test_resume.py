@@ -16,6 +16,8 @@ from step2_reward import main as reward
 from step2_reward.config import RewardConfig
 from step3_rlhf import main as ppo
 from step3_rlhf.config import PPOConfig
+from step3_rlhf.direct import main as direct
+from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.evaluation import __main__ as evaluate
 from step3_rlhf.evaluation import measure
 from step3_rlhf.evaluation.settings import settings_of_run
@@ -33,6 +35,7 @@ STAGES: dict[str, tuple[Any, Any, list[str]]] = {
     "sft": (SFTConfig, sft, ["model"]),
     "reward": (RewardConfig, reward, ["model"]),
     "ppo": (PPOConfig, ppo, ["actor", "critic"]),
+    "direct": (DirectConfig, direct, ["actor"]),
 }
 REWARD_FUNCTION = (
     "def by_length(prompts, responses):\n    return [len(r) / 10 for r in responses]\n"
@@ -169,6 +172,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "sft": REGROUPED | {"packing": True, "logging_steps": 1, "per_device_eval_batch_size": 3},
     "reward": REGROUPED | {"gradient_checkpointing": True},
     "ppo": REGROUPED | {"rollout_batch_size": 2, "gradient_checkpointing": True},
+    "direct": REGROUPED | {"gradient_checkpointing": True},
 }
 
 
