@@ -384,7 +384,9 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> list[str]:
 
 def _child(parent: Any, key: str) -> Any:
     if isinstance(parent, dict):
-        return parent.setdefault(key, {})
+        if parent.get(key) is None:  # absent, or an object that is null so far
+            parent[key] = {}
+        return parent[key]
     if isinstance(parent, list) and key.isdecimal() and int(key) < len(parent):
         return parent[int(key)]
     return None
