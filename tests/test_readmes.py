@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -148,7 +149,8 @@ def check_overrides(
             if key not in fields:
                 faults.append(f"no setting {override}")
                 break
-            owner = fields[key].annotation
+            kinds = get_args(fields[key].annotation) or (fields[key].annotation,)
+            owner = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
     if faults:
         raise NoSuchOptionError("; ".join(faults))
 

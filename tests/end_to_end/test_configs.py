@@ -131,7 +131,8 @@ OTHERS = {"evaluation": "evaluate.sh", "calibrate": "calibrate.sh"}
 
 def documents() -> list[Path]:
     """READMEs are looked at by tests/test_readmes.py."""
-    return sorted([*(ROOT / "scripts").glob("*.sh"), *ROOT.glob("step*/*.py")])
+    programs = [*ROOT.glob("step*/*.py"), *ROOT.glob("step*/*/main.py")]
+    return sorted([*(ROOT / "scripts").glob("*.sh"), *programs])
 
 
 def launch_lines() -> Iterator[tuple[str, str, list[str]]]:
