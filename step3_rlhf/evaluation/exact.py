@@ -82,17 +82,19 @@ def measure_set(
     )
     logp = token_logps(models.policy, rollout, config).sum(-1)
     ref_logp = token_logps(models.reference, rollout, config)
-    rewards = models.reward(rollout).double().cpu()
-    groups = rewards if config.reward.mixture else rewards[:, None]
-    shares = torch.tensor(config.reward.shares or (1.0,), dtype=torch.float64)
+    rewards = models.reward(rollout).double().cpu() if models.reward else None
     policy = logp.log_softmax(0)
-    targets = {"reward": mixed((groups / temperature).log_softmax(0), shares)}
+    targets = {}
+    if rewards is not None:
+        groups = rewards.view(count, -1)  # one, or those of a mixture
+        shares = torch.tensor(config.group_shares or (1.0,), dtype=torch.float64)
+        targets["reward"] = mixed((groups / temperature).log_softmax(0), shares)
+        optima = [optimum_on(rollout, column, ref_logp, regularizer) for column in groups.T]
+        known = [optimum for optimum in optima if optimum is not None]
+        if len(known) == len(optima):
+            targets["optimum"] = mixed(torch.stack(known, dim=-1), shares)
     if finite.population is not None:
         targets["population"] = torch.tensor(finite.population).double().log()
-    optima = [optimum_on(rollout, column, ref_logp, regularizer) for column in groups.T]
-    known = [optimum for optimum in optima if optimum is not None]
-    if len(known) == len(optima):
-        targets["optimum"] = mixed(torch.stack(known, dim=-1), shares)
     entry: dict[str, Any] = {
         "prompt": finite.prompt,
         "topic": finite.topic,
@@ -100,12 +102,13 @@ def measure_set(
         "outside_mass": max(0.0, 1.0 - logp.exp().sum().item()),
         "policy": policy.exp().tolist(),
         "reference": ref_logp.sum(-1).log_softmax(0).exp().tolist(),
-        "rewards": rewards.tolist(),
     }
-    if config.reward.mixture:
-        # The one reward whose softmax(r/T) on the set is the mixture of the groups'.
-        entry["rewards"] = (temperature * targets["reward"]).tolist()
-        entry["group_rewards"] = groups.T.tolist()
+    if rewards is not None:
+        entry["rewards"] = rewards.tolist()
+        if config.group_shares:
+            # The one reward whose softmax(r/T) on the set is the mixture of the groups'.
+            entry["rewards"] = (temperature * targets["reward"]).tolist()
+            entry["group_rewards"] = rewards.T.tolist()
     inside = rollout.response_mask.cpu()
     natural = regularizer.natural(ref_logp, inside) if regularizer else None
     if natural is not None:

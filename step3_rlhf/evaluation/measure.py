@@ -27,6 +27,21 @@ SUMMARY = (
     "entropy",
     "kl",
 )
+NEED_A_REWARD = (
+    "pm_divergence",
+    "pm_divergence_unequal",
+    "pm_divergence_reference",
+    "pm_squared_difference",
+    "reward",
+    "optimum_gap",
+    "optimum_spread",
+    "optimum_kl",
+    "exact.tv_to_reward",
+    "exact.kl_to_reward",
+    "exact.tv_to_optimum",
+    "exact.kl_to_optimum",
+)
+"""Figures that are null without a reward."""
 EXACT_SUMMARY = ("tv_to_reward", "tv_to_population", "tv_to_optimum", "outside_mass")
 
 
@@ -55,10 +70,10 @@ def evaluate(
         reference = [
             respond(models, held_out, config, draw, finished, from_reference=True) for draw in draws
         ]
-    if config.reward.mixture:
+    if config.group_shares:
         beta = regularizer.coefficient if regularizer else temperature
         is_own = reference is responses
-        responses, reference = under_one_reward(responses, reference, config.reward.shares, beta)
+        responses, reference = under_one_reward(responses, reference, config.group_shares, beta)
         reference = responses if is_own else reference
     figures, instances = sampled_metrics(
         held_out.prompt_texts, responses, reference, temperature, regularizer, held_out.groups
@@ -67,6 +82,7 @@ def evaluate(
     figures = {
         "split": held_out.split,
         "beta_calibration": calibration and calibration.model_dump(mode="json"),
+        "left_out": [] if models.reward else list(NEED_A_REWARD),
         **figures,
     }
     if held_out.texts:
@@ -94,11 +110,14 @@ def summary(figures: dict[str, Any]) -> str:
     shown = [figures.get(name) for name in SUMMARY] + [
         figures.get("exact", {}).get(name) for name in EXACT_SUMMARY
     ]
-    return "\n".join(
+    lines = [
         line_of(name, figure)
         for name, figure in zip(SUMMARY + EXACT_SUMMARY, shown, strict=True)
         if figure
-    )
+    ]
+    if figures.get("left_out"):
+        lines.append(f"  left out, for lack of a reward: {', '.join(figures['left_out'])}")
+    return "\n".join(lines)
 
 
 def line_of(name: str, figure: dict[str, Any]) -> str:

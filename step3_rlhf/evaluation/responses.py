@@ -13,16 +13,17 @@ from step3_rlhf.rewards.mixture import log_sums_of_others, mixture_reward
 class Responses:
     """One response to each prompt, scored by policy, reference and reward; [prompts] each.
 
-    Rewards and credit of a mixture are [prompts, groups] until `under_one_reward`.
+    Without a reward, `rewards` and `credit` are None; of a mixture they are [prompts, groups] until
+    `under_one_reward`.
     """
 
     texts: list[str]
     logp: Tensor  # log π(y|x), nats
     ref_logp: Tensor  # log π_ref(y|x), nats
-    rewards: Tensor
+    rewards: Tensor | None
     lengths: Tensor  # tokens, EOS included
     ended: Tensor  # 1 if the response has its EOS, else 0
-    credit: Tensor | None = None  # a(y) = r + R + πR′; None without a regularizer
+    credit: Tensor | None = None  # a(y) = r + R + πR′; None without a regularizer or a reward
     natural: Tensor | None = None  # 1 if the response is in M(x); None without an M(x)
     full_entropy: Tensor | None = None  # Σ_t H(π(·|prefix_t)), nats, over the whole vocabulary
     full_kl: Tensor | None = None  # Σ_t KL(π(·|prefix_t) ‖ π_ref(·|prefix_t)), nats
@@ -50,6 +51,7 @@ def under_one_reward(
     by_others, by_all = log_sums_of_others(values), values.logsumexp(1)
 
     def single(draw: Responses, log_z: Tensor) -> Responses:
+        assert draw.rewards is not None
         rewards = mixture_reward(draw.rewards, log_z, weights, beta)
         if draw.credit is None:
             return replace(draw, rewards=rewards)
@@ -64,4 +66,5 @@ def under_one_reward(
 
 def _credit(draw: Responses, beta: float) -> Tensor:
     """[prompts, groups] a(y) under the rewards of each group."""
+    assert draw.rewards is not None
     return draw.rewards - beta * draw.logp[:, None] if draw.credit is None else draw.credit
