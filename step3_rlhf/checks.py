@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from step3_rlhf.config import AlignmentConfig, PPOConfig
+from step3_rlhf.classes.shares import check_classes
+from step3_rlhf.config import AlignmentConfig, EvaluationConfig, PPOConfig
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
 from step3_rlhf.rewards.readings import reads_policy_tokens, refusal
 from step3_rlhf.rewards.sources import check_reward
@@ -35,6 +36,8 @@ def check_models(config: AlignmentConfig, roles: Roles, stand_in: str | None = N
         UserError: names the model and the settings.
     """
     sets = read_response_sets(config.evaluation.response_sets)
+    if isinstance(config, PPOConfig | EvaluationConfig):
+        check_classes(config.regularizer, roles.policy.tokenizer, config.response_length)
     check_reward(config.reward, roles, untrained=stand_in)
     for setting, model in roles.named.items():
         if renamed := require_same_tokens(model, roles.policy, setting):

@@ -14,7 +14,7 @@ PACKAGES = ("training", "step1_sft", "step2_reward", "step3_rlhf")
 
 LAYERS = """
 step1_sft step2_reward step2_reward.calibrate step2_reward.losses step3_rlhf step3_rlhf.benchmark
-step3_rlhf.benchmark.shapes step3_rlhf.benchmark.trl_ppo step3_rlhf.evaluation
+step3_rlhf.benchmark.shapes step3_rlhf.benchmark.trl_ppo step3_rlhf.classes step3_rlhf.evaluation
 step3_rlhf.evaluation.metrics step3_rlhf.evaluation.responses step3_rlhf.generation
 step3_rlhf.paper step3_rlhf.paper.grid step3_rlhf.paper.grid.paper_models step3_rlhf.paper.pages
 step3_rlhf.paper.quickstart step3_rlhf.paper.quickstart.machine
@@ -34,32 +34,31 @@ training.plotting training.plugins training.runtime.ranks training.world.populat
 training.world.prompts
 
 step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.paper.quickstart.shares
-step3_rlhf.regularizers.base step3_rlhf.rewards.calibration training.data.messages
+step3_rlhf.regularizers.classes step3_rlhf.rewards.calibration training.data.messages
 training.data.settings training.models.hidden_states training.models.pretrained
 training.runtime.faults training.runtime.signals training.runtime.tracking
 training.settings_reference training.world.base_model
 
-step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none
-step3_rlhf.regularizers.optimality step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers
-training.data.cutting training.data.files training.data.formats training.data.split
-training.models.checks training.models.scalar training.stage_config training.world.files
+step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.base training.data.cutting
+training.data.files training.data.formats training.data.split training.models.checks
+training.models.scalar training.stage_config training.world.files
 
-step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.divergences
-step3_rlhf.regularizers.links step3_rlhf.regularizers.truncation training.data.records
-training.data.templates training.models.lora training.models.options training.runtime.engine
-training.runtime.resume training.world.__main__
+step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.log_linear
+step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality step3_rlhf.regularizers.optimum
+step3_rlhf.regularizers.solvers training.data.records training.data.templates training.models.lora
+training.models.options training.runtime.engine training.runtime.resume training.world.__main__
 
-step3_rlhf.paper.quickstart.table1 step3_rlhf.regularizers.f_divergence
-step3_rlhf.regularizers.generalized_pl training.data.tokens training.models.partitioned
-training.runtime.checkpoint
+step3_rlhf.paper.quickstart.table1 step3_rlhf.regularizers.divergences
+step3_rlhf.regularizers.links step3_rlhf.regularizers.truncation training.data.tokens
+training.models.partitioned training.runtime.checkpoint
 
-step3_rlhf.paper.quickstart.page step3_rlhf.regularizers.registry training.data
-training.models.export training.models.policy
+step3_rlhf.paper.quickstart.page step3_rlhf.regularizers.f_divergence
+step3_rlhf.regularizers.generalized_pl training.data training.models.export training.models.policy
 
-step3_rlhf.regularizers training.fitting training.models.decoding.decoder
-training.models.families.vocabulary
+step3_rlhf.classes.answer_key step3_rlhf.regularizers.registry training.fitting
+training.models.decoding.decoder training.models.families.vocabulary
 
-training.dry_run training.models.comparison
+step3_rlhf.regularizers training.dry_run training.models.comparison
 
 training.dry_run_text training.models.loading
 
@@ -79,9 +78,11 @@ step3_rlhf.paper.grid.run step3_rlhf.paper.grid.tables
 
 step3_rlhf.evaluation.shared_work step3_rlhf.paper.grid.page step3_rlhf.rollout
 
-step3_rlhf.experience step3_rlhf.paper.grid.report step3_rlhf.rewards.readings
+step3_rlhf.classes.labels step3_rlhf.experience step3_rlhf.paper.grid.report
+step3_rlhf.rewards.readings
 
-step3_rlhf.iteration_metrics step3_rlhf.paper.grid.__main__ step3_rlhf.rewards.model
+step3_rlhf.classes.shares step3_rlhf.iteration_metrics step3_rlhf.paper.grid.__main__
+step3_rlhf.rewards.model
 
 step3_rlhf.rewards.sources
 

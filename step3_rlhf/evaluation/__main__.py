@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from step3_rlhf.checks import check_models, readable_records
+from step3_rlhf.classes.shares import class_shares
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import load_held_out
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
@@ -63,7 +64,9 @@ def load_models(config: EvaluationConfig, roles: Roles) -> Models:
         reference = load_frozen_policy(
             roles.reference, roles.policy.tokenizer, config, same_ends_as=policy
         )
-    return Models(policy, reference, load_reward(config, roles), roles.policy.tokenizer)
+    tokenizer = roles.policy.tokenizer
+    classes = class_shares(config.regularizer, reference, tokenizer, config)
+    return Models(policy, reference, load_reward(config, roles), tokenizer, classes)
 
 
 def main(arguments: list[str] | None = None) -> None:
