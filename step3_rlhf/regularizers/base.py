@@ -108,7 +108,7 @@ class Regularizer(StrictModel, ABC):
 
     @property
     def is_log_linear(self) -> bool:
-        """Whether the optimum is ∝ w·e^{r/β}, r being the effective reward and w independent of it."""
+        """Whether the optimum is ∝ w·e^{r/β}, r the effective reward, and w independent of it."""
         return False
 
     @property
