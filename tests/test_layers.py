@@ -58,7 +58,7 @@ step3_rlhf.regularizers.generalized_pl training.data training.models.export trai
 step3_rlhf.classes.answer_key step3_rlhf.regularizers.registry training.fitting
 training.models.decoding.decoder training.models.families.vocabulary
 
-step3_rlhf.regularizers training.dry_run training.models.comparison
+step3_rlhf.paper.length_figure step3_rlhf.regularizers training.dry_run training.models.comparison
 
 training.dry_run_text training.models.loading
 
