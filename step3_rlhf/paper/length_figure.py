@@ -30,12 +30,14 @@ LENGTHS = (2, 5)
 PHRASINGS = (1, 2, 3, 5, 8, 12, 18, 25)
 LARGEST = max(len(answer.text.split()) for topic in TOPICS for answer in topic.answers)
 
+VIOLET = "#8F5FB0"
+
 CURVES: dict[str, tuple[dict[str, Any], str]] = {
     "KL": ({"name": "kl"}, KL),
     "PM": ({"name": "pm"}, PM),
     "conditional PM, α = 0.02": (
         {"name": "conditional_pm", "level": "sequence", "alpha": 0.02},
-        "#8F5FB0",
+        VIOLET,
     ),
     "conditional PM of classes by length": (
         {"name": "conditional_pm", "level": "class", "classes": {"lengths": LENGTHS}},
@@ -101,7 +103,7 @@ def _draw_shares(axes: Axes) -> None:
 
     def draw(by_topic: list[Tensor], label: str, colour: str, width: float = 1.6) -> None:
         curve = [share_up_to(n, by_topic) for n in lengths]
-        line = ":" if colour == REFERENCE else "-"
+        line = {REFERENCE: ":", VIOLET: "--"}.get(colour, "-")
         axes.step(lengths, curve, line, where="post", color=colour, linewidth=width, label=label)
 
     draw([torch.tensor(population_shares(topic)) for topic in TOPICS], "population", BACKDROP, 7.0)

@@ -20,11 +20,11 @@ from training.deferred import Tensor, torch
 
 
 class GeneralizedPL(Regularizer):
-    """Theorem 3: R = β·eq. (3.14) with C_1 = C_2 = 0, or what its proof wants.
+    """Theorem 3, as printed (target "shifted"), or with the optimum that it speaks of ("luce").
 
     Link functions g are in links.py.
 
-    target "shifted", as printed:
+    target "shifted", R = β·eq. (3.14) with C_1 = C_2 = 0:
         objective  E[r − β g^{-1}(π) + β G(g^{-1}(π))/π]
         marginal   −β g^{-1}(π(y|x)) on the last token
         optimum    π_i = g((r_i + λ)/β), λ from Σπ = 1
