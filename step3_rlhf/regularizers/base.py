@@ -64,6 +64,11 @@ class Regularizer(StrictModel, ABC):
         """
         return rewards
 
+    @property
+    def effective_reward_name(self) -> str:
+        """What a message calls the effective rewards."""
+        return "rewards"
+
     def log_choice(self, rewards: Tensor) -> Tensor | None:
         """[K] log-probabilities of the generalized choice model that the regularizer names.
 

@@ -77,6 +77,13 @@ class GeneralizedPL(Regularizer):
             return rewards
         return self.beta * self.link.log_link(rewards / self.beta)
 
+    @property
+    def effective_reward_name(self) -> str:
+        if self.target == "shifted":
+            return "rewards"
+        where = " (power: only positive rewards have it)" if self.g == "power" else ""
+        return f"β log g(r/β){where}"
+
     def log_choice(self, rewards: Tensor) -> Tensor | None:
         """log g(r_i/β)/Σ_j g(r_j/β); None if g is positive at none of the rewards."""
         log_g = self.link.log_link(rewards / self.beta)
