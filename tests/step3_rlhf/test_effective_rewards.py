@@ -12,9 +12,9 @@ from torch import Tensor
 
 from step3_rlhf.checks import check_answer_key
 from step3_rlhf.prompts import Prompts
-from step3_rlhf.rollout import Rollout, sample
+from step3_rlhf.rollout import Rollout, assemble, sample
 from step3_rlhf.trainer import PPOTrainer
-from training.data import read_records
+from training.data import encode_responses, read_records, response_end
 from training.errors import RunError, UserError
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -68,23 +68,26 @@ def with_key(tmp_path: Path, prompts: Prompts, responses: dict[str, list[str]]) 
 
 
 def test_a_rare_class_gains_what_the_reference_lacks(build: Build, tmp_path: Path) -> None:
-    """r − β log π_ref(c|x) of responses in the key, r of others: by the trainer's own reference."""
-    rollout, _ = rollout_of(build())
-    chosen = [text for text, ended in zip(rollout.responses, rollout.ended, strict=True) if ended]
-    known = chosen[:1] or ["Tea"]
-    regularizer = with_key(tmp_path, build().prompts, {"one": [*known, "Tea"]})
+    """r − β log π_ref(c|x) for responses in the key, r for others."""
+    regularizer = with_key(tmp_path, build().prompts, {"tea": ["Tea", "A tea"], "oat": ["Oat"]})
     trainer = build(regularizer=regularizer)
-    rollout, raw = rollout_of(trainer)
-    assert trainer.classes is not None
-    class_logp = trainer.classes(rollout)
-    inside = class_logp > -math.inf
-    assert inside.any()
-    expected = torch.where(inside, raw - 0.5 * class_logp, raw).float()
-    torch.testing.assert_close(trainer.shape_rewards(raw, rollout), expected)
-    assert inside.tolist() == [
-        bool(ended) and text in (*known, "Tea")
-        for text, ended in zip(rollout.responses, rollout.ended, strict=True)
-    ]
+    tokenizer, prompts = trainer.tokenizer, trainer.prompts
+    texts = ["Tea", "A tea", "Oat", "Water"]
+    rollout = assemble(
+        [prompts.ids[0]] * 4,
+        encode_responses(texts, tokenizer),
+        [prompts.dialogues[0]] * 4,
+        tokenizer,
+        torch.device("cpu"),
+        (response_end(tokenizer),),
+    )
+    raw = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    logps = trainer.reference_logp(rollout).sum(-1).double()
+    tea = logps[:2].logsumexp(0).item()
+    gains = torch.tensor([-tea, -tea, -logps[2].item(), 0.0]) * 0.5
+    shaped = trainer.shape_rewards(raw, rollout)
+    torch.testing.assert_close(shaped, raw + gains, rtol=0, atol=1e-4)
+    assert gains[0] > 1.0
     metrics = trainer.iteration(0)
     assert math.isfinite(metrics["objective/rlhf_reward"])
 
