@@ -57,9 +57,11 @@ def log_share(count: Tensor, draws: int) -> Tensor:
         E[H_n − H_K] = −Σ_{i=1}^{K} (1 − p)^i/i = log p + Σ_{i>K} (1 − p)^i/i,
 
     log p but for the tail of its series, which is less than (1 − p)^{K+1}/((K + 1) p). log p enters
-    the reward linearly, so that the error of single prompts averages out over prompts. log(n/K) has
-    a bias of order (1 − p)/(2Kp), and none exists where nothing was drawn. A class that is much
-    rarer than 1/K is taken to have a share of about 0.56/K, so it gets less than its due.
+    the reward linearly, so that the errors of single prompts, about √((1 − p)/(Kp)) each, average
+    out over prompts. log(n/K) has a bias of order (1 − p)/(2Kp), and does not exist where nothing
+    was drawn. A class that is much rarer than 1/K is taken to have a share of about 0.56/K, so it
+    gets less than its due. The series is that of inverse binomial sampling (van Opheusden, Acerbi
+    and Ma 2020), here for a number of draws that is fixed.
 
     Args:
         count: [any shape] int64, 0 ≤ count ≤ draws.
