@@ -102,7 +102,7 @@ class Grid:
 
 
 def regularizer_of(cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The cell's regularizer; conditional PM keeps what the config says of its level, ε and classes.
+    """The cell's regularizer; conditional PM keeps the level, the ε and the classes of the config.
 
     Args:
         given: the config's own regularizer, of any kind.
