@@ -24,9 +24,11 @@ EXACT_FIGURES = (
     "tv_to_reward",
     "tv_to_population",
     "tv_to_optimum",
+    "tv_to_choice",
     "kl_to_reward",
     "kl_to_population",
     "kl_to_optimum",
+    "kl_to_choice",
     "outside_mass",
     "natural_mass",
 )
@@ -87,7 +89,11 @@ def measure_set(
     targets = {} if rewards is None else {"reward": (rewards / temperature).log_softmax(0)}
     if finite.population is not None:
         targets["population"] = torch.tensor(finite.population).double().log()
-    best = optimum_on(rollout, rewards, ref_logp, regularizer)
+    choice = regularizer.log_choice(rewards) if regularizer and rewards is not None else None
+    if choice is not None:
+        targets["choice"] = choice
+    class_logp = models.class_logp(rollout)
+    best = optimum_on(rollout, rewards, ref_logp, regularizer, class_logp)
     if best is not None:
         targets["optimum"] = best
     entry: dict[str, Any] = {
@@ -101,7 +107,7 @@ def measure_set(
     if rewards is not None:
         entry["rewards"] = rewards.tolist()
     inside = rollout.response_mask.cpu()
-    natural = regularizer.natural(ref_logp, inside) if regularizer else None
+    natural = regularizer.natural(ref_logp, inside, class_logp) if regularizer else None
     if natural is not None:
         entry["natural"] = natural.tolist()
         entry["natural_mass"] = logp.exp()[natural].sum().item()
@@ -113,13 +119,18 @@ def measure_set(
 
 
 def optimum_on(
-    rollout: Rollout, rewards: Tensor | None, ref_logp: Tensor, regularizer: Regularizer | None
+    rollout: Rollout,
+    rewards: Tensor | None,
+    ref_logp: Tensor,
+    regularizer: Regularizer | None,
+    class_logp: Tensor | None = None,
 ) -> Tensor | None:
     """[K] log π* on the set; None without regularizer or reward, or if there is no optimum."""
     if regularizer is None or rewards is None:
         return None
     tokens = rollout.input_ids[:, rollout.prompt_length :].cpu()
-    responses = ResponseSet(tokens, ref_logp, rollout.response_mask.cpu(), rewards)
+    mask = rollout.response_mask.cpu()
+    responses = ResponseSet(tokens, ref_logp, mask, rewards, class_logp)
     try:
         return optimum(regularizer, responses)
     except NoOptimumError:

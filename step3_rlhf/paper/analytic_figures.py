@@ -2,11 +2,12 @@
 
     python -m step3_rlhf.paper.analytic_figures OUT_DIR
 
-writes figure2.png, figure2_f_divergences.png and figure9.png.
+writes figure2.png, figure2_f_divergences.png, figure9.png and figure_length.png, which
+length_figure.py draws.
 
-Each figure shows two responses y_1 and y_2 to one prompt. The horizontal axis is the reward model's
-preference p_reward(y_1) = σ(r_1 − r_2), the vertical axis the optimal policy's π*(y_1). A policy
-that matches preferences lies on the diagonal.
+Each of the others shows two responses y_1 and y_2 to one prompt. The horizontal axis is the reward
+model's preference p_reward(y_1) = σ(r_1 − r_2), the vertical axis the optimal policy's π*(y_1). A
+policy that matches preferences lies on the diagonal.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from step3_rlhf.paper.length_figure import figure_length
 from step3_rlhf.regularizers.base import Regularizer
 from step3_rlhf.regularizers.optimum import optimum_of
 from step3_rlhf.regularizers.registry import parse_regularizer
@@ -142,7 +144,8 @@ def _with_legend(figure: Figure, axes: Axes) -> Figure:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m step3_rlhf.paper.analytic_figures",
-        description="Draw the paper's analytic figures (2, 2 for f-divergences, and 9) as PNGs.",
+        description="Draw the paper's analytic figures (2, 2 for f-divergences, and 9), and one of "
+        "the length of answers, as PNGs.",
     )
     parser.add_argument("directory", type=Path, help="where the figures go")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
@@ -150,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     with errors_end_cleanly(options.debug):
         require_matplotlib()
         options.directory.mkdir(parents=True, exist_ok=True)
-        for draw in (figure2, figure2_f_divergences, figure9):
+        for draw in (figure2, figure2_f_divergences, figure9, figure_length):
             path = options.directory / f"{draw.__name__}.png"
             draw().savefig(path, dpi=150)
             print(path)

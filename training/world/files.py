@@ -49,9 +49,11 @@ def write_world(output_dir: str | Path, seed: int, sizes: WorldSizes | None = No
         "texts_eval": [],
         "comparisons_eval": [],
         "response_sets": [],
+        "answer_key": [],
     }
     for index, topic in enumerate(TOPICS):
         for prompt in prompts(index, evaluation=False):
+            lines["answer_key"].append(_answer_key(topic, prompt))
             lines["texts"] += _texts(topic, prompt, sizes.texts_per_prompt, rng)
             for line in _comparisons(topic, prompt, sizes.comparisons_per_prompt, rng):
                 del line["bayes_probability"]
@@ -62,6 +64,7 @@ def write_world(output_dir: str | Path, seed: int, sizes: WorldSizes | None = No
                 topic, prompt, sizes.eval_comparisons_per_prompt, rng
             )
             lines["response_sets"].append(_response_set(topic, prompt))
+            lines["answer_key"].append(_answer_key(topic, prompt))
     for name, content in lines.items():
         rng.shuffle(content)
         text = "".join(json.dumps(line) + "\n" for line in content)
@@ -94,6 +97,14 @@ def _comparisons(
             }
         )
     return drawn
+
+
+def _answer_key(topic: Topic, prompt: str) -> dict[str, Any]:
+    """The answers by the opinion that they express."""
+    opinions: dict[str, list[str]] = {}
+    for answer in topic.answers:
+        opinions.setdefault(answer.opinion, []).append(answer.text)
+    return {"prompt": prompt, "classes": opinions}
 
 
 def _response_set(topic: Topic, prompt: str) -> dict[str, Any]:
