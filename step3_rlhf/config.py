@@ -101,7 +101,9 @@ class RewardSettings(StrictModel):
 
     def mixture_faults(self, regularizer: Regularizer | None) -> list[str]:
         """What speaks against a mixture under this regularizer."""
-        if not self.mixture or regularizer is None or regularizer.is_log_linear:
+        if not self.mixture or regularizer is None:
+            return []
+        if regularizer.is_log_linear and regularizer.effective_reward_name == "rewards":
             return []
         return [
             f"reward.mixture: {regularizer.name} cannot have the mixture of its groups' optima as "

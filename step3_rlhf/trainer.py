@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf import ppo
+from step3_rlhf.classes.shares import class_shares
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.experience import Experience, Judged, Scores
 from step3_rlhf.iteration_metrics import IterationMetrics
@@ -77,6 +78,7 @@ class PPOTrainer:
             self.mixture = Mixture(
                 config.reward.shares, self.regularizer.coefficient, config.num_generations
             )
+        self.classes = class_shares(config.regularizer, reference, tokenizer, config)
         self.clock = Clock()
         self.reward_center = 0.0
         """Mean reward of the reference policy, −C_1 of Example 2, subtracted from every reward."""
@@ -104,7 +106,7 @@ class PPOTrainer:
             with clock.phase("reward"):
                 raw_rewards = self.reward(rollout)
             rewards = self.shape_rewards(raw_rewards, rollout)
-            require_finite("rewards", rewards)
+            require_finite(self.regularizer.effective_reward_name, rewards)
             # 4. Reference: log π_ref of each response token.
             with clock.phase("reference"):
                 ref_logp = self.reference_logp(rollout)
@@ -133,13 +135,20 @@ class PPOTrainer:
         Args:
             rewards: [B], as the reward source gave them; of a mixture [B, G], as is the result.
         """
-        shaped = rewards - self.reward_center  # + C_1, Example 2
+        shaped = self.effective_rewards(rewards, rollout) - self.reward_center  # + C_1, Example 2
         if self.config.missing_eos_penalty is not None:
             ended = rollout.ended.view(-1, *[1] * (rewards.dim() - 1))
             shaped = torch.where(ended, shaped, shaped - self.config.missing_eos_penalty)
         if self.config.reward_clip is not None:
             shaped = shaped.clamp(-self.config.reward_clip, self.config.reward_clip)
         return shaped
+
+    def effective_rewards(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """[B] the rewards that the regularizer puts in the place of r: r itself for most."""
+        if self.classes is None:
+            return self.regularizer.effective_reward(rewards)
+        with self.clock.phase("reference"):  # which says how probable each response's class is
+            return self.regularizer.effective_reward(rewards, self.classes(rollout))
 
     @torch.no_grad()
     def reference_logp(self, rollout: Rollout) -> Tensor:
@@ -337,8 +346,9 @@ class PPOTrainer:
         wanted = self.config.reward_centering_samples
         prompts = self.prompts.for_centering(wanted)
         rollout = sample(self.reference, self.tokenizer, *prompts, self.config.sampling)
-        rewards = self.reward(rollout).double()
+        rewards = self.effective_rewards(self.reward(rollout).double(), rollout)
         with dumped(self.config.output_dir, 0, rollout.readable):
-            require_finite("rewards of the reference's responses", rewards)
+            name = self.regularizer.effective_reward_name
+            require_finite(f"{name} of the reference's responses", rewards)
         total, count = sum_over_ranks(torch.stack([rewards.sum(), torch.ones_like(rewards).sum()]))
         self.reward_center = (total / count).item()

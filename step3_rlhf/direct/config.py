@@ -65,6 +65,11 @@ class DirectConfig(SupervisedConfig, AlignmentConfig):
                 "small changes of π, so that comparisons have no gradient; any other one has, and "
                 "scripts/step3_rlhf.sh trains with this one"
             )
+        if self.regularizer.response_classes is not None:
+            found.append(
+                "regularizer.classes: a class's share under the reference changes the reward, and "
+                "comparisons say nothing about it; scripts/step3_rlhf.sh learns classes"
+            )
         if self.lora is not None and self.lora.lora_dropout > 0:
             found.append(
                 "lora.lora_dropout: log-probabilities are compared with the reference's, which "

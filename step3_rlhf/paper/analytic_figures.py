@@ -2,7 +2,8 @@
 
     python -m step3_rlhf.paper.analytic_figures OUT_DIR
 
-writes figure2.png, figure2_f_divergences.png, figure9.png and two_groups.png.
+writes figure2.png, figure2_f_divergences.png, figure9.png and two_groups.png; and figure_length.png,
+which length_figure.py draws.
 
 The first three show two responses y_1 and y_2 to one prompt. The horizontal axis is the reward
 model's preference p_reward(y_1) = σ(r_1 − r_2), the vertical axis the optimal policy's π*(y_1). A
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from step3_rlhf.paper.length_figure import figure_length
 from step3_rlhf.regularizers.base import Regularizer
 from step3_rlhf.regularizers.optimum import optimum_of
 from step3_rlhf.regularizers.registry import parse_regularizer
@@ -219,6 +221,7 @@ FIGURES = {
     "figure2_f_divergences": figure2_f_divergences,
     "figure9": figure9,
     "two_groups": two_groups_figure,
+    "figure_length": figure_length,
 }
 """What the command draws, by the name of the file."""
 
@@ -227,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m step3_rlhf.paper.analytic_figures",
         description="Draw the paper's analytic figures (2, 2 for f-divergences, and 9) as PNGs, "
-        "and what two groups of people with opposite tastes lead to.",
+        "what two groups of people with opposite tastes lead to, and the length of answers.",
     )
     parser.add_argument("directory", type=Path, help="where the figures go")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")

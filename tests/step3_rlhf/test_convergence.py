@@ -10,6 +10,7 @@ import json
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,7 +67,15 @@ SLOW = {
     # optimum 0.02 away from pm's. Of this one pm is 0.4 away, and what R in place of R + πR' leads
     # to 0.14.
     "generalized_pl-power": {"name": "generalized_pl", "g": "power", "exponent": 2.0, "beta": 4.0},
-}
+    # pm's reward is r, here it is log g(r): its optimum is 0.2 away from pm's.
+    "generalized_pl-luce": {"name": "generalized_pl", "g": "sigmoid", "target": "luce"},
+    # Two classes, up to two tokens and three; their shares are estimated from draws.
+    "conditional_pm-lengths": {
+        "name": "conditional_pm", "level": "class", "classes": {"lengths": [2]},
+    },
+}  # fmt: skip
+OPINIONS = {"yes": ["a", "a a"], "no": ["b", "b b", "b a", "a b"]}
+"""An answer key of every prompt; the empty response and those that are cut have no class."""
 CLOSE_TO_PM = {"pm", "generalized_pl-softplus"}
 SEED = int(os.environ.get("CONVERGENCE_SEED", "0"))
 """Another one proves the same of another reference, other rewards and other draws."""
@@ -123,7 +132,7 @@ def llama_config() -> LlamaConfig:
 
 def trainer_for(
     regularizer: dict[str, object],
-    reward: "TableReward | TwoGroups",
+    source: "TableReward | TwoGroups",
     seed: int,
     iterations: int,
     **changes: object,
@@ -165,7 +174,7 @@ def trainer_for(
         engine.TrainedModule(Policy(language_model(seed)), config, config.actor, steps),
         critic,
         engine.frozen(Policy(language_model(seed)), {}, torch.float32),
-        reward,
+        source,
         Prompts(data, config),
         tiny_tokenizer(),
     )
@@ -179,7 +188,7 @@ def log_policies(trainer: PPOTrainer, policy: nn.Module) -> list[tuple[Tensor, R
         rollout = assemble(
             [prompt] * len(RESPONSES),
             RESPONSES,
-            [""] * len(RESPONSES),
+            [f"p{number}"] * len(RESPONSES),
             trainer.tokenizer,
             torch.device("cpu"),
         )
@@ -191,6 +200,7 @@ def log_policies(trainer: PPOTrainer, policy: nn.Module) -> list[tuple[Tensor, R
             rollout.response_part(trainer.reference(*views)[0]).double(),
             rollout.response_mask,
             trainer.reward.table[number].double(),
+            trainer.classes(rollout) if trainer.classes else None,
         )
         found.append((logp, responses))
     return found
@@ -285,6 +295,16 @@ def check_mixture(iterations: int, **changes: object) -> None:
 @pytest.mark.usefixtures("process_group")
 def test_ppo_reaches_the_mixture_of_two_groups() -> None:
     check_mixture(ITERATIONS)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("process_group")
+def test_ppo_reaches_the_optimum_of_opinions(tmp_path: Path) -> None:
+    lines = ({"prompt": f"p{number}", "classes": OPINIONS} for number in range(len(PROMPTS)))
+    (tmp_path / "key.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    classes = {"answer_key": str(tmp_path / "key.jsonl")}
+    regularizer = {"name": "conditional_pm", "level": "class", "classes": classes}
+    check("conditional_pm-class", regularizer, largest=0.05)
 
 
 RLOO: dict[str, object] = {"advantage_estimator": "rloo", "critic": None, "num_generations": 8}

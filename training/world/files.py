@@ -49,10 +49,12 @@ def write_world(output_dir: str | Path, seed: int, sizes: WorldSizes | None = No
         "texts_eval": [],
         "comparisons_eval": [],
         "response_sets": [],
+        "answer_key": [],
     }
     for index, topic in enumerate(TOPICS):
         everyone = group_shares(topic, sizes.groups)
         for prompt in prompts(index, evaluation=False):
+            lines["answer_key"].append(_answer_key(topic, prompt))
             lines["texts"] += _texts(topic, prompt, sizes.texts_per_prompt, rng)
             pooled = _comparisons(topic, prompt, everyone, sizes.comparisons_per_prompt, rng)
             lines["comparisons"] += [_as_recorded(line) for line in pooled]
@@ -62,6 +64,7 @@ def write_world(output_dir: str | Path, seed: int, sizes: WorldSizes | None = No
                 topic, prompt, everyone, sizes.eval_comparisons_per_prompt, rng
             )
             lines["response_sets"].append(_response_set(topic, prompt, sizes.groups))
+            lines["answer_key"].append(_answer_key(topic, prompt))
     for group in range(sizes.groups) if sizes.groups > 1 else ():
         lines |= _comparisons_of_group(group, seed, sizes)
     for name, content in lines.items():
@@ -120,6 +123,14 @@ def _comparisons(
             }
         )
     return drawn
+
+
+def _answer_key(topic: Topic, prompt: str) -> dict[str, Any]:
+    """The answers by the opinion that they express."""
+    opinions: dict[str, list[str]] = {}
+    for answer in topic.answers:
+        opinions.setdefault(answer.opinion, []).append(answer.text)
+    return {"prompt": prompt, "classes": opinions}
 
 
 def _response_set(topic: Topic, prompt: str, groups: int) -> dict[str, Any]:

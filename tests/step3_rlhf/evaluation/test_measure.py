@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
+from step3_rlhf.classes.shares import class_shares
 from step3_rlhf.config import EvaluationConfig, PPOConfig, RewardSettings
 from step3_rlhf.evaluation import shared_work as module
 from step3_rlhf.evaluation.__main__ import main
@@ -503,6 +504,45 @@ def test_the_natural_mass_is_that_of_the_references_natural_responses(
         drawn = respond(models, held_out, config, 0, regularizer=regularizer)
         assert drawn.natural.mean() == mass
     assert respond(models, held_out, config, 0).natural is None
+
+
+def test_a_generalized_choice_is_a_target_of_its_own(models: Models, config) -> None:
+    """g/Σg, for the printed Theorem 3 as well as for Luce, whose optimum it is."""
+    rewards = tensor(0.3, 0.6, 1.6)  # a tenth of the texts' lengths
+    choice = (1.0 + rewards.exp()).log() / (1.0 + rewards.exp()).log().sum()
+    for target, same in (("shifted", False), ("luce", True)):
+        regularizer = {"name": "generalized_pl", "g": "softplus", "target": target}
+        found = measure_set(models, SET, parse_regularizer(regularizer), 1.0, config)
+        assert found["choice"] == pytest.approx(choice.tolist(), abs=1e-6)
+        distance = (tensor(*found["policy"]) - choice).abs().sum().item() / 2
+        assert found["tv_to_choice"] == pytest.approx(distance, abs=1e-6)
+        optimal = found["optimum"] == pytest.approx(choice.tolist(), abs=1e-6)
+        assert optimal == same
+        assert found["reward"] == pytest.approx(rewards.softmax(0).tolist(), abs=1e-6)
+    assert "choice" not in measure_set(models, SET, parse_regularizer({"name": "pm"}), 1.0, config)
+
+
+def test_opinions_in_place_of_strings(models: Models, held_out, config, tmp_path: Path) -> None:
+    """Two of the three answers are one opinion, to which the reference also gives a fourth one."""
+    classes = {"hot": ["tea", "coffee", "cocoa"], "cold": ["a glass of water"]}
+    key = tmp_path / "key.jsonl"
+    key.write_text(json.dumps({"prompt": SET.prompt, "classes": classes}) + "\n")
+    settings = {"name": "conditional_pm", "level": "class", "classes": {"answer_key": str(key)}}
+    regularizer = parse_regularizer(settings)
+    shares = class_shares(regularizer, models.reference, models.tokenizer, config)
+    found = measure_set(replace(models, classes=shares), SET, regularizer, 1.0, config)
+    hot = tensor(
+        *(own_logp(models.reference, models.tokenizer, SET.prompt, y) for y in classes["hot"])
+    )
+    weights = torch.cat([(hot[:2] - hot.logsumexp(0)).exp(), tensor(1.0)])
+    wanted = weights * tensor(0.3, 0.6, 1.6).exp()
+    assert found["optimum"] == pytest.approx((wanted / wanted.sum()).tolist(), abs=1e-6)
+    assert found["natural"] == [True] * 3
+    # Drawn responses are outside every class: their credit is kl's, and none is natural.
+    kl = parse_regularizer({"name": "kl"})
+    drawn = respond(replace(models, classes=shares), held_out, config, 0, regularizer=regularizer)
+    assert drawn.natural.tolist() == [0.0, 0.0]
+    assert torch.equal(drawn.credit, respond(models, held_out, config, 0, regularizer=kl).credit)
 
 
 def test_the_references_draws_are_scored_by_the_policy(models: Models, held_out, config) -> None:
