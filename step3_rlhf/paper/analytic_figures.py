@@ -2,8 +2,8 @@
 
     python -m step3_rlhf.paper.analytic_figures OUT_DIR
 
-writes figure2.png, figure2_f_divergences.png, figure9.png and two_groups.png; and figure_length.png,
-which length_figure.py draws.
+writes figure2.png, figure2_f_divergences.png, figure9.png, two_groups.png and figure_length.png, of
+which length_figure.py draws the last.
 
 The first three show two responses y_1 and y_2 to one prompt. The horizontal axis is the reward
 model's preference p_reward(y_1) = σ(r_1 − r_2), the vertical axis the optimal policy's π*(y_1). A
