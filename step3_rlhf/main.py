@@ -167,6 +167,8 @@ def train(
     first, state = checkpoints.restore()
     if state:
         trainer.reward_center, trainer.cuts = state["reward_center"], state["cuts"]
+        if trainer.mixture:
+            trainer.mixture.log_sums = state["mixture"]
     else:
         trainer.foresee_cuts()
         warn_of_cuts(trainer)
@@ -196,6 +198,7 @@ def train(
             state = {
                 "reward_center": trainer.reward_center,
                 "cuts": trainer.cuts,
+                "mixture": trainer.mixture.log_sums if trainer.mixture else {},
                 "iterations_within_gap": early.iterations,
             }
             checkpoints.save(done, state)

@@ -5,6 +5,7 @@ README.md beside this file has the formulas and shapes of each step.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -18,8 +19,10 @@ from step3_rlhf.experience import Experience, Judged, Scores
 from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.prompts import Prompts
 from step3_rlhf.ptx import PtxBatch, PtxTexts, negative_log_likelihood
+from step3_rlhf.regularizers.base import Marginal
 from step3_rlhf.regularizers.log_linear import LogLinear
 from step3_rlhf.regularizers.truncation import cut_share, end_weight_of, log_growth_of
+from step3_rlhf.rewards.mixture import Mixture
 from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout, sample
 from training.models.logprobs import Statistic, masked_sum
@@ -71,6 +74,11 @@ class PPOTrainer:
             self.averages["actor_ema"] = AveragedWeights(actor.module, config.ema_decay)
         self.regularizer = config.regularizer
         self.classes = class_shares(config.regularizer, reference, tokenizer, config)
+        self.mixture = None
+        if config.reward.mixture:
+            self.mixture = Mixture(
+                config.reward.shares, self.regularizer.coefficient, config.num_generations
+            )
         self.clock = Clock()
         self.reward_center = 0.0
         """Mean reward of the reference policy, −C_1 of Example 2, subtracted from every reward."""
@@ -116,6 +124,8 @@ class PPOTrainer:
                 # 9. Losses, and optimizer steps of actor and critic.
                 for _ in range(config.num_ppo_epochs):
                     self.take_steps(experiences, self.losses, metrics)
+        if self.mixture:
+            self.mixture.remember()
         # 10. Metrics: averages over the responses and tokens of all ranks.
         return metrics.averages(raw_rewards) | self.optimizer_metrics() | self.cuts
 
@@ -123,11 +133,12 @@ class PPOTrainer:
         """[B] rewards that PPO maximizes: centered, and penalized or clipped if the config says so.
 
         Args:
-            rewards: [B], as the reward source gave them.
+            rewards: [B], as the reward source gave them; of a mixture [B, G], as is the result.
         """
         shaped = self.effective_rewards(rewards, rollout) - self.reward_center  # + C_1, Example 2
         if self.config.missing_eos_penalty is not None:
-            shaped = torch.where(rollout.ended, shaped, shaped - self.config.missing_eos_penalty)
+            ended = rollout.ended.view(-1, *[1] * (rewards.dim() - 1))
+            shaped = torch.where(ended, shaped, shaped - self.config.missing_eos_penalty)
         if self.config.reward_clip is not None:
             shaped = shaped.clamp(-self.config.reward_clip, self.config.reward_clip)
         return shaped
@@ -184,12 +195,13 @@ class PPOTrainer:
     def with_advantages(self, parts: Sequence[Judged], old: Sequence[Scores]) -> list[Experience]:
         """Steps 7 and 8: token rewards, then advantages and returns, for all micro-batches."""
         config = self.config
-        advantages, returns = [], []
+        judged, advantages, returns = [], [], []
         for part, scores in zip(parts, old, strict=True):
             mask = part.rollout.response_mask
             # 7. The marginal R + πR′ (eq. 3.6) on each token, r(x, y) on the last one.
             marginal = self.regularizer.marginal(scores.logp, part.ref_logp, mask)
-            token_rewards = ppo.place_rewards(marginal.per_token, part.rewards, mask)
+            judged.append(self.under_one_reward(part, marginal))
+            token_rewards = ppo.place_rewards(marginal.per_token, judged[-1].rewards, mask)
             # 8. Advantages and returns: RLOO, or GAE with the critic's values.
             if self.critic is None:
                 a, r = ppo.leave_one_out(token_rewards, mask, config.num_generations)
@@ -205,8 +217,15 @@ class PPOTrainer:
         )
         return [
             Experience(part.rollout, part.rewards, part.ref_logp, scores, a, r)
-            for part, scores, a, r in zip(parts, old, normalized, returns, strict=True)
+            for part, scores, a, r in zip(judged, old, normalized, returns, strict=True)
         ]
+
+    def under_one_reward(self, part: Judged, marginal: Marginal) -> Judged:
+        """The micro-batch, with the rewards of the mixture in place of those of its groups."""
+        if self.mixture is None:
+            return part
+        credit, prompts = marginal.per_token.sum(-1), part.rollout.prompts
+        return replace(part, rewards=self.mixture.rewards(part.rewards, credit, prompts))
 
     def take_steps(
         self,

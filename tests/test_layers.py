@@ -13,41 +13,43 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("training", "step1_sft", "step2_reward", "step3_rlhf")
 
 LAYERS = """
-step1_sft step2_reward step2_reward.calibrate step3_rlhf step3_rlhf.benchmark
+step1_sft step2_reward step2_reward.btl_fit step2_reward.calibrate step3_rlhf step3_rlhf.benchmark
 step3_rlhf.benchmark.shapes step3_rlhf.benchmark.trl_ppo step3_rlhf.chat step3_rlhf.chat.settings
 step3_rlhf.classes step3_rlhf.direct step3_rlhf.evaluation step3_rlhf.evaluation.metrics
-step3_rlhf.evaluation.responses step3_rlhf.generation step3_rlhf.paper step3_rlhf.paper.grid
-step3_rlhf.paper.grid.paper_models step3_rlhf.paper.pages step3_rlhf.paper.quickstart
-step3_rlhf.paper.quickstart.machine step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards
-training training.data.batches training.data.tally training.deferred training.errors
-training.launch training.launch.process training.models training.models.decoding
-training.models.decoding.cache training.models.decoding.few_rows training.models.families
-training.models.families.generation training.models.families.own_head training.models.logprobs
-training.models.plackett_luce training.runtime training.runtime.averaging training.runtime.disk
-training.runtime.extensions training.runtime.json_text training.runtime.random_states
-training.runtime.weights training.statistics training.world training.world.topics
+step3_rlhf.generation step3_rlhf.paper step3_rlhf.paper.grid step3_rlhf.paper.grid.paper_models
+step3_rlhf.paper.pages step3_rlhf.paper.quickstart step3_rlhf.paper.quickstart.machine
+step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards training training.data.batches
+training.data.tally training.deferred training.errors training.launch training.launch.process
+training.models training.models.decoding training.models.decoding.cache
+training.models.decoding.few_rows training.models.families training.models.families.generation
+training.models.families.own_head training.models.logprobs training.models.plackett_luce
+training.runtime training.runtime.averaging training.runtime.disk training.runtime.extensions
+training.runtime.json_text training.runtime.random_states training.runtime.weights
+training.statistics training.world training.world.topics
 
 step2_reward.calibrate.temperature step2_reward.losses step3_rlhf.benchmark.measure
-step3_rlhf.chat.shares step3_rlhf.direct.loss step3_rlhf.evaluation.pairs step3_rlhf.ppo
-step3_rlhf.response_sets training.config training.data.chat_template training.data.fields
-training.deepspeed_section training.launch.gpus training.launch.launcher training.launch.lock
-training.memory training.models.families.noise training.models.packing training.plotting
-training.plugins training.runtime.ranks training.world.population training.world.prompts
+step3_rlhf.chat.shares step3_rlhf.direct.loss step3_rlhf.ppo step3_rlhf.response_sets
+training.config training.data.chat_template training.data.fields training.deepspeed_section
+training.launch.gpus training.launch.launcher training.launch.lock training.memory
+training.models.families.noise training.models.packing training.plotting training.plugins
+training.runtime.ranks training.world.population training.world.prompts
 
 step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments step3_rlhf.chat.bars
 step3_rlhf.paper.quickstart.shares step3_rlhf.regularizers.classes step3_rlhf.rewards.calibration
-training.data.messages training.data.settings training.models.hidden_states
-training.models.pretrained training.runtime.faults training.runtime.signals
-training.runtime.tracking training.settings_reference training.world.base_model
+step3_rlhf.rewards.mixture training.data.messages training.data.settings
+training.models.hidden_states training.models.pretrained training.runtime.faults
+training.runtime.signals training.runtime.tracking training.settings_reference
+training.world.base_model
 
-step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.base training.data.cutting
-training.data.files training.data.formats training.data.split training.models.checks
-training.models.scalar training.stage_config training.world.files
+step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.base
+training.data.cutting training.data.files training.data.formats training.data.split
+training.models.checks training.models.scalar training.stage_config training.world.files
 
-step3_rlhf.chat.sources step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.log_linear
-step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality step3_rlhf.regularizers.optimum
-step3_rlhf.regularizers.solvers training.data.records training.data.templates training.models.lora
-training.models.options training.runtime.engine training.runtime.resume training.world.__main__
+step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.paper.quickstart.findings
+step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality
+step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers training.data.records
+training.data.templates training.models.lora training.models.options training.runtime.engine
+training.runtime.resume training.world.__main__
 
 step3_rlhf.paper.quickstart.table1 step3_rlhf.regularizers.divergences
 step3_rlhf.regularizers.links step3_rlhf.regularizers.truncation training.data.tokens

@@ -58,6 +58,7 @@ class DirectConfig(SupervisedConfig, AlignmentConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
+        found += self.reward.mixture_faults(self.regularizer) if self.reward else []
         if self.regularizer.is_flat:
             found.append(
                 f"regularizer: the marginal of {self._spelled_regularizer} does not change with "

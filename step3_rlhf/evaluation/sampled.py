@@ -210,7 +210,8 @@ def respond(
             class_logp = models.class_logp(rollout)
             if rewards is not None:
                 marginal = regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1)
-                credit = regularizer.effective_reward(rewards, class_logp) + marginal
+                effective = regularizer.effective_reward(rewards, class_logp)
+                credit = effective + marginal.view(-1, *[1] * (rewards.dim() - 1))
             natural = regularizer.natural(ref_logp, mask, class_logp)
         columns += [credit, natural]
         if not from_reference:

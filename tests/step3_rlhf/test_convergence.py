@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def llama_config() -> LlamaConfig:
 
 def trainer_for(
     regularizer: dict[str, object],
-    reward: TableReward,
+    reward: "TableReward | TwoGroups",
     seed: int,
     iterations: int,
     **changes: object,
@@ -264,6 +265,48 @@ def test_ppo_reaches_the_optimum_of_opinions(tmp_path: Path) -> None:
     check("conditional_pm-class", regularizer, largest=0.05)
 
 
+class TwoGroups:
+    """The rewards [B, 2] of two groups of people with independent tastes, twice as strong."""
+
+    def __init__(self, seed: int) -> None:
+        self.groups = [TableReward(seed), TableReward(seed + 100)]
+        for group in self.groups:
+            group.table *= 2
+        self.table = 0.3 * self.groups[0].table + 0.7 * self.groups[1].table  # the weighted sum's
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        return torch.stack([group(rollout) for group in self.groups], dim=-1)
+
+
+def check_mixture(iterations: int, **changes: object) -> None:
+    """A policy under conditional PM ends at the mixture of what two groups want."""
+    groups = [{"model_name_or_path": f"owner/{k}", "share": s} for k, s in (("a", 0.3), ("b", 0.7))]
+    reward, regularizer = TwoGroups(SEED), QUICK["conditional_pm-token"]
+    changes = {"num_generations": 4, "reward": {"mixture": groups}} | changes
+    trainer = trainer_for(regularizer, reward, SEED, iterations, **changes)
+    for number in range(iterations):
+        trainer.iteration(number)
+    found = []
+    for number, (logp, responses) in enumerate(log_policies(trainer, trainer.actor.module)):
+        tables = [group.table[number].double() for group in reward.groups]
+        optima = [optimum(trainer.regularizer, replace(responses, rewards=own)) for own in tables]
+        target = (0.3 * optima[0].exp() + 0.7 * optima[1].exp()).log()
+        found.append(total_variation(logp, target))
+    distance = torch.stack(found).mean()
+    pooled = distances(trainer, trainer.actor.module).mean()
+    print(
+        f"{trainer.config.algorithm}: TV to the mixture {distance:.3f}, to the sum's {pooled:.3f}"
+    )
+    assert distance <= LARGEST_TV
+    assert pooled > 1.5 * LARGEST_TV
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("process_group")
+def test_ppo_reaches_the_mixture_of_two_groups() -> None:
+    check_mixture(ITERATIONS)
+
+
 RLOO: dict[str, object] = {"advantage_estimator": "rloo", "critic": None, "num_generations": 8}
 
 
@@ -279,6 +322,12 @@ def test_rloo_reaches_the_optimum(name: str) -> None:
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_rloo_reaches_the_optimum_slow(name: str) -> None:
     check(name, (QUICK | SLOW)[name], MORE_ITERATIONS, largest=0.05, **RLOO)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+def test_rloo_reaches_the_mixture_of_two_groups() -> None:
+    check_mixture(MORE_ITERATIONS, **RLOO)
 
 
 @pytest.mark.slow

@@ -47,6 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     write_world(output_dir, seed, sizes)
+    if sizes.groups > 1:
+        print(f"{len(TOPICS)} topics, on which two groups disagree, written to {output_dir}")
+        return
     bias = np.mean([kl_bias(topic) for topic in TOPICS])
     print(f"{len(TOPICS)} topics written to {output_dir}; KL's bias (mean TV): {bias:.3f}")
 
