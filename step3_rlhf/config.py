@@ -103,6 +103,8 @@ class RewardSettings(StrictModel):
         """What speaks against a mixture under this regularizer."""
         if not self.mixture or regularizer is None:
             return []
+        if regularizer.response_classes is not None:
+            return ["reward.mixture: not together with classes of responses"]
         if regularizer.is_log_linear and regularizer.effective_reward_name == "rewards":
             return []
         return [

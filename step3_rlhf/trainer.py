@@ -73,12 +73,12 @@ class PPOTrainer:
         if config.ema_decay is not None:
             self.averages["actor_ema"] = AveragedWeights(actor.module, config.ema_decay)
         self.regularizer = config.regularizer
+        self.classes = class_shares(config.regularizer, reference, tokenizer, config)
         self.mixture = None
         if config.reward.mixture:
             self.mixture = Mixture(
                 config.reward.shares, self.regularizer.coefficient, config.num_generations
             )
-        self.classes = class_shares(config.regularizer, reference, tokenizer, config)
         self.clock = Clock()
         self.reward_center = 0.0
         """Mean reward of the reference policy, −C_1 of Example 2, subtracted from every reward."""

@@ -100,11 +100,10 @@ def measure_set(
             targets["optimum"] = mixed(torch.stack(known, dim=-1), shares)
     if finite.population is not None:
         targets["population"] = torch.tensor(finite.population).double().log()
-    choice = None
-    if regularizer and rewards is not None and not config.group_shares:
+    if rewards is not None and regularizer and not config.group_shares:
         choice = regularizer.log_choice(rewards)
-    if choice is not None:
-        targets["choice"] = choice
+        if choice is not None:
+            targets["choice"] = choice
     entry: dict[str, Any] = {
         "prompt": finite.prompt,
         "topic": finite.topic,

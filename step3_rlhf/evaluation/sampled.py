@@ -211,7 +211,7 @@ def respond(
             if rewards is not None:
                 marginal = regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1)
                 effective = regularizer.effective_reward(rewards, class_logp)
-                credit = effective + (marginal if rewards.dim() == 1 else marginal[:, None])
+                credit = effective + marginal.view(-1, *[1] * (rewards.dim() - 1))
             natural = regularizer.natural(ref_logp, mask, class_logp)
         columns += [credit, natural]
         if not from_reference:

@@ -2,13 +2,13 @@
 
     python -m step3_rlhf.paper.analytic_figures OUT_DIR
 
-writes figure2.png, figure2_f_divergences.png, figure9.png, two_groups.png and figure_length.png, of
-which length_figure.py draws the last.
+writes figure2.png, figure2_f_divergences.png, figure9.png, two_groups.png and figure_length.png.
 
 The first three show two responses y_1 and y_2 to one prompt. The horizontal axis is the reward
 model's preference p_reward(y_1) = σ(r_1 − r_2), the vertical axis the optimal policy's π*(y_1). A
 policy that matches preferences lies on the diagonal. The fourth, which the paper does not have,
-shows three responses on which two groups of people disagree.
+shows three responses on which two groups of people disagree; the last one is described in
+length_figure.py.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m step3_rlhf.paper.analytic_figures",
         description="Draw the paper's analytic figures (2, 2 for f-divergences, and 9) as PNGs, "
-        "what two groups of people with opposite tastes lead to, and the length of answers.",
+        "and what two groups of people with opposite tastes, and the length of answers, lead to.",
     )
     parser.add_argument("directory", type=Path, help="where the figures go")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")

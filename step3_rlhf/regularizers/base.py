@@ -58,8 +58,7 @@ class Regularizer(StrictModel, ABC):
         the regularizer says otherwise.
 
         Args:
-            rewards: [batch] r(x, y), as the reward source gave them; of a mixture of groups
-                [batch, groups], as is the result.
+            rewards: [batch] r(x, y), as the reward source gave them.
             class_logp: [batch] log π_ref(c(y)|x), nats, of each response's class; −inf outside
                 every class. None: responses have no classes.
         """

@@ -192,8 +192,7 @@ class ConditionalPM(LogLinear):
             return rewards
         class_logp = _known(class_logp)
         inside = self._is_natural_class(class_logp)
-        bonus = -self.beta * torch.where(inside, class_logp, 0.0).to(rewards)
-        return rewards + (bonus if rewards.dim() == 1 else bonus[:, None])
+        return rewards - self.beta * torch.where(inside, class_logp, 0.0).to(rewards)
 
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         ref_logp = torch.where(mask, ref_logp, 0.0)

@@ -255,6 +255,16 @@ def test_ppo_reaches_the_optimum(name: str) -> None:
     check(name, QUICK[name])
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("process_group")
+def test_ppo_reaches_the_optimum_of_opinions(tmp_path: Path) -> None:
+    lines = ({"prompt": f"p{number}", "classes": OPINIONS} for number in range(len(PROMPTS)))
+    (tmp_path / "key.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    classes = {"answer_key": str(tmp_path / "key.jsonl")}
+    regularizer = {"name": "conditional_pm", "level": "class", "classes": classes}
+    check("conditional_pm-class", regularizer, largest=0.05)
+
+
 class TwoGroups:
     """The rewards [B, 2] of two groups of people with independent tastes, twice as strong."""
 
@@ -295,16 +305,6 @@ def check_mixture(iterations: int, **changes: object) -> None:
 @pytest.mark.usefixtures("process_group")
 def test_ppo_reaches_the_mixture_of_two_groups() -> None:
     check_mixture(ITERATIONS)
-
-
-@pytest.mark.long
-@pytest.mark.usefixtures("process_group")
-def test_ppo_reaches_the_optimum_of_opinions(tmp_path: Path) -> None:
-    lines = ({"prompt": f"p{number}", "classes": OPINIONS} for number in range(len(PROMPTS)))
-    (tmp_path / "key.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    classes = {"answer_key": str(tmp_path / "key.jsonl")}
-    regularizer = {"name": "conditional_pm", "level": "class", "classes": classes}
-    check("conditional_pm-class", regularizer, largest=0.05)
 
 
 RLOO: dict[str, object] = {"advantage_estimator": "rloo", "critic": None, "num_generations": 8}

@@ -37,9 +37,9 @@ def test_a_flat_marginal_is_refused(
 
 
 def test_classes_are_refused(config: Callable[..., DirectConfig]) -> None:
-    classes = {"name": "conditional_pm", "alpha": 0.1, "classes": {"lengths": [4, 8]}}
+    classes = {"name": "conditional_pm", "level": "class", "classes": {"lengths": [4, 8]}}
     with pytest.raises(UserError, match=r"regularizer\.classes: a class's share"):
-        config(regularizer=classes | {"level": "sequence"})
+        config(regularizer=classes)
 
 
 @pytest.mark.parametrize("reward", [None, {"function": "operator:add"}])

@@ -67,7 +67,7 @@ def test_grid_lies_inside_and_is_symmetric() -> None:
 def test_command_draws_every_figure(tmp_path: Path) -> None:
     figures.main([str(tmp_path / "new")])
     written = {path.name: path for path in (tmp_path / "new").iterdir()}
-    names = ("figure2", "figure2_f_divergences", "figure9", "figure_length", "two_groups")
+    names = ("figure2", "figure2_f_divergences", "figure9", "two_groups", "figure_length")
     assert set(written) == {f"{name}.png" for name in names}
     for path in written.values():
         assert path.read_bytes().startswith(b"\x89PNG")

@@ -230,6 +230,11 @@ def test_a_mixture_is_read(stage_settings: Any) -> None:
         ),
         (
             GROUPS,
+            {"regularizer": {"name": "generalized_pl", "g": "softplus", "target": "luce"}},
+            "reward.mixture: generalized_pl cannot have",
+        ),
+        (
+            GROUPS,
             {"regularizer": {"name": "pm", "beta": "calibrated"}},
             '"calibrated" needs a single reward model',
         ),
