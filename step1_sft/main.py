@@ -6,6 +6,7 @@ Writes `model/` (AutoModelForCausalLM, tokenizer included), `metrics.jsonl` and 
 """
 
 import math
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -16,6 +17,7 @@ from training.cli import prepare_output, run_stage
 from training.data import SequenceBatch, Split, collate_texts
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations, logits
+from training.models.card import PAPER, Card, figures_of, supervised_training, write_card
 from training.models.checks import check_positions
 from training.models.export import export
 from training.models.loading import load_policy
@@ -79,10 +81,25 @@ def main(config: SFTConfig) -> None:
     with stop_requests.deferred():
         tested = fitting.fit(config, trained, task, fitting.EarlyStopping(), description="SFT")
         export(policy.model, tokenizer, output / "model")
+        write_card(output / "model", card_of(config, tested))
     say(
         f"SFT is done: test loss {tested['test/loss']:.4f} nats per token, perplexity "
         f"{tested['test/perplexity']:.3f}\n  model:   {output / 'model'}\n"
         f"  metrics: {output / 'metrics.jsonl'}"
+    )
+
+
+def card_of(config: SFTConfig, tested: dict[str, float]) -> Card:
+    """What the model's card says."""
+    return Card(
+        title=Path(config.output_dir).name,
+        summary="A language model that learned responses by supervised fine-tuning (SFT), the "
+        f"first stage of [preference-matching RLHF]({PAPER}).",
+        task="text-generation",
+        base_model=config.model_name_or_path,
+        training=supervised_training(config),
+        evaluated_on="On held-out texts by which nothing was chosen, in nats per token:",
+        figures=figures_of(tested, ["test/loss", "test/perplexity"]),
     )
 
 

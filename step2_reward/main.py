@@ -25,6 +25,7 @@ from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, Split, collate_groups, response_end
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations
+from training.models.card import PAPER, Card, figures_of, supervised_training, write_card
 from training.models.checks import check_positions
 from training.models.export import export
 from training.models.loading import load_scalar_model
@@ -184,11 +185,29 @@ def main(config: RewardConfig) -> None:
 
     with stop_requests.deferred():
         tested = fitting.fit(config, trained, task, stopping, save_best, "reward model")
+        write_card(output / "model", card_of(config, tested))
     say(
         f"The reward model is done: on the test prompts, {summary(tested)}\n"
         f"  model:       {output / 'model'}\n"
         f"  calibration: {output / 'evaluation.json'}\n"
         f"  metrics:     {output / 'metrics.jsonl'}"
+    )
+
+
+def card_of(config: RewardConfig, tested: dict[str, float]) -> Card:
+    """What the model's card says."""
+    names = ["test/accuracy", "test/log_loss", "test/ece"]
+    return Card(
+        title=Path(config.output_dir).name,
+        summary="A reward model that learned people's comparisons or rankings "
+        "(Bradley–Terry–Luce, Plackett–Luce), the second stage of "
+        f"[preference-matching RLHF]({PAPER}). Its single label is the reward of a dialogue's last "
+        "response.",
+        task="text-classification",
+        base_model=config.model_name_or_path,
+        training=supervised_training(config),
+        evaluated_on="On held-out comparisons by which nothing was chosen; log-loss in nats:",
+        figures=figures_of(tested, names),
     )
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from step3_rlhf.checks import check_answer_key, check_models, readable_records
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.dry_run import dry_run
+from step3_rlhf.evaluation.card import policy_card
 from step3_rlhf.evaluation.held_out import HeldOut, load_held_out
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
 from step3_rlhf.evaluation.resume import FinishedBlocks, fingerprint
@@ -32,6 +33,7 @@ from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
 from training.errors import Stopped, UserError
 from training.fitting import announce_resume, require_evaluation
+from training.models.card import write_card
 from training.models.export import export
 from training.models.loading import load_policy, load_scalar_model
 from training.models.lora import WithoutAdapter
@@ -87,6 +89,7 @@ def main(config: PPOConfig) -> None:
         models_of(trainer), held_out, config.regularizer, evaluation, finished
     )
     write_evaluation(figures, instances, output)
+    write_card(output / "actor", policy_card(config, config.regularizer, config.algorithm, figures))
     finished.remove()
     written = {name: output / name for name in [*trainer.trained, *trainer.averages]}
     written |= {"evaluation": output / "evaluation.json", "metrics": output / "metrics.jsonl"}

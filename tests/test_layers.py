@@ -48,8 +48,8 @@ training.models.checks training.models.scalar training.stage_config training.wor
 step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.paper.quickstart.findings
 step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality
 step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers training.data.records
-training.data.templates training.models.lora training.models.options training.runtime.engine
-training.runtime.resume training.world.__main__
+training.data.templates training.models.card training.models.lora training.models.options
+training.runtime.engine training.runtime.resume training.world.__main__
 
 step3_rlhf.paper.quickstart.table1 step3_rlhf.regularizers.divergences
 step3_rlhf.regularizers.links step3_rlhf.regularizers.truncation training.data.tokens
@@ -98,9 +98,9 @@ step3_rlhf.evaluation.sampled
 
 step3_rlhf.evaluation.measure step3_rlhf.paper.quickstart.report_json
 
-step3_rlhf.evaluation.run step3_rlhf.main step3_rlhf.paper.quickstart.__main__
+step3_rlhf.evaluation.card step3_rlhf.evaluation.run step3_rlhf.paper.quickstart.__main__
 
-step3_rlhf.direct.main step3_rlhf.evaluation.__main__
+step3_rlhf.direct.main step3_rlhf.evaluation.__main__ step3_rlhf.main
 """
 
 

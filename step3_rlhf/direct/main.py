@@ -7,6 +7,7 @@ Writes into output_dir: `actor/` (a Hugging Face directory, tokenizer included),
 """
 
 import gc
+import json
 from pathlib import Path
 
 from step3_rlhf.config import EvaluationConfig
@@ -15,12 +16,14 @@ from step3_rlhf.direct.comparisons import Comparisons
 from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.direct.dry_run import dry_run
 from step3_rlhf.direct.task import DirectOptimization
+from step3_rlhf.evaluation.card import policy_card
 from step3_rlhf.evaluation.run import read_held_out
 from step3_rlhf.evaluation.run import run as evaluate
 from step3_rlhf.evaluation.settings import settings_of_run
 from step3_rlhf.roles import roles_of
 from training import fitting
 from training.cli import prepare_output, run_stage
+from training.models.card import write_card
 from training.models.export import export
 from training.models.loading import load_policy
 from training.models.options import LoadOptions
@@ -37,6 +40,9 @@ def main(config: DirectConfig) -> None:
     output = Path(config.output_dir)
     say(f"Evaluating; if this is stopped, `bash scripts/evaluate.sh {output}` resumes it")
     evaluate(settings_of_run(str(output)))
+    figures = json.loads((output / "evaluation.json").read_text())
+    algorithm = "direct optimization of comparisons"
+    write_card(output / "actor", policy_card(config, config.regularizer, algorithm, figures))
     say(
         f"Direct optimization with {config.regularizer.name} is done: on the test comparisons, "
         f"loss {tested['test/loss']:.4f} nats, accuracy {tested['test/rewards/accuracies']:.3f}, "

@@ -83,6 +83,11 @@ class Regularizer(StrictModel, ABC):
         """[K] float64 log-probabilities (nats) of the optimum on a finite set; see optimum.py."""
         raise NoOptimumError(f"{self.name}: {type(self).__name__} does not state its optimum")
 
+    @property
+    def optimum_formula(self) -> str:
+        """The optimal policy π*(y|x), for people to read."""
+        return f"that of {type(self).__name__}"
+
     def natural(
         self, ref_logp: Tensor, mask: Tensor, class_logp: Tensor | None = None
     ) -> Tensor | None:

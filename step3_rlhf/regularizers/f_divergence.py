@@ -57,6 +57,10 @@ class FDivergence(Regularizer):
     it leaves the optimum untouched. The others are never bounded. The reported value takes
     |log u| as 80 nats where it is more, so that it stays finite in float32."""
 
+    @property
+    def optimum_formula(self) -> str:
+        return f"π_ref·(f′)⁻¹((r − λ)/β), f of {self.divergence}, β = {self.beta:g} (eq. 5.3)"
+
     @model_validator(mode="after")
     def _alpha_where_it_belongs(self) -> "FDivergence":
         if (self.divergence == "alpha_divergence") != (self.alpha is not None):

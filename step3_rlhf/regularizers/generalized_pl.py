@@ -57,6 +57,12 @@ class GeneralizedPL(Regularizer):
     π → 1. The optimum stays where it is unless a response exceeds π = 1/(1 + e^{−max_marginal/β})
     there."""
 
+    @property
+    def optimum_formula(self) -> str:
+        if self.target == "luce":
+            return f"g(r/β)/Σ g(r/β), g = {self.g}, β = {self.beta:g}"
+        return f"g((r + λ)/β), g = {self.g}, β = {self.beta:g}, λ from Σπ = 1 (Theorem 3)"
+
     @model_validator(mode="after")
     def _exponent_where_it_belongs(self) -> "GeneralizedPL":
         if (self.g == "power") != (self.exponent is not None):

@@ -66,6 +66,10 @@ class KL(LogLinear):
     name: Literal["kl"] = "kl"
 
     @property
+    def optimum_formula(self) -> str:
+        return f"∝ π_ref(y|x)·e^{{r/β}}, β = {self.beta:g}: biased by π_ref (eq. 5.1)"
+
+    @property
     def weighs_tokens(self) -> bool:
         return True
 
@@ -84,6 +88,10 @@ class PreferenceMatching(LogLinear):
     name: Literal["pm"] = "pm"
     c2: float = 0.0
     """C_2 of eq. (3.8), in units of reward."""
+
+    @property
+    def optimum_formula(self) -> str:
+        return f"softmax(r/β) over all responses, β = {self.beta:g} (eq. 3.2)"
 
     @property
     def weighs_tokens(self) -> bool:
@@ -109,6 +117,10 @@ class MaximumEntropy(LogLinear):
     name: Literal["maximum_entropy"] = "maximum_entropy"
     tau: Positive = 1.0
     """Weight of the entropy, in units of reward per nat, in place of beta, which stays 1."""
+
+    @property
+    def optimum_formula(self) -> str:
+        return f"softmax(r/τ) over all responses, τ = {self.tau:g}"
 
     @model_validator(mode="after")
     def _only_tau(self) -> "MaximumEntropy":
@@ -160,6 +172,15 @@ class ConditionalPM(LogLinear):
     """The same weight as a logarithm in nats."""
     classes: ClassSettings | None = None
     """Class level: what makes two responses the same opinion."""
+
+    @property
+    def optimum_formula(self) -> str:
+        among = {
+            "token": "responses whose tokens all reach the threshold",
+            "sequence": "responses that reach the threshold",
+            "class": "opinions that reach the threshold",
+        }[self.level]
+        return f"softmax(r/β) among {among}, β = {self.beta:g}; ∝ w·e^{{r/β}} elsewhere (eq. 4.1)"
 
     @model_validator(mode="after")
     def _one_threshold(self) -> "ConditionalPM":
@@ -241,6 +262,10 @@ class KLInterpolation(LogLinear):
     name: Literal["kl_interpolation"] = "kl_interpolation"
     kappa: Fraction
     """Exponent of the reference: 0 is pm, 1 is kl."""
+
+    @property
+    def optimum_formula(self) -> str:
+        return f"∝ π_ref(y|x)^κ·e^{{r/β}}, κ = {self.kappa:g}, β = {self.beta:g}"
 
     @property
     def weighs_tokens(self) -> bool:

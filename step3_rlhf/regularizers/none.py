@@ -16,6 +16,10 @@ class NoRegularizer(Regularizer):
     name: Literal["none"] = "none"
 
     @property
+    def optimum_formula(self) -> str:
+        return "all on the response of highest reward"
+
+    @property
     def is_flat(self) -> bool:
         return True
 

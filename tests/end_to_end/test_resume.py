@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from step1_sft import main as sft
@@ -109,6 +110,10 @@ def test_resumed_equals_uninterrupted(stage: str, run: Run) -> None:
     whole = {name: load_file(output / name / "model.safetensors") for name in exports}
     metrics = metrics_of(output)
     assert len(metrics) == 6
+
+    for name in exports:
+        if name in ("model", "actor"):
+            assert "| figure | mean |" in ModelCard.load(output / name / "README.md").text
 
     kill_after(output, 2, exports)
     run(stage, resume_from_checkpoint="latest")

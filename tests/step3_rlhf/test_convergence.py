@@ -76,6 +76,21 @@ SLOW = {
 }  # fmt: skip
 OPINIONS = {"yes": ["a", "a a"], "no": ["b", "b b", "b a", "a b"]}
 """An answer key of every prompt; the empty response and those that are cut have no class."""
+FURTHER = {
+    # Proposition 3.1: without a regularizer the best response gets everything.
+    "none": {"name": "none"},
+    "kl_interpolation": {"name": "kl_interpolation", "kappa": 0.5},
+    "conditional_pm-epsilon": {
+        "name": "conditional_pm", "alpha": 0.06, "level": "sequence", "epsilon": 0.01,
+    },
+    "reverse_kl": {"name": "f_divergence", "divergence": "reverse_kl", "beta": 0.5},
+    "alpha_divergence": {
+        "name": "f_divergence", "divergence": "alpha_divergence", "alpha": 0.5, "max_marginal": 6.0,
+    },
+    "hellinger": {"name": "f_divergence", "divergence": "hellinger", "max_marginal": 6.0},
+    "total_variation": {"name": "f_divergence", "divergence": "total_variation", "beta": 2.0},
+    "generalized_pl-sigmoid": {"name": "generalized_pl", "g": "sigmoid"},
+}  # fmt: skip
 CLOSE_TO_PM = {"pm", "generalized_pl-softplus"}
 SEED = int(os.environ.get("CONVERGENCE_SEED", "0"))
 """Another one proves the same of another reference, other rewards and other draws."""

@@ -576,3 +576,11 @@ def test_decreasing_root_is_found() -> None:
     assert decreasing_root(lambda x: 2.0 - x * x, 0.0, 2.0) == pytest.approx(2**0.5, rel=3e-16)
     assert decreasing_root(lambda x: -x, -1.0, 3.0) == pytest.approx(0.0, abs=1e-18)
     assert decreasing_root(lambda x: 1.0 - x, 1.0, 1.0) == 1.0
+
+
+@every([*SMOOTH, TOTAL_VARIATION, {"name": "none"}])
+def test_every_optimum_has_a_formula_for_people(config: dict[str, Any]) -> None:
+    """Model cards have it: more than the class's name, and the value of β where there is one."""
+    formula = at_beta(config, 0.75).optimum_formula
+    assert not formula.startswith("that of")
+    assert "0.75" in formula or config["name"] in ("none", "maximum_entropy")

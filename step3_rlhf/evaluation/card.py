@@ -1,0 +1,55 @@
+"""The model card of an aligned policy: its regularizer, what its optimum is, and its figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from step3_rlhf.config import AlignmentConfig
+from step3_rlhf.evaluation.measure import EXACT_SUMMARY, SUMMARY
+from step3_rlhf.regularizers import Regularizer
+from step3_rlhf.regularizers.registry import dump_regularizer
+from training.models.card import PAPER, Card, figures_of, sources_of
+
+
+def policy_card(
+    config: AlignmentConfig, regularizer: Regularizer, algorithm: str, figures: dict[str, Any]
+) -> Card:
+    """What the card of `actor/` says.
+
+    Args:
+        algorithm: how it was trained, for people to read.
+        figures: those of evaluation.json.
+    """
+    settings = {k: v for k, v in dump_regularizer(regularizer).items() if v is not None}
+    reference = config.reference_model_name_or_path or config.model_name_or_path
+    measured = {**figures, **figures.get("exact", {})}
+    return Card(
+        title=Path(config.output_dir).name,
+        summary=f"A policy that was aligned by {algorithm}, the third stage of "
+        f"[preference-matching RLHF]({PAPER}).",
+        task="text-generation",
+        base_model=config.model_name_or_path,
+        training={
+            "started from": f"`{config.model_name_or_path}`",
+            "reference π_ref": f"`{reference}`",
+            "rewards": rewards_of(config),
+            "regularizer": f"`{json.dumps(settings, ensure_ascii=False)}`",
+            "its optimum": regularizer.optimum_formula,
+            "data": sources_of([source.label for source in config.data.sources]),
+            "algorithm": algorithm,
+        },
+        evaluated_on=f"On prompts of the {figures['split']} split; "
+        "`evaluation.json` of the run has all figures, and the project's README of evaluation "
+        "defines them:",
+        figures=figures_of(measured, [*SUMMARY, *EXACT_SUMMARY]),
+    )
+
+
+def rewards_of(config: AlignmentConfig) -> str:
+    """Where the rewards came from."""
+    reward = config.reward
+    if reward is None:
+        return "none: people's comparisons themselves"
+    if reward.function:
+        return f"the function `{reward.function}`"
+    return sources_of([member.model_name_or_path for member in reward.weighted_models])
