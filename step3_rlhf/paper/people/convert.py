@@ -1,0 +1,188 @@
+"""ProtoQA's questions → the files that the three stages read."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from step3_rlhf.paper.people.phrasing import rephrased
+from step3_rlhf.paper.people.questions import Kept, Question
+from step3_rlhf.paper.people.records import (
+    Prior,
+    Record,
+    answers_elsewhere,
+    comparisons,
+    prompt,
+    ranking,
+    response_sets,
+    texts,
+)
+from training.data.split import stage_of, uniform
+from training.runtime.json_text import json_text
+
+PROPORTIONS = (0.2, 0.4, 0.4)
+"""Shares of the questions for SFT, the reward model and stage 3."""
+
+VALIDATION, TEST = 0.05, 0.10
+"""Shares of each stage's questions that are held out."""
+
+Part = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of the data is used."""
+
+    texts: int = 2
+    """Texts of each question for SFT, under people's prior."""
+    sft_questions: int | None = 800
+    """Questions that SFT learns; None is all of its share, as in the others."""
+    reward_questions: int | None = 800
+    """Questions that the reward model learns."""
+    rankings: int = 1
+    """Rankings of each of them."""
+    elsewhere: int = 1
+    """Answers of other questions that each ranking ends with."""
+    asked: int | None = 400
+    """Questions that stage 3 asks from its own share, beside the reward model's."""
+    held_out: int = 120
+    """Held-out questions of SFT and of the reward model, half of which choose the weights."""
+    measured: int = 120
+    """Questions of each held-out set that are measured."""
+    validation: int = 60
+    """Questions by which α is chosen."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The questions of each stage, in a random order."""
+
+    stages: dict[str, dict[Part, list[Question]]]
+
+    def of(self, stage: str, part: Part, limit: int | None = None) -> list[Question]:
+        return self.stages[stage][part][:limit]
+
+    def held_out(self, stage: str, limit: int) -> list[Question]:
+        """Validation and test together, which the stage itself divides by its own rule."""
+        return [*self.of(stage, "validation"), *self.of(stage, "test")][:limit]
+
+
+def split(questions: Iterable[Question], seed: int) -> Split:
+    """Each question belongs to one stage and, there, to training, validation or test.
+
+    Both are functions of the question's words and the seed alone, as the project's own split is.
+    """
+    stages: dict[str, dict[Part, list[Question]]] = {
+        stage: {"train": [], "validation": [], "test": []} for stage in ("sft", "reward", "ppo")
+    }
+    for question in sorted(questions, key=lambda question: uniform("order", seed, question.key)):
+        place = uniform("held out", seed, question.key)
+        part: Part = "train"
+        if place < VALIDATION + TEST:
+            part = "validation" if place < VALIDATION else "test"
+        stages[stage_of(question.key, PROPORTIONS, seed)][part].append(question)
+    return Split(stages)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Everything that the stages read, by the name of the file without .jsonl."""
+
+    records: dict[str, list[Record]]
+    counts: dict[str, int]
+
+
+def convert(
+    kept: Kept,
+    prior: Prior,
+    sizes: Sizes,
+    seed: int,
+    kind: Literal["rankings", "comparisons"] = "rankings",
+) -> Files:
+    """The records of every stage.
+
+    The held-out questions are `unseen` (stage 3's own, which no stage learns) and `seen`: questions
+    that the reward model and the policy learn, in words that none of them reads.
+    """
+    parts = split(kept.questions, seed)
+
+    def rewards(questions: list[Question]) -> list[Record]:
+        found: list[Record] = []
+        for question in questions:
+            for number in range(sizes.rankings):
+                others = answers_elsewhere(
+                    question, kept.questions, sizes.elsewhere, seed, number
+                )
+                if kind == "comparisons":
+                    found += comparisons(question, others, seed, sizes.rankings)
+                    break
+                found.append(ranking(question, others, seed, number))
+        return found
+
+    def written(questions: list[Question]) -> list[Record]:
+        return [text for question in questions for text in texts(question, prior, sizes.texts, seed)]
+
+    learned = parts.of("reward", "train", sizes.reward_questions)
+    asked = [*learned, *parts.of("ppo", "train", sizes.asked)]
+    unseen = [(question, question.text) for question in parts.of("ppo", "test", sizes.measured)]
+    seen, failures = reworded(learned, sizes.measured)
+    validation = parts.of("ppo", "validation", sizes.validation)
+    records = {
+        "texts": written(parts.of("sft", "train", sizes.sft_questions)),
+        "texts_eval": written(parts.held_out("sft", sizes.held_out)),
+        "rewards": rewards(learned),
+        "rewards_eval": rewards(parts.held_out("reward", sizes.held_out)),
+        "prompts": [prompt(question, question.text) for question in asked],
+        "prompts_eval": [prompt(question, text) for question, text in [*unseen, *seen]],
+        "sets_validation": [
+            entry for question in validation
+            for entry in response_sets(question, question.text, "validation")
+        ],
+        "prompts_validation": [prompt(question, question.text) for question in validation],
+        "sets": [
+            entry
+            for label, questions in (("unseen", unseen), ("seen", seen))
+            for question, text in questions
+            for entry in response_sets(question, text, label)
+        ],
+    }
+    counts = {
+        "read": kept.read,
+        **{f"left out: {reason}": count for reason, count in kept.left_out.items()},
+        "used": len(kept.questions),
+        **{f"{stage}: {part}": len(questions)
+           for stage, of in parts.stages.items() for part, questions in of.items()},
+        "learned by the reward model": len(learned),
+        "asked by stage 3": len(asked),
+        "unseen questions": len(unseen),
+        "seen questions in unseen words": len(seen),
+        "without a second phrasing, left out of these": failures,
+    }
+    return Files(records, counts)
+
+
+def reworded(questions: list[Question], limit: int) -> tuple[list[tuple[Question, str]], int]:
+    """The first questions with a second phrasing, and how many before the last had none."""
+    found: list[tuple[Question, str]] = []
+    failures = 0
+    taken = {question.text for question in questions}
+    for question in questions:
+        if len(found) == limit:
+            break
+        text = rephrased(question.text)
+        if text is None or text in taken:
+            failures += 1
+        else:
+            found.append((question, text))
+    return found, failures
+
+
+def write_files(files: Files, directory: Path, sizes: Sizes) -> None:
+    """Write the JSONL files, and counts.json beside them, which is written last."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, records in files.records.items():
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    counts = {"counts": files.counts, "sizes": asdict(sizes)}
+    (directory / "counts.json").write_text(json_text(counts))
