@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -122,34 +121,43 @@ def _parsed(lines: Iterable[Any], where: str) -> list[Question]:
 
 
 def parse(record: dict[str, Any]) -> Question:
-    """A question from ProtoQA's own schema.
+    """A question from ProtoQA's own schema, or from the columns that the Hub makes of it.
 
-    In its development files a cluster has the strings of several crowd workers. The board shows
+    In the development files a cluster has the strings of several crowd workers. The board shows
     the first, and people's answers are counted by cluster.
 
     Raises:
         KeyError, TypeError, ValueError: for another schema.
     """
-    clusters = record["answers"]["clusters"]
-    groups = list(clusters.values()) if isinstance(clusters, dict) else list(clusters)
+    if "answer-clusters" in record:
+        identity, text = record["id"], record["normalized-question"] or record["question"]
+        clusters = record["answer-clusters"]
+        if isinstance(clusters, dict):  # a list for each field
+            counted = list(zip(clusters["count"], clusters["answers"], strict=True))
+        else:
+            counted = [(cluster["count"], cluster["answers"]) for cluster in clusters]
+    else:
+        identity = record["metadata"]["id"]
+        text = record["question"].get("normalized") or record["question"]["original"]
+        clusters = record["answers"]["clusters"].values()
+        counted = [(cluster["count"], cluster["answers"]) for cluster in clusters]
+    return Question(str(identity), " ".join(text.split()), *_board(counted))
+
+
+def _board(
+    counted: list[tuple[int, list[str]]],
+) -> tuple[tuple[str, ...], tuple[int, ...], tuple[tuple[str, ...], ...]]:
+    """Answers, counts and strings, the most frequent answer first; equal answers are one."""
     found: dict[str, tuple[int, tuple[str, ...]]] = {}
-    for group in groups:
-        strings = tuple(dict.fromkeys(" ".join(answer.split()) for answer in group["answers"]))
-        count = int(group["count"])
-        if not strings or not all(strings) or count < 0 or not math.isfinite(count):
+    for count, answers in counted:
+        strings = tuple(dict.fromkeys(" ".join(answer.split()) for answer in answers))
+        if not strings or not all(strings) or count < 0:
             raise ValueError("a cluster needs answers and a count")
-        before = found.get(strings[0], (0, ()))
-        merged = tuple(dict.fromkeys(before[1] + strings))
-        found[strings[0]] = (before[0] + count, merged)
+        earlier, known = found.get(strings[0], (0, ()))
+        found[strings[0]] = (earlier + int(count), tuple(dict.fromkeys(known + strings)))
     ranked = sorted(found.items(), key=lambda item: -item[1][0])
-    text = record["question"].get("normalized") or record["question"]["original"]
-    return Question(
-        str(record["metadata"]["id"]),
-        " ".join(text.split()),
-        tuple(answer for answer, _ in ranked),
-        tuple(count for _, (count, _) in ranked),
-        tuple(strings for _, (_, strings) in ranked),
-    )
+    counts, groups = zip(*(entry for _, entry in ranked), strict=True)
+    return tuple(answer for answer, _ in ranked), counts, groups
 
 
 def _hub_records() -> list[dict[str, Any]]:
