@@ -75,7 +75,7 @@ def choose(evaluation: dict[str, Any], boards: Sequence[Board], instances: Any) 
         )
         for alpha in ALPHAS
     ]
-    outside = math.fsum(board.outside for board in known) / len(known)
+    outside = math.fsum(board.outside or 0.0 for board in known) / len(known)
     allowed = [c for c in candidates if c.outside_mass <= outside + OUTSIDE_MARGIN]
     best = (
         min(allowed, key=lambda c: c.tv_to_reward)
@@ -91,7 +91,7 @@ def candidate(
     """The means over questions, each a board with the reference's draws."""
     found = []
     for board, responses in questions:
-        ref_logp = (board.reference * (1 - board.outside)).clamp_min(1e-300).log()
+        ref_logp = (board.reference * (1 - (board.outside or 0.0))).clamp_min(1e-300).log()
         inside = log_weight(ref_logp, alpha) + board.rewards / beta
         off = [
             Drawn(response["ref_logp"], response["reward"])

@@ -1,6 +1,6 @@
 """A policy's answers to one question, exactly: its distribution over the board's answers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,16 @@ class Board:
     """r, in nats at β = 1."""
     optimum: Tensor | None
     """Of the run's own regularizer; None where it has none."""
-    outside: float
-    """The policy's probability of everything that is not on the board."""
+    outside: float | None
+    """The policy's probability of everything that is not on the board; None for a distribution
+    that has no such thing."""
     other_answers: float | None = None
     """The part of it that other strings have which count as answers; None where the data has no
     such strings."""
+
+    def giving(self, distribution: Tensor) -> "Board":
+        """The same board with another distribution [K] in the policy's place."""
+        return replace(self, policy=distribution, optimum=None, outside=None, other_answers=None)
 
 
 def boards_of(evaluation: dict[str, Any]) -> list[Board]:

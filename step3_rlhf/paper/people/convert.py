@@ -38,19 +38,19 @@ class Sizes:
     """Texts of each question for SFT, under people's prior."""
     sft_questions: int | None = 800
     """Questions that SFT learns; None is all of its share, as in the others."""
-    reward_questions: int | None = 800
+    reward_questions: int | None = 640
     """Questions that the reward model learns."""
     rankings: int = 1
     """Rankings of each of them."""
     elsewhere: int = 1
     """Answers of other questions that each ranking ends with."""
-    asked: int | None = 400
+    asked: int | None = 320
     """Questions that stage 3 asks from its own share, beside the reward model's."""
-    held_out: int = 120
+    held_out: int = 80
     """Held-out questions of SFT and of the reward model, half of which choose the weights."""
-    measured: int = 120
+    measured: int = 80
     """Questions of each held-out set that are measured."""
-    validation: int = 60
+    validation: int = 40
     """Questions by which α is chosen."""
 
 
@@ -111,9 +111,7 @@ def convert(
         found: list[Record] = []
         for question in questions:
             for number in range(sizes.rankings):
-                others = answers_elsewhere(
-                    question, kept.questions, sizes.elsewhere, seed, number
-                )
+                others = answers_elsewhere(question, kept.questions, sizes.elsewhere, seed, number)
                 if kind == "comparisons":
                     found += comparisons(question, others, seed, sizes.rankings)
                     break
@@ -121,7 +119,9 @@ def convert(
         return found
 
     def written(questions: list[Question]) -> list[Record]:
-        return [text for question in questions for text in texts(question, prior, sizes.texts, seed)]
+        return [
+            text for question in questions for text in texts(question, prior, sizes.texts, seed)
+        ]
 
     learned = parts.of("reward", "train", sizes.reward_questions)
     asked = [*learned, *parts.of("ppo", "train", sizes.asked)]
@@ -136,7 +136,8 @@ def convert(
         "prompts": [prompt(question, question.text) for question in asked],
         "prompts_eval": [prompt(question, text) for question, text in [*unseen, *seen]],
         "sets_validation": [
-            entry for question in validation
+            entry
+            for question in validation
             for entry in response_sets(question, question.text, "validation")
         ],
         "prompts_validation": [prompt(question, question.text) for question in validation],
@@ -151,8 +152,11 @@ def convert(
         "read": kept.read,
         **{f"left out: {reason}": count for reason, count in kept.left_out.items()},
         "used": len(kept.questions),
-        **{f"{stage}: {part}": len(questions)
-           for stage, of in parts.stages.items() for part, questions in of.items()},
+        **{
+            f"{stage}: {part}": len(questions)
+            for stage, of in parts.stages.items()
+            for part, questions in of.items()
+        },
         "learned by the reward model": len(learned),
         "asked by stage 3": len(asked),
         "unseen questions": len(unseen),

@@ -78,9 +78,7 @@ Figure = Callable[[Board], float | None]
 FIGURES: dict[str, Figure] = {
     "tv_to_people": lambda b: total_variation(b.policy, b.people),
     "tv_to_reward": lambda b: total_variation(b.policy, b.reward),
-    "tv_to_optimum": lambda b: (
-        None if b.optimum is None else total_variation(b.policy, b.optimum)
-    ),
+    "tv_to_optimum": lambda b: None if b.optimum is None else total_variation(b.policy, b.optimum),
     "reward_to_people": lambda b: total_variation(b.reward, b.people),
     "outside_mass": lambda b: b.outside,
     "other_answers": lambda b: b.other_answers,
@@ -140,12 +138,3 @@ def sampling_distance(people: Tensor, seed: int = 0) -> float:
     )
     shares = torch.stack([(draws == answer).double().mean(1) for answer in range(len(people))], 1)
     return (0.5 * (shares - people).abs().sum(1)).mean().item()
-
-
-REFERENCES: dict[str, Figure] = {
-    "uniform": lambda b: total_variation(uniform(b.people), b.people),
-    "majority": lambda b: total_variation(majority(b.people), b.people),
-    "squared": lambda b: total_variation(squared(b.people), b.people),
-    "other_people": lambda b: sampling_distance(b.people),
-}
-"""Total variation to people of what no model has to be trained for."""
