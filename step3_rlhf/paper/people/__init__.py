@@ -1,1 +1,1 @@
-"""Real people's answers as a population: `bash scripts/people.sh`, `python -m step3_rlhf.paper.people`."""
+"""Real people's answers as a population: the experiment of `bash scripts/people.sh`."""

@@ -2,16 +2,16 @@
 
     bash scripts/people.sh [--data PATH] [--output DIR] [--model NAME] [--seed N]
 
-SFT and a reward model are trained on people's answers, once; then KL-regularized RLHF and conditional
-preference matching, for every seed that the command is given. What is finished is not run again.
-report.html and report.json are written at the end, over all seeds in the folder.
+SFT and a reward model are trained on people's answers, once; then KL-regularized RLHF and
+conditional preference matching, for every seed that the command is given. What is finished is not
+run again. report.html and report.json are written at the end, over all seeds in the folder.
 """
 
 import argparse
 from pathlib import Path
 
 from step3_rlhf.paper.grid.launcher import Launcher
-from step3_rlhf.paper.people.report import write_report
+from step3_rlhf.paper.people.report.files import write_report
 from step3_rlhf.paper.people.runs import Experiment, run
 from training.cli import errors_end_cleanly
 from training.plotting import require_matplotlib

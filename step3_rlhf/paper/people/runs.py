@@ -12,9 +12,9 @@ from typing import Any
 from step3_rlhf.paper.grid.run import duration
 from step3_rlhf.paper.people.alpha import choose
 from step3_rlhf.paper.people.boards import boards_of
-from step3_rlhf.paper.people.convert import Sizes, convert, write_files
-from step3_rlhf.paper.people.questions import read_questions
-from step3_rlhf.paper.people.records import Prior
+from step3_rlhf.paper.people.data.convert import Sizes, convert, write_files
+from step3_rlhf.paper.people.data.questions import read_questions
+from step3_rlhf.paper.people.data.records import Prior
 from training.config import read_mapping
 from training.errors import RunError, UserError
 from training.runtime.json_text import json_text

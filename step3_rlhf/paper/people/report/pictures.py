@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from step3_rlhf.paper.people.boards import Board
-from step3_rlhf.paper.people.findings import GROUPS, Run
 from step3_rlhf.paper.people.measure import minority_share, top_share
-from step3_rlhf.paper.people.word_list import fit_to_show
+from step3_rlhf.paper.people.report.findings import GROUPS, Run
+from step3_rlhf.paper.people.report.word_list import fit_to_show
 from step3_rlhf.paper.quickstart.shares import abbreviated
 from training.plotting import KL, MUTED, PM, POPULATION, REFERENCE, REWARD, new_figure, style_axes
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from step3_rlhf.paper.people.findings import Findings
+from step3_rlhf.paper.people.report.findings import Findings
 from step3_rlhf.paper.quickstart.metrics import number
 from training.statistics import Estimate
 

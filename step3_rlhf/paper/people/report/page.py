@@ -5,12 +5,12 @@ from typing import Any
 
 from step3_rlhf.paper.pages import TEMPLATES, Sample, samples_of
 from step3_rlhf.paper.people.boards import Board
-from step3_rlhf.paper.people.findings import GROUPS, Findings, Row
 from step3_rlhf.paper.people.measure import MINORITY, SAMPLED_PEOPLE
-from step3_rlhf.paper.people.pictures import DISTRIBUTIONS
+from step3_rlhf.paper.people.report.findings import GROUPS, Findings, Row
+from step3_rlhf.paper.people.report.pictures import DISTRIBUTIONS
+from step3_rlhf.paper.people.report.targets import Target, targets
+from step3_rlhf.paper.people.report.word_list import BAWDY, fit_to_show
 from step3_rlhf.paper.people.reward_model import RewardModel
-from step3_rlhf.paper.people.targets import Target, targets
-from step3_rlhf.paper.people.word_list import BAWDY, fit_to_show
 from step3_rlhf.paper.quickstart.machine import Machine
 from step3_rlhf.paper.quickstart.metrics import number
 from step3_rlhf.paper.quickstart.page import parameters
@@ -58,8 +58,8 @@ COLUMNS = (
     Column("pm_divergence", "PM divergence", "KL divergence, in nats, between the choices that the "
            "policy and the reward model make between two answers that the policy draws from the "
            "board (section 6.1); equal answers count as 0, so a collapsed policy has 0", True),
-    Column("pm_divergence_unequal", "PM divergence, unequal", "the same, given that the two answers "
-           "differ", True),
+    Column("pm_divergence_unequal", "PM divergence, unequal", "the same, given that the two "
+           "answers differ", True),
     Column("pm_divergence_reference", "PM divergence, reference's pairs", "the same over unequal "
            "pairs that SFT draws, from which no policy can hide", True),
     Column("entropy", "Entropy", "of the distribution over the board's answers, in nats"),

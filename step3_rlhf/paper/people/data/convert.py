@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from step3_rlhf.paper.people.phrasing import rephrased
-from step3_rlhf.paper.people.questions import Kept, Question
-from step3_rlhf.paper.people.records import (
+from step3_rlhf.paper.people.data.phrasing import rephrased
+from step3_rlhf.paper.people.data.questions import Kept, Question
+from step3_rlhf.paper.people.data.records import (
     Prior,
     Record,
     answers_elsewhere,

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from step3_rlhf.paper.people.questions import Question
+from step3_rlhf.paper.people.data.questions import Question
 
 Prior = Literal["people", "uniform"]
 """What SFT learns: answers in people's proportions, or each answer once."""

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from step3_rlhf.paper.pages import svg_uri
-from step3_rlhf.paper.people.findings import GROUPS, POLICIES, Findings, read_findings
 from step3_rlhf.paper.people.measure import FIGURES, measure
-from step3_rlhf.paper.people.page import Pictures, page
-from step3_rlhf.paper.people.pictures import draw_minorities, draw_panel, panel
-from step3_rlhf.paper.people.targets import targets
+from step3_rlhf.paper.people.report.findings import GROUPS, POLICIES, Findings, read_findings
+from step3_rlhf.paper.people.report.page import Pictures, page
+from step3_rlhf.paper.people.report.pictures import draw_minorities, draw_panel, panel
+from step3_rlhf.paper.people.report.targets import targets
 from step3_rlhf.paper.quickstart.machine import this_machine
 from step3_rlhf.paper.quickstart.metrics import number
 from training.plotting import reliability_diagram
@@ -17,8 +17,8 @@ from training.runtime.json_text import json_text
 from training.statistics import Estimate
 
 ESTIMAND = (
-    "means over questions of figures that are exact over each board's answers, after averaging over "
-    "seeds; 95 % intervals, for other questions drawn like these, with Student's t"
+    "means over questions of figures that are exact over each board's answers, after averaging "
+    "over seeds; 95 % intervals, for other questions drawn like these, with Student's t"
 )
 
 
