@@ -1,4 +1,4 @@
-"""Settings of stage 3: PPO, rollouts, reward sources, the regularizer, evaluation."""
+"""Settings of stage 3: PPO and RLOO, rollouts, reward sources, the regularizer, evaluation."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -200,8 +200,11 @@ class PPOConfig(StageConfig, AlignmentConfig):
     "calibrated": the temperature that `scripts/calibrate.sh` found for the reward model."""
     actor: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])
     """The actor's optimizer."""
-    critic: OptimizerSettings = Field(examples=[{"learning_rate": 1e-6}])
-    """The critic's optimizer."""
+    critic: OptimizerSettings | None = Field(default=None, examples=[{"learning_rate": 1e-6}])
+    """The critic's optimizer; "gae" needs it, "rloo" has no critic."""
+    advantage_estimator: Literal["gae", "rloo"] = "gae"
+    """Where a token's advantage comes from. "gae" trains a critic (PPO). "rloo" has none: the other
+    responses to the same prompt are the baseline, so num_generations must be 2 or more."""
 
     num_train_epochs: Positive = 1.0
     """Passes over the prompts."""
@@ -244,6 +247,15 @@ class PPOConfig(StageConfig, AlignmentConfig):
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Iterations between evaluations; 0 evaluates at the end only."""
 
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage_estimator == "gae"
+
+    @property
+    def algorithm(self) -> str:
+        """The name of the algorithm, for people to read."""
+        return "PPO" if self.has_critic else "RLOO"
+
     def local_rollout_size(self) -> int:
         """Responses that one process draws in one iteration."""
         return (
@@ -266,6 +278,13 @@ class PPOConfig(StageConfig, AlignmentConfig):
         found = super().faults()
         if self.critic_model_name_or_path:
             found += model_path_faults("critic_model_name_or_path", self.critic_model_name_or_path)
+        if self.has_critic and self.critic is None:
+            found.append(
+                'critic: missing; {"learning_rate": …} trains a critic, and '
+                'advantage_estimator="rloo" needs none'
+            )
+        if not self.has_critic:
+            found += self._rloo_faults()
         if self.lora is not None and self.lora.lora_dropout > 0:
             found.append(
                 "lora.lora_dropout: PPO scores what it trains, and dropout would score another "
@@ -291,8 +310,34 @@ class PPOConfig(StageConfig, AlignmentConfig):
             )
         return found
 
+    def _rloo_faults(self) -> list[str]:
+        """What contradicts advantage_estimator="rloo"."""
+        found = []
+        if self.num_generations < 2:
+            found.append(
+                "num_generations: rloo compares the responses to a prompt with one another, so 2 "
+                "or more are needed"
+            )
+        if self.advantage_normalization != "none":
+            found.append(
+                f"advantage_normalization: {self.advantage_normalization} does not go with rloo, "
+                "whose baseline is the other responses; at the optimum all advantages are 0, so "
+                "that a division by their standard deviation would be 0/0"
+            )
+        if self.gamma != 1.0:
+            found.append(
+                "gamma: rloo gives every token the credit of the whole response, so it is 1"
+            )
+        return found
+
     def warnings(self) -> list[str]:
         found = super().warnings()
+        if not self.has_critic:
+            of_critic = ["critic", "critic_model_name_or_path", "cliprange_value", "vf_coef", "lam"]
+            defaults = type(self).model_fields
+            unused = [name for name in of_critic if getattr(self, name) != defaults[name].default]
+            if unused:
+                found.append(f"{', '.join(unused)}: without effect, because rloo has no critic")
         if self.gamma != 1.0:
             found.append(f"gamma={self.gamma}: token penalties no longer add up to the sequence's")
         if self.reward_clip is not None:

@@ -19,9 +19,11 @@ def dry_run(config: PPOConfig, run: DryRun) -> None:
     roles = training_roles_of(config)
     check_models(config, roles, run.stand_in)
     actor = run.policy_shape(roles.policy, lora=True)
-    critic = run.scalar_shape(roles.critic, lora=True)
+    trained = [actor]
     run.add_trained("actor", actor)
-    run.add_trained("critic", critic)
+    if roles.critic is not None:
+        trained.append(run.scalar_shape(roles.critic, lora=True))
+        run.add_trained("critic", trained[-1])
     reference = actor
     if not roles.reference_is_adapted:
         reference = run.policy_shape(roles.reference)
@@ -49,7 +51,7 @@ def dry_run(config: PPOConfig, run: DryRun) -> None:
         )
     phases["drawing responses"] = _drawing(config, actor, settings, local, actor_divided)
     phases["scoring"] = _scoring(config, scoring)
-    phases["training"] = _training(config, actor, critic)
+    phases["training"] = _training(config, trained)
     phases["evaluating"] = _drawing(
         config, actor, evaluation, evaluation.rollout_batch_size, actor_divided
     )
@@ -79,19 +81,18 @@ def _scoring(config: PPOConfig, shapes: list[Shape]) -> dict[str, int]:
     }
 
 
-def _training(config: PPOConfig, actor: Shape, critic: Shape) -> dict[str, int]:
-    """Bytes that a micro-batch keeps for the backward passes of actor and critic."""
+def _training(config: PPOConfig, trained: list[Shape]) -> dict[str, int]:
+    """Bytes that a micro-batch keeps for the backward passes of the trained models."""
     rows = config.per_device_train_batch_size
     tokens = rows * (config.data.max_prompt_length + config.response_length)
     kept = [
         activations(shape, tokens, precision(config), config.gradient_checkpointing)
-        for shape in (actor, critic)
+        for shape in trained
     ]
     return {
-        "actor's activations": kept[0],
-        "critic's": kept[1],
+        **dict(zip(("actor's activations", "critic's"), kept, strict=False)),
         "logits": logits(
-            actor,
+            trained[0],
             rows * config.response_length,
             precision(config),
             kept=not config.gradient_checkpointing,
@@ -117,10 +118,11 @@ def _count_iterations(config: PPOConfig, run: DryRun, roles: TrainingRoles) -> N
         except ValueError as error:
             raise UserError(str(error)) from error
     steps = config.num_ppo_epochs * config.num_mini_batches
+    trained = ["actor", "critic"] if config.has_critic else ["actor"]
     length = config.data.max_prompt_length + config.response_length
     run.facts |= {
         "responses drawn": f"{drawn:,} in each iteration",
         "tokens per iteration": f"{drawn * length:,} at most, prompts included",
         "iterations": f"{count:,}" if count else f"prompts / {drawn:,} x num_train_epochs",
-        "optimizer steps": f"{steps} of actor and critic in each iteration",
+        "optimizer steps": f"{steps} of {' and '.join(trained)} in each iteration",
     }

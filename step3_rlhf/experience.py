@@ -24,7 +24,7 @@ class Scores:
     """The actor's and the critic's output at each response token (step 6)."""
 
     logp: Tensor  # [B, R] log π_t, nats
-    values: Tensor  # [B, R] value of the state before token t
+    values: Tensor  # [B, R] value of the state before token t; 0 where there is no critic
 
     def detached(self) -> "Scores":
         return Scores(self.logp.detach(), self.values.detach())

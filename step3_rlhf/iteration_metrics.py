@@ -41,7 +41,7 @@ class IterationMetrics:
         new: Scores,
         entropy: Tensor,
         policy: ClippedLoss,
-        value: ClippedLoss,
+        value: ClippedLoss | None,
     ) -> None:
         """Add a micro-batch. Called each time the micro-batch is trained on.
 
@@ -49,14 +49,12 @@ class IterationMetrics:
             part: the micro-batch; its regularizer is that of the old scores.
             new: scores of the forward pass that trains.
             entropy: [B, R] entropy of the next-token distribution in that pass, nats.
-            policy, value: the losses of that pass.
+            policy, value: the losses of that pass; no value loss without a critic.
         """
         mask, old = part.rollout.response_mask, part.old
         regularizer = self.regularizer.value(old.logp, part.ref_logp, mask)
         marginal = self.regularizer.marginal(old.logp, part.ref_logp, mask)
         credit = part.rewards + marginal.per_token.sum(-1)
-        returns = torch.where(mask, part.returns, 0.0).double()
-        errors = torch.where(mask, part.returns - old.values, 0.0).double()
         added = {
             "responses": part.rewards.new_full((), len(part.rollout)),
             "tokens": mask.sum(),
@@ -70,15 +68,20 @@ class IterationMetrics:
             "entropy": masked_sum(entropy, mask),
             "policy_loss": policy.total,
             "policy_clipped": policy.clipped,
-            "value_loss": value.total,
-            "value_clipped": value.clipped,
             # Schulman's low-variance estimate of KL(old ‖ new): ρ − 1 − log ρ, ρ = new/old
             "approxkl": masked_sum((new.logp - old.logp).expm1() - (new.logp - old.logp), mask),
-            "returns": returns.sum(),
-            "squared_returns": (returns**2).sum(),
-            "errors": errors.sum(),
-            "squared_errors": (errors**2).sum(),
         }
+        if value is not None:
+            returns = torch.where(mask, part.returns, 0.0).double()
+            errors = torch.where(mask, part.returns - old.values, 0.0).double()
+            added |= {
+                "value_loss": value.total,
+                "value_clipped": value.clipped,
+                "returns": returns.sum(),
+                "squared_returns": (returns**2).sum(),
+                "errors": errors.sum(),
+                "squared_errors": (errors**2).sum(),
+            }
         if (drawn := part.rollout.drawn_logp) is not None:
             added["drawn_difference"] = masked_sum((drawn - old.logp).abs(), mask)
         if self.config.num_generations > 1:
@@ -104,10 +107,16 @@ class IterationMetrics:
         sums = dict(zip(own, totals, strict=True))
         n, tokens = sums["responses"], sums["tokens"]
         divisor = loss_divisor(int(n), self.config.response_length)
-        variance = sums["squared_returns"] / tokens - (sums["returns"] / tokens) ** 2
-        unexplained = sums["squared_errors"] / tokens - (sums["errors"] / tokens) ** 2
         prompts = n / self.config.num_generations
         averages = {name: sums[name] / prompts for name in sums if name.startswith(OPTIMUM)}
+        if "value_loss" in sums:
+            variance = sums["squared_returns"] / tokens - (sums["returns"] / tokens) ** 2
+            unexplained = sums["squared_errors"] / tokens - (sums["errors"] / tokens) ** 2
+            averages |= {
+                "loss/value": sums["value_loss"] / divisor,
+                "val/clipfrac": sums["value_clipped"] / tokens,
+                "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+            }
         if "drawn_difference" in sums:
             averages["sampling/logp_difference"] = sums["drawn_difference"] / tokens
         return {
@@ -122,9 +131,6 @@ class IterationMetrics:
             "policy/approxkl": sums["approxkl"] / tokens,
             "policy/clipfrac": sums["policy_clipped"] / tokens,
             "loss/policy": sums["policy_loss"] / divisor,
-            "loss/value": sums["value_loss"] / divisor,
-            "val/clipfrac": sums["value_clipped"] / tokens,
-            "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
             "prompt/length": sums["prompt_tokens"] / n,
             "response/length": tokens / n,
             "response/ended_fraction": sums["ended"] / n,

@@ -1,8 +1,9 @@
-"""Stage 3: align the policy with the reward model by PPO under a regularizer.
+"""Stage 3: align the policy with the reward model by PPO or RLOO under a regularizer.
 
     bash scripts/step3_rlhf.sh CONFIG.json [key.path=value ...]
 
-Writes into output_dir: `actor/` and `critic/` (Hugging Face directories, tokenizer included),
+Writes into output_dir: `actor/` and, unless RLOO needs none, `critic/` (Hugging Face directories,
+tokenizer included),
 `evaluation.json`, `instances.jsonl`, `metrics.jsonl` and `config.json`.
 """
 
@@ -84,27 +85,32 @@ def main(config: PPOConfig) -> None:
     )
     write_evaluation(figures, instances, output)
     finished.remove()
+    written = {name: output / name for name in trainer.trained}
+    written |= {"evaluation": output / "evaluation.json", "metrics": output / "metrics.jsonl"}
+    places = "\n".join(f"  {name + ':':<12}{path}" for name, path in written.items())
     say(
-        f"PPO with {config.regularizer.name} is done after {done} iterations\n{summary(figures)}\n"
-        f"  actor:      {output / 'actor'}\n  critic:     {output / 'critic'}\n"
-        f"  evaluation: {output / 'evaluation.json'}\n  metrics:    {output / 'metrics.jsonl'}"
+        f"{config.algorithm} with {config.regularizer.name} is done after {done} iterations\n"
+        f"{summary(figures)}\n{places}"
     )
 
 
 def build(config: PPOConfig, roles: TrainingRoles, prompts: Prompts, count: int) -> PPOTrainer:
-    """Load the four models into their engines, ready for `count` iterations."""
+    """Load the models into their engines, ready for `count` iterations; RLOO has no critic."""
     tokenizer = roles.policy.tokenizer
     options = LoadOptions.trained(config)
     steps = count * config.num_ppo_epochs * config.num_mini_batches
     actor = load_policy(roles.policy, tokenizer, options)
-    if roles.critic_note:
-        say(roles.critic_note)
-    critic = load_scalar_model(roles.critic, tokenizer, options, new_head=True)
+    trained_critic = None
+    if roles.critic is not None and config.critic is not None:
+        if roles.critic_note:
+            say(roles.critic_note)
+        critic = load_scalar_model(roles.critic, tokenizer, options, new_head=True)
+        trained_critic = TrainedModule(critic, config, config.critic, steps)
     trained_actor = TrainedModule(actor, config, config.actor, steps)
     return PPOTrainer(
         config,
         trained_actor,
-        TrainedModule(critic, config, config.critic, steps),
+        trained_critic,
         load_reference(config, roles, trained_actor),
         load_reward(config, roles),
         prompts,
@@ -136,7 +142,7 @@ def train(
         are done now.
     """
     config = trainer.config
-    checkpoints = Checkpoints(config, {"actor": trainer.actor, "critic": trainer.critic})
+    checkpoints = Checkpoints(config, trainer.trained)
     first, state = checkpoints.restore()
     if state:
         trainer.reward_center, trainer.cuts = state["reward_center"], state["cuts"]
@@ -147,7 +153,7 @@ def train(
             trainer.center_rewards()
             say(f"Rewards are centered at {trainer.reward_center:.4f}, the reference policy's mean")
     early = EarlyStopping(config.early_stopping, state.get("iterations_within_gap", 0))
-    name = f"PPO, {config.regularizer.name}"
+    name = f"{config.algorithm}, {config.regularizer.name}"
     tracker = Tracker(config.output_dir, count, name, config.deepspeed, done=first)
     episodes = config.local_rollout_size() * ranks.world_size()
     done = first
@@ -196,13 +202,13 @@ def warn_of_cuts(trainer: PPOTrainer) -> None:
 
 
 def write_models(trainer: PPOTrainer, output: Path, was_trained: bool) -> None:
-    """Export `actor/` and `critic/`.
+    """Export the trained models, `actor/` and `critic/`.
 
     Args:
         was_trained: the run resumes after its last iteration. Models that it exported before are
             kept, so that the finished part of their evaluation stays valid.
     """
-    trained = {"actor": trainer.actor, "critic": trainer.critic}
+    trained = trainer.trained
     wanted = [name for name in trained if not (was_trained and (output / name).is_dir())]
     ranks.barrier()  # all ranks look before the first one writes
     for name in wanted:

@@ -1,4 +1,4 @@
-"""PPO as pure functions: token rewards, advantages and clipped losses.
+"""PPO and RLOO as pure functions: token rewards, advantages and clipped losses.
 
 Shapes: B responses, R response tokens. `mask` [B, R] bool is True on response tokens, EOS included;
 the True entries of a row are contiguous from column 0. Time t runs over response tokens, and the
@@ -61,6 +61,26 @@ def advantages_and_returns(
     weights = torch.pow(gamma * lam, ahead).tril()
     advantages = torch.where(mask, deltas @ weights, 0.0)  # A_t = Σ_{s ≥ t} (γλ)^{s−t} δ_s
     return advantages, advantages + v
+
+
+def leave_one_out(token_rewards: Tensor, mask: Tensor, each: int) -> tuple[Tensor, Tensor]:
+    """RLOO (Kool et al., 2019; Ahmadian et al., 2024): the other responses are the baseline.
+
+    A response's credit is a_i = r(x, y) + R + πR′, and each of its tokens has the advantage
+    A_i = a_i − mean_{j≠i} a_j. At the optimum all a_i to a prompt are the same, and every A_i is
+    exactly 0; a division by their standard deviation, as in GRPO, would be 0/0 there.
+
+    Args:
+        token_rewards: [B, R], what `place_rewards` returns.
+        each: responses to each prompt, adjacent rows; at least 2.
+
+    Returns:
+        Advantages A_i and credits a_i on each token [B, R], both 0 where masked.
+    """
+    credit = torch.where(mask, token_rewards, 0.0).sum(-1).view(-1, each)
+    others = (credit.sum(-1, keepdim=True) - credit) / (each - 1)
+    advantages = (credit - others).view(-1, 1).expand(mask.shape)
+    return torch.where(mask, advantages, 0.0), torch.where(mask, credit.view(-1, 1), 0.0)
 
 
 def normalize_advantages(

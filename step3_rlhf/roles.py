@@ -26,14 +26,14 @@ class Roles:
 
 @dataclass(frozen=True)
 class TrainingRoles(Roles):
-    """The models of a PPO run.
+    """The models of a training run.
 
-    critic                the model that the critic starts from
+    critic                the model that the critic starts from; None for RLOO, which has none
     critic_note           why that is not the reward model, if a user would expect it to be
     reference_is_adapted  π_ref is the actor with its adapter switched off; no second copy is loaded
     """
 
-    critic: Pretrained
+    critic: Pretrained | None
     critic_note: str
     reference_is_adapted: bool
 
@@ -52,10 +52,12 @@ def roles_of(config: AlignmentConfig) -> Roles:
 
 
 def training_roles_of(config: PPOConfig) -> TrainingRoles:
-    """The models of a PPO run: those of its evaluation, and the critic."""
+    """The models of a training run: those of its evaluation, and the critic if it has one."""
     roles = roles_of(config)
-    critic, note = _critic(config, roles)
-    named = roles.named | ({CRITIC: critic} if config.critic_model_name_or_path else {})
+    critic, note = _critic(config, roles) if config.has_critic else (None, "")
+    named = roles.named
+    if critic is not None and config.critic_model_name_or_path:
+        named = named | {CRITIC: critic}
     adapted = config.lora is not None and config.reference_model_name_or_path is None
     return TrainingRoles(roles.policy, roles.reference, roles.rewards, named, critic, note, adapted)
 

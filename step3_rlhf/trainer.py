@@ -1,5 +1,6 @@
 """PPO, one iteration at a time: the ten steps of `PPOTrainer.iteration`, in the order of the data.
 
+RLOO is the same without a critic: the other responses to a prompt are its baseline.
 README.md beside this file has the formulas and shapes of each step.
 """
 
@@ -40,15 +41,20 @@ class PPOTrainer:
         self,
         config: PPOConfig,
         actor: TrainedModule,
-        critic: TrainedModule,
+        critic: TrainedModule | None,
         reference: nn.Module | WithoutAdapter,
         reward: RewardSource,
         prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
+        """
+        Args:
+            critic: None for RLOO.
+        """
         self.config = config
         self.actor = actor
         self.critic = critic
+        self.trained = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.reference = reference
         self.reward = reward
         self.prompts = prompts
@@ -148,9 +154,14 @@ class PPOTrainer:
         logp, entropy = self.actor(
             rollout.input_ids, rollout.attention_mask, rollout.scored_mask, with_entropy=True
         )
-        values = self.critic(rollout.input_ids, rollout.attention_mask)
-        scores = Scores(rollout.response_part(logp), rollout.state_part(values))
+        scores = Scores(rollout.response_part(logp), self.values(rollout))
         return scores, rollout.response_part(entropy.detach())
+
+    def values(self, rollout: Rollout) -> Tensor:
+        """[B, R] the critic's value of the state before each response token; 0 without a critic."""
+        if self.critic is None:
+            return torch.zeros(rollout.response_mask.shape, device=rollout.input_ids.device)
+        return rollout.state_part(self.critic(rollout.input_ids, rollout.attention_mask))
 
     def with_advantages(self, parts: Sequence[Judged], old: Sequence[Scores]) -> list[Experience]:
         """Steps 7 and 8: token rewards, then advantages and returns, for all micro-batches."""
@@ -161,10 +172,13 @@ class PPOTrainer:
             # 7. The marginal R + πR′ (eq. 3.6) on each token, r(x, y) on the last one.
             marginal = self.regularizer.marginal(scores.logp, part.ref_logp, mask)
             token_rewards = ppo.place_rewards(marginal.per_token, part.rewards, mask)
-            # 8. Advantages and returns (GAE).
-            a, r = ppo.advantages_and_returns(
-                token_rewards, scores.values, mask, config.gamma, config.lam
-            )
+            # 8. Advantages and returns: RLOO, or GAE with the critic's values.
+            if self.critic is None:
+                a, r = ppo.leave_one_out(token_rewards, mask, config.num_generations)
+            else:
+                a, r = ppo.advantages_and_returns(
+                    token_rewards, scores.values, mask, config.gamma, config.lam
+                )
             advantages.append(a)
             returns.append(r)
         masks = [part.rollout.response_mask for part in parts]
@@ -182,12 +196,12 @@ class PPOTrainer:
         losses: Callable[[Part, IterationMetrics], Sequence[Tensor]],
         metrics: IterationMetrics,
     ) -> None:
-        """One pass over the rollout: an optimizer step of actor and critic per mini-batch."""
+        """One pass over the rollout: an optimizer step of each trained model per mini-batch."""
         accumulation = self.config.gradient_accumulation_steps
         length = self.config.response_length
         for first in range(0, len(parts), accumulation):
             optimizer_step(
-                [self.actor, self.critic],
+                list(self.trained.values()),
                 parts[first : first + accumulation],
                 lambda part: losses(part, metrics),
                 items=lambda part: ppo.loss_divisor(len(part.rollout), length),
@@ -195,7 +209,7 @@ class PPOTrainer:
             )
 
     def losses(self, part: Experience, metrics: IterationMetrics) -> Sequence[Tensor]:
-        """The actor's and the critic's loss, each summed over the response tokens."""
+        """The loss of each trained model, summed over the response tokens."""
         return self.losses_from(part, *self.forward(part.rollout), metrics)
 
     def losses_in_one_pass(self, part: Judged, metrics: IterationMetrics) -> Sequence[Tensor]:
@@ -212,11 +226,15 @@ class PPOTrainer:
         policy = ppo.policy_loss(
             new.logp, part.old.logp, part.advantages, mask, self.config.cliprange
         )
-        value = ppo.value_loss(
-            new.values, part.old.values, part.returns, mask, self.config.cliprange_value
-        )
+        value = None
+        if self.critic is not None:
+            value = ppo.value_loss(
+                new.values, part.old.values, part.returns, mask, self.config.cliprange_value
+            )
         metrics.add(part, new, entropy, policy, value)
-        return policy.total, self.config.vf_coef * value.total
+        return (
+            [policy.total] if value is None else [policy.total, self.config.vf_coef * value.total]
+        )
 
     @torch.no_grad()
     def foresee_cuts(self) -> None:
@@ -257,14 +275,12 @@ class PPOTrainer:
 
     def optimizer_metrics(self) -> dict[str, float]:
         """Learning rates, gradient norms and, in fp16, loss scales of the last optimizer step."""
-        return {
-            "actor/learning_rate": self.actor.learning_rate,
-            "actor/grad_norm": self.actor.grad_norm,
-            "critic/learning_rate": self.critic.learning_rate,
-            "critic/grad_norm": self.critic.grad_norm,
-            **self.actor.loss_scaling("actor"),
-            **self.critic.loss_scaling("critic"),
-        }
+        found: dict[str, float] = {}
+        for name, model in self.trained.items():
+            found[f"{name}/learning_rate"] = model.learning_rate
+            found[f"{name}/grad_norm"] = model.grad_norm
+            found |= model.loss_scaling(name)
+        return found
 
     def center_rewards(self) -> None:
         """Estimate E_{π_ref} r (Example 2) from responses of the reference, before iteration 0."""

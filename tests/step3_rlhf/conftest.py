@@ -64,10 +64,13 @@ def build(
         torch.manual_seed(0)
         for head in (actor.model.lm_head, reference.model.lm_head, critic.model.score):
             torch.nn.init.normal_(head.weight, std=0.2)
+        trained_critic = None
+        if config.critic is not None:
+            trained_critic = TrainedModule(critic, config, config.critic, 10)
         return PPOTrainer(
             config,
             TrainedModule(actor, config, config.actor, 10),
-            TrainedModule(critic, config, config.critic, 10),
+            trained_critic,
             engine.frozen(reference, {}, torch.float32),
             FunctionReward(lambda prompts, texts: [len(text) / 10 for text in texts], "m:f"),
             Prompts(data, config),

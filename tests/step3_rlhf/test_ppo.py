@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from step3_rlhf.ppo import (
     advantages_and_returns,
+    leave_one_out,
     loss_divisor,
     normalize_advantages,
     place_rewards,
@@ -175,6 +176,20 @@ def test_the_clipped_value_loss_by_hand() -> None:
     assert clipped.item() == 1
     loss.backward()
     assert values.grad.tolist() == [pytest.approx([2.0, 0.0, -1.9, 0.0], rel=1e-12)]
+
+
+# RLOO
+
+
+def test_the_other_responses_are_the_baseline() -> None:
+    """Two prompts of three responses with credits 3, 5, 10 and 1, 1, 1."""
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [1, 1], [1, 1]]).bool()
+    rewards = [[1.0, 2.0], [5.0, NAN], [4.0, 6.0], [1.0, NAN], [0.5, 0.5], [2.0, -1.0]]
+    advantages, credits = leave_one_out(torch.tensor(rewards), mask, each=3)
+    assert advantages.tolist() == [[-4.5, -4.5], [-1.5, 0.0], [6.0, 6.0], *[[0.0, 0.0]] * 3]
+    assert credits.tolist() == [[3.0, 3.0], [5.0, 0.0], [10.0, 10.0], [1, 0], [1, 1], [1, 1]]
+    (pairs,) = {tuple(leave_one_out(torch.tensor(rewards), mask, each=2)[0][:2, 0].tolist())}
+    assert pairs == (-2.0, 2.0)  # other groups are other baselines
 
 
 # What the sums are divided by

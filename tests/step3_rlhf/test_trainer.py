@@ -32,11 +32,10 @@ Build = Callable[..., PPOTrainer]
 
 
 def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
-    modules = {"actor": trainer.actor.module, "critic": trainer.critic.module}
     return {
         f"{name}.{key}": value.detach().clone()
-        for name, module in modules.items()
-        for key, value in module.state_dict().items()
+        for name, trained in trainer.trained.items()
+        for key, value in trained.module.state_dict().items()
     }
 
 
@@ -403,6 +402,83 @@ def test_several_responses_change_nothing_with_accumulation(build: Build) -> Non
         metrics = trainer.iteration(0)
         found.append({name: metrics[name] for name in metrics if name.startswith("optimum/")})
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+# RLOO
+
+RLOO = {"advantage_estimator": "rloo", "critic": None, "num_generations": 4}
+
+
+def test_the_first_step_of_rloo_by_hand(build: Build) -> None:
+    """∇ = −Σ_i A_i ∇log π(y_i) with A_i = a_i − mean of the other three (kl, β = ½)."""
+    trainer = build(**RLOO)
+    batch = trainer.prompts.of_iteration(0)
+    rollout = sample(trainer.actor.engine, trainer.tokenizer, *batch, trainer.config.sampling)
+    rewards, mask = trainer.reward(rollout), rollout.response_mask
+    (part,) = trainer.micro_batches(rollout, rewards, trainer.reference_logp(rollout))
+    actor = trainer.actor.module
+    logp = own_logp(actor, part)
+    with torch.no_grad():
+        credit = rewards - 0.5 * ((logp - own_logp(trainer.reference, part)) * mask).sum(-1)
+        baseline = torch.stack(
+            [credit[[j for j in range(8) if j // 4 == i // 4 and j != i]].mean() for i in range(8)]
+        )
+    loss = -((credit - baseline) * (logp * mask).sum(-1)).sum() / (8 * 6)
+    start = {name: value.detach().clone() for name, value in actor.named_parameters()}
+    wanted = dict(zip(start, gradients(loss, actor), strict=True))
+    metrics = trainer.iteration(0)
+    for name, g in wanted.items():
+        step = -0.1 * g / (g.abs() + 1.0)  # the first AdamW step with ε = 1
+        after = actor.get_parameter(name)
+        torch.testing.assert_close(after, start[name] + step, rtol=0, atol=2e-6, msg=name)
+    assert trainer.trained.keys() == {"actor"}
+    of_critic = ("critic/", "val/", "loss/value")
+    assert not [name for name in metrics if name.startswith(of_critic)]
+    assert metrics["optimum/gap"] > 0
+
+
+def test_rloo_in_one_pass_in_two_and_with_accumulation(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants: list[tuple[bool, dict[str, Any]]] = [
+        (True, {}),
+        (False, {}),
+        (True, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+    ]
+    found = []
+    for fused, changes in variants:
+        monkeypatch.setattr(PPOConfig, "uses_rollout_once", property(lambda self, f=fused: f))
+        trainer = build(**RLOO, **changes)
+        start = weights(trainer)
+        found.append((trainer.iteration(0), weights(trainer)))
+    for metrics, after in found[1:]:
+        assert metrics == pytest.approx(found[0][0], rel=1e-3, abs=1e-5, nan_ok=True)
+        assert_same_update(found[0][1], after, start)
+
+
+def test_rloo_clips_in_several_epochs(build: Build) -> None:
+    trainer = build(
+        **RLOO, num_ppo_epochs=3, num_mini_batches=2, per_device_train_batch_size=4, cliprange=1e-4
+    )
+    metrics = trainer.iteration(0)
+    assert trainer.actor.engine.global_steps == 6
+    assert metrics["policy/clipfrac"] > 0
+
+
+def test_what_does_not_go_with_rloo(configured) -> None:
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            configured(**RLOO | changes)
+
+    refused("num_generations: rloo compares the responses", num_generations=1)
+    refused("advantage_normalization: full .* 0/0", advantage_normalization="full")
+    refused("gamma: rloo gives every token", gamma=0.9)
+    refused('critic: missing; .*advantage_estimator="rloo"', advantage_estimator="gae")
+    assert configured(**RLOO).warnings() == []
+    (warning,) = configured(**RLOO | {"critic": {"learning_rate": 0.1}, "lam": 1.0}).warnings()
+    assert warning == "critic, lam: without effect, because rloo has no critic"
+    roles = training_roles_of(configured(**RLOO))
+    assert (roles.critic, roles.critic_note) == (None, "")
 
 
 def test_a_batch_that_does_not_hold_whole_prompts_is_refused(configured) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from step3_rlhf import ppo
 from step3_rlhf.config import EarlyStoppingSettings
 from step3_rlhf.evaluation.metrics import kl_divergence
 from step3_rlhf.iteration_metrics import EarlyStopping
@@ -87,6 +88,13 @@ def exact(values: Tensor, log_pi: Tensor, beta: float) -> dict[str, float]:
     return {"gap": beta * variance.item() / 2, "spread": variance.item(), "kl": kl.item()}
 
 
+def largest_advantage(values: Tensor) -> float:
+    """The largest |A_i| of RLOO in one group that has every response twice."""
+    group = values.repeat(2)[:, None]
+    mask = torch.ones(group.shape, dtype=torch.bool)
+    return ppo.leave_one_out(group, mask, each=len(group))[0].abs().max().item()
+
+
 # At the optimum
 
 
@@ -102,9 +110,11 @@ def test_every_optimum_has_one_credit(name: str) -> None:
     assert ("kl" in found) == (name in LOG_LINEAR)
     if "kl" in found:
         assert abs(found["kl"].item()) <= 1e-12
+    assert largest_advantage(values) <= 1e-12
     # Elsewhere it is not: the reference, which has all responses.
     elsewhere = credits(regularizer, responses, responses.sequence_ref_logp)
     assert certificate(elsewhere[None], regularizer)["gap"].item() > 0.02
+    assert largest_advantage(elsewhere) > 0.1
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "chi_squared", "js_divergence", "power"])

@@ -122,6 +122,29 @@ def score_function_gradient(
     return torch.autograd.grad(-loss, logits)[0]
 
 
+def leave_one_out_gradient(
+    per_token: Tensor, tree: Tree, logits: Tensor, rewards: Tensor, deviation: bool = False
+) -> Tensor:
+    """RLOO's gradient of a first step with two responses, the mean over all pairs under π.
+
+    Args:
+        deviation: the wrong variant, which divides by the standard deviation, as GRPO does.
+    """
+    logits = logits.clone().requires_grad_()
+    logp = torch.where(tree.mask, tree.logp(logits), 0.0)
+    old = logp.detach()
+    pairs = torch.cartesian_prod(torch.arange(len(old)), torch.arange(len(old)))
+    rows = pairs.flatten()
+    token_rewards = ppo.place_rewards(per_token, rewards, tree.mask)
+    advantages, _ = ppo.leave_one_out(token_rewards[rows], tree.mask[rows], each=2)
+    if deviation:
+        size = advantages.abs().amax(-1, keepdim=True)
+        advantages = advantages / size.clamp(min=1e-8)  # √2 · the deviation of two credits
+    chances = old.sum(-1).exp()[pairs].prod(-1).repeat_interleave(2) / 2
+    loss = -(chances[:, None] * advantages * logp[rows] * tree.mask[rows]).sum()
+    return torch.autograd.grad(-loss, logits)[0]
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -150,6 +173,20 @@ def gradients(config: dict[str, Any], naive: bool, seed: int = 1) -> float:
 @every(EXACT)
 def test_score_function_gradient_is_that_of_the_exact_objective(config: dict[str, Any]) -> None:
     assert gradients(config, naive=False) <= 1e-10
+
+
+@every(EXACT)
+def test_the_gradient_of_rloo_is_that_of_the_exact_objective(config: dict[str, Any]) -> None:
+    regularizer, tree = parse_regularizer(config), Tree(1)
+    logits, rewards = tree.logits(1.0), tree.rewards()
+    ref_logp, logp = tree.logp(tree.logits(0.7)), tree.logp(logits).detach()
+    per_token = regularizer.marginal(logp, ref_logp, tree.mask).per_token
+    expected = exact_gradient(regularizer, tree, logits, ref_logp, rewards)
+    found = leave_one_out_gradient(per_token, tree, logits, rewards)
+    assert relative_error(found, expected) <= 1e-10
+    divided = leave_one_out_gradient(per_token, tree, logits, rewards, deviation=True)
+    cosine = (divided * expected).sum() / (divided.norm() * expected.norm())
+    assert 1 - cosine > 1e-3  # it does not even point the same way
 
 
 @every([c for c in F_DIVERGENCES + GENERALIZED[1:] if c.get("divergence") != "reverse_kl"])
