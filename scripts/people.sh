@@ -2,19 +2,21 @@
 # Real people's answers as the population: SFT, a reward model, KL and conditional preference
 # matching on ProtoQA's questions, each answered by about 100 people, and a report.
 #   bash scripts/people.sh [--data PATH] [--output DIR] [--model NAME] [--seed N] [--prior PRIOR]
-#                          [--only-report]
+#                          [--method METHOD] [--only-report]
 #   --data PATH    train.jsonl, also .gz, in ProtoQA's own schema; without it, the Hub's proto_qa
 #   --output DIR   folder for everything (runs/people); what is finished there is not run again
 #   --model NAME   Hub name or directory of a language model; without it, SmolLM2-135M-Instruct
 #                  from a package of PyPI, which runs on a CPU
 #   --seed N       seed of the two aligned policies (42); the report is over all seeds in DIR
 #   --prior PRIOR  what SFT learns: people (answers in people's proportions) or uniform
+#   --method METHOD  how policies are aligned: direct (from people's rankings themselves) or rloo
+#                  (from draws and the reward model's rewards)
 #   --only-report  write the report again from what is there
 set -euo pipefail
 called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-directory=runs/people data="" model="" seed=42 prior=people more=()
+directory=runs/people data="" model="" seed=42 prior=people method=direct more=()
 
 usage() { # MESSAGE: a mistake in the arguments
     echo "$1; bash scripts/people.sh --help explains" >&2
@@ -30,7 +32,7 @@ while (($#)); do
     case "$1" in
         --help | -h) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' scripts/people.sh; exit ;;
         --only-report) more+=("$1") ;;
-        --data | --output | --model | --seed | --prior)
+        --data | --output | --model | --seed | --prior | --method)
             (($# > 1)) || usage "$1 needs a value"
             case "$1" in
                 --data) data="$(from_there "$2")" ;;
@@ -38,6 +40,7 @@ while (($#)); do
                 --model) model="$2" ;;
                 --seed) seed="$2" ;;
                 --prior) prior="$2" ;;
+                --method) method="$2" ;;
             esac
             shift ;;
         *) usage "unknown argument $1" ;;
@@ -46,6 +49,7 @@ while (($#)); do
 done
 [[ "$seed" =~ ^[0-9]+$ ]] || usage "--seed $seed: a whole number was expected"
 [[ "$prior" == people || "$prior" == uniform ]] || usage "--prior $prior: people or uniform was expected"
+[[ "$method" == direct || "$method" == rloo ]] || usage "--method $method: direct or rloo was expected"
 [[ -n "$directory" ]] || usage "--output: a directory was expected"
 [[ -z "$data" || -f "$data" ]] || usage "--data $data: no such file"
 # A model is a Hub name, unless a directory or file lies there.
@@ -59,4 +63,4 @@ if [[ -z "$model" ]]; then
     [[ -f "$model" || " ${more[*]} " == *" --only-report "* ]] || fetch_smollm2 "$model"
 fi
 python -m step3_rlhf.paper.people --output "$directory" --model "$model" --seed "$seed" \
-    --prior "$prior" ${data:+--data "$data"} "${more[@]}"
+    --prior "$prior" --method "$method" ${data:+--data "$data"} "${more[@]}"

@@ -41,6 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
         default="people",
         help="whether SFT learns answers in people's proportions or each answer once",
     )
+    parser.add_argument(
+        "--method",
+        choices=("direct", "rloo"),
+        default="direct",
+        help="whether policies learn from people's rankings, or from draws and their rewards",
+    )
     parser.add_argument("--only-report", action="store_true", help="write the report again")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_args(arguments)
@@ -49,9 +55,15 @@ def main(arguments: list[str] | None = None) -> None:
             require_matplotlib()
             print(write_report(options.output))
             return
-        run_and_report(
-            Experiment(options.output, options.model, options.data, options.prior, options.seed)
+        experiment = Experiment(
+            options.output,
+            options.model,
+            options.data,
+            options.prior,
+            options.method,
+            options.seed,
         )
+        run_and_report(experiment)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ outside is estimated by importance sampling from the reference:
 
 A low α matches the reward model on the whole board but also counts much that is not on it as
 natural. The α that is chosen has the smallest total variation on the board to softmax(r/β), of
-those whose mass outside exceeds the reference's by at most `OUTSIDE_MARGIN`. No collapsed policy
-passes for good here, because it is far from softmax(r/β).
+those whose mass outside exceeds the reference's by at most `OUTSIDE_MARGIN` and leaves at least
+half of the reference's mass on the board. No collapsed policy passes for good here, because it is
+far from softmax(r/β).
 """
 
 import math
@@ -23,10 +24,13 @@ from torch import Tensor
 from step3_rlhf.paper.people.boards import Board
 from step3_rlhf.paper.people.measure import total_variation
 
-ALPHAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+ALPHAS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Candidates: probabilities of whole responses."""
 
 OUTSIDE_MARGIN = 0.05
+
+LEAST_KEPT = 0.5
+"""Share of the reference's mass on the board that the optimum has to leave there."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def choose(evaluation: dict[str, Any], boards: Sequence[Board], instances: Any) 
         for alpha in ALPHAS
     ]
     outside = math.fsum(board.outside or 0.0 for board in known) / len(known)
-    allowed = [c for c in candidates if c.outside_mass <= outside + OUTSIDE_MARGIN]
+    bound = min(outside + OUTSIDE_MARGIN, 1 - LEAST_KEPT * (1 - outside))
+    allowed = [c for c in candidates if c.outside_mass <= bound]
     best = (
         min(allowed, key=lambda c: c.tv_to_reward)
         if allowed

@@ -6,8 +6,9 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from step3_rlhf.paper.grid.run import duration
 from step3_rlhf.paper.people.alpha import choose
@@ -18,6 +19,7 @@ from step3_rlhf.paper.people.data.records import Prior
 from training.config import read_mapping
 from training.errors import RunError, UserError
 from training.runtime.json_text import json_text
+from training.runtime.resume import complete_checkpoints
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,10 +30,22 @@ POLICIES = ("kl", "conditional_pm")
 
 BETA = 1.0
 
-SHARED_WITH_EVALUATIONS = (
-    "chat_template response_length rollout_batch_size per_device_eval_batch_size bf16 packing"
+VALIDATION_PAIRS = 4
+"""Pairs of draws to each validation question, by which the mass outside is estimated."""
+
+Method = Literal["direct", "rloo"]
+"""How policies are aligned: from people's rankings themselves, or from draws and their rewards."""
+
+ALIGNING = {
+    "direct": ("step3_direct.sh", "people-direct.json", "rewards", "rewards_eval"),
+    "rloo": ("step3_rlhf.sh", "people.json", "prompts", "prompts_validation"),
+}
+"""For each method its script, its config, and the records that it learns and chooses by."""
+
+MEASURED_WITH = (
+    "bf16 packing response_length rollout_batch_size per_device_eval_batch_size"
 ).split()
-"""Settings of stage 3 that the evaluations of SFT have too."""
+"""Settings of the alignment that its measurement has too."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +58,17 @@ class Experiment:
     data: str | None = None
     """A file of questions; None is the Hub's data set."""
     prior: Prior = "people"
+    method: Method = "direct"
     seed: int = 42
     """Of the two aligned policies."""
     sizes: Sizes = field(default_factory=Sizes)
-    configs: dict[str, str] = field(
-        default_factory=lambda: {
-            stage: os.path.relpath(ROOT / stage / "configs" / "people.json")
-            for stage in ("step1_sft", "step2_reward", "step3_rlhf")
-        }
-    )
-    """The config of each stage."""
+    configs: dict[str, str] = field(default_factory=dict)
+    """Configs in place of the shipped ones, by stage: step1_sft, step2_reward, step3_rlhf."""
+
+    def config(self, stage: str) -> str:
+        """The stage's config, from where the user stands."""
+        name = ALIGNING[self.method][1] if stage == "step3_rlhf" else "people.json"
+        return self.configs.get(stage) or os.path.relpath(ROOT / stage / "configs" / name)
 
     def of_seed(self, policy: str) -> Path:
         return self.directory / f"seed-{self.seed}" / policy
@@ -74,20 +89,23 @@ class Step:
 def steps_of(experiment: Experiment) -> list[Step]:
     """Every step in its order; those of the seed come last."""
     directory = experiment.directory
-    return [
-        Step("data", 0.2, None, lambda: write_data(experiment)),
-        Step("sft", 7, lambda: stage(experiment, "step1_sft", experiment.model, "texts", "sft")),
-        Step("reward", 17, lambda: stage(
-            experiment, "step2_reward", str(directory / "sft" / "model"), "rewards", "reward"
-        )),
-        Step("validation", 2, lambda: evaluation_of_sft(experiment, "validation")),
+    sft = str(directory / "sft" / "model")
+    steps = [
+        Step("data", 0.1, None, lambda: write_data(experiment)),
+        Step("sft", 6, lambda: stage(experiment, "step1_sft", experiment.model, "texts", "sft")),
+        Step("reward", 14, lambda: stage(experiment, "step2_reward", sft, "rewards", "reward")),
+        Step("validation", 3, lambda: measuring(experiment, directory / "validation", sft)),
         Step("alpha", 0.1, None, lambda: write_alpha(directory)),
-        Step("sft_test", 4, lambda: evaluation_of_sft(experiment, "test")),
-        *(
-            Step(f"seed-{experiment.seed}/{policy}", 25, _aligning(experiment, policy))
-            for policy in POLICIES
-        ),
-    ]  # fmt: skip
+        Step("sft test", 4, lambda: measuring(experiment, directory / "sft_test", sft)),
+    ]
+    for policy in POLICIES:
+        run = experiment.of_seed(policy)
+        name = f"{policy}, seed {experiment.seed}"
+        steps += [
+            Step(name, 14, partial(aligning, experiment, policy)),
+            Step(f"{name}, test", 4, partial(measuring, experiment, run)),
+        ]
+    return steps
 
 
 def run(experiment: Experiment, launch: Callable[[list[str]], int]) -> None:
@@ -155,6 +173,7 @@ def remember_options(experiment: Experiment) -> None:
         "model": experiment.model,
         "data": experiment.data,
         "prior": experiment.prior,
+        "method": experiment.method,
         "sizes": asdict(experiment.sizes),
     }
     path = experiment.directory / "options.json"
@@ -201,51 +220,59 @@ def stage(experiment: Experiment, name: str, model: str, records: str, output: s
         "output_dir": str(directory / output),
         **_data(directory, records, f"{records}_eval"),
     }
-    return ["bash", _script(f"{name}.sh"), experiment.configs[name], *_overrides(settings)]
+    return ["bash", _script(f"{name}.sh"), experiment.config(name), *_overrides(settings)]
 
 
-def _aligning(experiment: Experiment, policy: str) -> Callable[[], list[str]]:
-    """Stage 3 under one regularizer."""
-
-    def command() -> list[str]:
-        directory, output = experiment.directory, experiment.of_seed(policy)
-        settings = {
-            **_going_on(output),
-            "seed": experiment.seed,
-            "output_dir": str(output),
-            "regularizer": regularizer(directory, policy),
-            **_models_and_sets(directory, "sets"),
-            **_data(directory, "prompts", "prompts_eval"),
-        }
-        config = experiment.configs["step3_rlhf"]
-        return ["bash", _script("step3_rlhf.sh"), config, *_overrides(settings)]
-
-    return command
-
-
-def evaluation_of_sft(experiment: Experiment, split: str) -> list[str]:
-    """SFT on the questions that choose α or on those that are reported, under KL."""
-    directory = experiment.directory
-    config = read_mapping(experiment.configs["step3_rlhf"])
-    ending = "_validation" if split == "validation" else ""
-    prompts = "prompts_validation" if split == "validation" else "prompts_eval"
+def aligning(experiment: Experiment, policy: str) -> list[str]:
+    """Stage 3 under one regularizer, or direct optimization of the same."""
+    directory, output = experiment.directory, experiment.of_seed(policy)
+    script, _, records, held_out = ALIGNING[experiment.method]
     settings = {
-        **{name: config[name] for name in SHARED_WITH_EVALUATIONS if name in config},
-        **_models_and_sets(directory, f"sets{ending}"),
+        **_going_on(output),
+        "seed": experiment.seed,
+        "model_name_or_path": str(directory / "sft" / "model"),
+        "output_dir": str(output),
+        "regularizer": regularizer(directory, policy),
+        **_data(directory, records, held_out),
+    }
+    if experiment.method == "rloo":
+        settings["reward"] = _reward(directory)
+    return ["bash", _script(script), experiment.config("step3_rlhf"), *_overrides(settings)]
+
+
+def measuring(experiment: Experiment, folder: Path, model: str | None = None) -> list[str]:
+    """An evaluation on the held-out questions, or on validation questions into `validation`.
+
+    Args:
+        folder: a run whose policy is measured, or where the results of another model go.
+        model: the other model; it is its own reference.
+    """
+    directory = experiment.directory
+    config = read_mapping(experiment.config("step3_rlhf"))
+    validation = folder.name == "validation"
+    prompts = "prompts_validation" if validation else "prompts_eval"
+    records = str(directory / "data" / f"{prompts}.jsonl")
+    settings: dict[str, Any] = {
+        **({} if model is None else {"model_name_or_path": model}),
+        **{name: config[name] for name in MEASURED_WITH if name in config},
         "seed": STAGES_SEED,
+        "reward": _reward(directory),
         "data": config["data"]
         | {
-            "sources": [str(directory / "data" / f"{prompts}.jsonl")],
-            "eval_sources": [str(directory / "data" / f"{prompts}.jsonl")],
+            "sources": [records],
+            "eval_sources": [records],
+            "stage_proportions": [0.0, 0.0, 1.0],
+            "validation_share": 0.0,  # the questions were divided by the converter
             "cache_dir": str(directory / "token_ids"),
         },
+        "evaluation": {
+            "response_sets": str(
+                directory / "data" / f"{prompts.replace('prompts', 'sets')}.jsonl"
+            ),
+            "pairs_per_prompt": VALIDATION_PAIRS if validation else 1,
+        },
     }
-    if split == "validation":
-        settings["evaluation.pairs_per_prompt"] = 8
-    folder = directory / ("validation" if split == "validation" else "sft_test")
-    return [
-        "bash", _script("evaluate.sh"), str(folder), "--overwrite", *_overrides(settings)
-    ]  # fmt: skip
+    return ["bash", _script("evaluate.sh"), str(folder), "--overwrite", *_overrides(settings)]
 
 
 def regularizer(directory: Path, policy: str) -> dict[str, Any]:
@@ -255,12 +282,8 @@ def regularizer(directory: Path, policy: str) -> dict[str, Any]:
     return {"name": "conditional_pm", "level": "sequence", "alpha": alpha, "beta": BETA}
 
 
-def _models_and_sets(directory: Path, sets: str) -> dict[str, Any]:
-    return {
-        "model_name_or_path": str(directory / "sft" / "model"),
-        "reward.model_name_or_path": str(directory / "reward" / "model"),
-        "evaluation.response_sets": str(directory / "data" / f"{sets}.jsonl"),
-    }
+def _reward(directory: Path) -> dict[str, str]:
+    return {"model_name_or_path": str(directory / "reward" / "model")}
 
 
 def _data(directory: Path, train: str, held_out: str) -> dict[str, Any]:
@@ -273,8 +296,6 @@ def _data(directory: Path, train: str, held_out: str) -> dict[str, Any]:
 
 def _going_on(output: Path) -> dict[str, Any]:
     """A run that was stopped resumes from its checkpoint, if it has one."""
-    from training.runtime.resume import complete_checkpoints
-
     if complete_checkpoints(output / "checkpoints"):
         return {"resume_from_checkpoint": "latest"}
     return {"overwrite_output_dir": True}

@@ -141,7 +141,7 @@ def convert(
             for entry in response_sets(question, question.text, "validation")
         ],
         "prompts_validation": [prompt(question, question.text) for question in validation],
-        "sets": [
+        "sets_eval": [
             entry
             for label, questions in (("unseen", unseen), ("seen", seen))
             for question, text in questions

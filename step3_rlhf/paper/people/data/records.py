@@ -118,7 +118,7 @@ def response_sets(question: Question, prompt: str, label: str) -> list[Record]:
         "population": list(question.shares),
     }
     strings = list(dict.fromkeys(string for group in question.strings for string in group))
-    if len(strings) == len(question.answers):
+    if len(strings) <= len(question.answers):
         return [board]
     every = {"prompt": prompt, "topic": f"{label}-strings/{question.id}", "responses": strings}
     return [board, every]
