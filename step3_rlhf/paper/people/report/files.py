@@ -106,6 +106,6 @@ def terminal_table(findings: Findings) -> str:
         for row in rows:
             if row.name in POLICIES or row.name in ("people", "reward"):
                 found = (row.figures.get(name) for name in columns)
-                cells = "".join(f"{number(f and f.mean):>11}" for f in found)
+                cells = "".join(f"{number(None if f is None else f.mean):>11}" for f in found)
                 lines.append(f"{row.name:<16}{cells}")
     return "\n".join(lines)

@@ -115,15 +115,20 @@ def draw_minorities(runs: dict[str, Run]) -> "Figure":
             for name in ("kl", "conditional_pm"):
                 boards = [board for seed in runs[name].of(group) for board in seed]
                 points = [
-                    (x, y)
+                    (share(board.reward, board.people), share(board.policy, board.people))
                     for board in boards
-                    if (x := share(board.reward, board.people)) is not None
-                    and (y := share(board.policy, board.people)) is not None
+                    if share(board.people, board.people) is not None
                 ]
                 label, colour = DISTRIBUTIONS[name]
-                if points:
-                    x, y = zip(*points, strict=True)
-                    axes.scatter(x, y, s=16, color=colour, alpha=0.65, linewidth=0, label=label)
+                axes.scatter(
+                    [x for x, _ in points],
+                    [y for _, y in points],
+                    s=16,
+                    color=colour,
+                    alpha=0.65,
+                    linewidth=0,
+                    label=label,
+                )
             axes.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1)
             axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title if row == 0 else None)
             axes.set_xlabel(f"share of the {what} answers under the reward model")
