@@ -247,11 +247,10 @@ def measuring(experiment: Experiment, folder: Path, model: str | None = None) ->
         folder: a run whose policy is measured, or where the results of another model go.
         model: the other model; it is its own reference.
     """
-    directory = experiment.directory
+    directory, data = experiment.directory, experiment.directory / "data"
     config = read_mapping(experiment.config("step3_rlhf"))
     validation = folder.name == "validation"
-    prompts = "prompts_validation" if validation else "prompts_eval"
-    records = str(directory / "data" / f"{prompts}.jsonl")
+    split = "validation" if validation else "eval"
     settings: dict[str, Any] = {
         **({} if model is None else {"model_name_or_path": model}),
         **{name: config[name] for name in MEASURED_WITH if name in config},
@@ -259,16 +258,14 @@ def measuring(experiment: Experiment, folder: Path, model: str | None = None) ->
         "reward": _reward(directory),
         "data": config["data"]
         | {
-            "sources": [records],
-            "eval_sources": [records],
+            "sources": [str(data / "prompts.jsonl")],
+            "eval_sources": [str(data / f"prompts_{split}.jsonl")],
             "stage_proportions": [0.0, 0.0, 1.0],
             "validation_share": 0.0,  # the questions were divided by the converter
             "cache_dir": str(directory / "token_ids"),
         },
         "evaluation": {
-            "response_sets": str(
-                directory / "data" / f"{prompts.replace('prompts', 'sets')}.jsonl"
-            ),
+            "response_sets": str(data / f"sets_{split}.jsonl"),
             "pairs_per_prompt": VALIDATION_PAIRS if validation else 1,
         },
     }
