@@ -122,6 +122,8 @@ def check_lengths(config: AlignmentConfig, roles: Roles, sets: list[FiniteSet]) 
             sets, roles.policy.tokenizer
         ),
     }
+    if isinstance(config, PPOConfig) and config.ptx_data is not None:
+        needs |= {f"ptx_{name}": length for name, length in config.ptx_data.lengths().items()}
     if isinstance(config, PPOConfig) and config.evaluation.sampling is not None:
         needs["data.max_prompt_length + evaluation.sampling.response_length"] = (
             data.max_prompt_length + config.evaluation.sampling.response_length

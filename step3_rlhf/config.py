@@ -235,6 +235,15 @@ class PPOConfig(StageConfig, AlignmentConfig):
     """Subtract the batch's mean from the advantages ("center"), and divide by their deviation
     ("full", which blows up noise near the optimum)."""
 
+    ptx_coef: NonNegative = 0.0
+    """Weight of the mean log-probability of a token of ptx_data in the actor's objective. A value
+    above 0 moves the optimum towards those texts."""
+    ptx_data: DataSettings | None = Field(default=None, examples=[{"sources": ["owner/dataset"]}])
+    """Texts as in stage 1 that are learned beside the rewards; one text to each response."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Share that the moving average of the actor's weights keeps at each optimizer step, as in
+    0.992. The average is exported as actor_ema/; null keeps none."""
+
     reward_centering: Literal["none", "reference_mean"] = "none"
     """Whether to subtract the mean reward of the reference policy (C_1 of Example 2). The optimum
     stays."""
@@ -285,6 +294,11 @@ class PPOConfig(StageConfig, AlignmentConfig):
             )
         if not self.has_critic:
             found += self._rloo_faults()
+        if (self.ptx_coef > 0) != (self.ptx_data is not None):
+            found.append("ptx_coef: above 0 it needs ptx_data, and ptx_data needs it")
+        offload = (self.deepspeed.get("zero_optimization") or {}).get("offload_param") or {}
+        if self.ema_decay is not None and offload.get("device") == "nvme":
+            found.append("ema_decay: weights that are offloaded to NVMe cannot be averaged")
         if self.lora is not None and self.lora.lora_dropout > 0:
             found.append(
                 "lora.lora_dropout: PPO scores what it trains, and dropout would score another "
@@ -342,6 +356,10 @@ class PPOConfig(StageConfig, AlignmentConfig):
             found.append(f"gamma={self.gamma}: token penalties no longer add up to the sequence's")
         if self.reward_clip is not None:
             found.append(f"reward_clip={self.reward_clip}: moves the optimum wherever it binds")
+        if self.ptx_coef > 0:
+            found.append(
+                f"ptx_coef={self.ptx_coef}: moves the optimum towards the texts of ptx_data"
+            )
         if self.missing_eos_penalty:
             found.append("missing_eos_penalty: responses that were cut get another reward")
         if self.advantage_normalization == "full":

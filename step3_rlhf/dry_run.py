@@ -8,6 +8,7 @@ from step3_rlhf.checks import check_models, readable_records
 from step3_rlhf.config import EvaluationConfig, PPOConfig, SamplingSettings
 from step3_rlhf.prompts import iterations
 from step3_rlhf.roles import TrainingRoles, training_roles_of
+from training.data import read_records, tokenize
 from training.dry_run import DryRun
 from training.errors import UserError
 from training.memory import Shape, activations, drawing, forward, key_value_cache, logits
@@ -24,6 +25,8 @@ def dry_run(config: PPOConfig, run: DryRun) -> None:
     if roles.critic is not None:
         trained.append(run.scalar_shape(roles.critic, lora=True))
         run.add_trained("critic", trained[-1])
+    if config.ema_decay is not None:
+        run.add_average("actor_ema", actor)
     reference = actor
     if not roles.reference_is_adapted:
         reference = run.policy_shape(roles.reference)
@@ -36,6 +39,11 @@ def dry_run(config: PPOConfig, run: DryRun) -> None:
         run.add_frozen(name, scoring[-1], config.frozen_deepspeed)
 
     _count_iterations(config, run, roles)
+    if config.ptx_data is not None:
+        texts = tokenize(
+            read_records(config.ptx_data, "sft"), roles.policy.tokenizer, config.ptx_data, "sft"
+        )
+        run.facts["ptx_data"] = f"{len(texts.train)} texts, one to each response"
     run.notes += [f"Warning: {warning}" for warning in config.warnings()]
     run.notes += [roles.critic_note] if roles.critic_note else []
     actor_divided = _partitioned(config.deepspeed)
@@ -89,8 +97,13 @@ def _training(config: PPOConfig, trained: list[Shape]) -> dict[str, int]:
         activations(shape, tokens, precision(config), config.gradient_checkpointing)
         for shape in trained
     ]
-    return {
-        **dict(zip(("actor's activations", "critic's"), kept, strict=False)),
+    parts = dict(zip(("actor's activations", "critic's"), kept, strict=False))
+    if config.ptx_data is not None:
+        shape, texts = trained[0], rows * config.ptx_data.longest
+        parts["activations of ptx_data"] = activations(
+            shape, texts, precision(config), config.gradient_checkpointing
+        )
+    return parts | {
         "logits": logits(
             trained[0],
             rows * config.response_length,

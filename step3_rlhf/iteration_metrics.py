@@ -28,6 +28,7 @@ class IterationMetrics:
         self.config = config
         self._names: tuple[str, ...] = ()
         self._sums: Tensor | None = None  # [names] float64, on the device until `averages`
+        self._texts: list[Tensor] = []  # [2] each: negative log-likelihood and tokens of ptx_data
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -92,6 +93,13 @@ class IterationMetrics:
         self._names = tuple(added)
         self._sums = values if self._sums is None else self._sums + values
 
+    @torch.no_grad()
+    def add_texts(self, loss: Tensor, tokens: int) -> None:
+        """Add the texts of ptx_data beside a micro-batch: their −Σ log π (nats), their tokens."""
+        self._texts.append(
+            torch.stack([loss.detach().double(), loss.new_full((), tokens).double()])
+        )
+
     def averages(self, rewards: Tensor) -> dict[str, float]:
         """The iteration's metrics, the same on every rank; averages over all passes as well.
 
@@ -103,6 +111,8 @@ class IterationMetrics:
             "drawn": rewards.new_full((), len(rewards), dtype=torch.float64),
             "rewards": rewards.sum().double(),
         }
+        if self._texts:
+            own["text_loss"], own["text_tokens"] = torch.stack(self._texts).sum(0)
         totals = sum_over_ranks(torch.stack(list(own.values()))).tolist()  # the only wait
         sums = dict(zip(own, totals, strict=True))
         n, tokens = sums["responses"], sums["tokens"]
@@ -117,6 +127,8 @@ class IterationMetrics:
                 "val/clipfrac": sums["value_clipped"] / tokens,
                 "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
             }
+        if "text_loss" in sums:
+            averages["loss/ptx"] = sums["text_loss"] / sums["text_tokens"]
         if "drawn_difference" in sums:
             averages["sampling/logp_difference"] = sums["drawn_difference"] / tokens
         return {

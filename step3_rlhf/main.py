@@ -2,15 +2,16 @@
 
     bash scripts/step3_rlhf.sh CONFIG.json [key.path=value ...]
 
-Writes into output_dir: `actor/` and, unless RLOO needs none, `critic/` (Hugging Face directories,
-tokenizer included),
-`evaluation.json`, `instances.jsonl`, `metrics.jsonl` and `config.json`.
+Writes into output_dir: `actor/`, `critic/` (PPO only) and `actor_ema/` (with `ema_decay`), which
+are Hugging Face directories, tokenizer included; `evaluation.json`, `instances.jsonl`,
+`metrics.jsonl` and `config.json`.
 """
 
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.checks import check_models, readable_records
 from step3_rlhf.config import EvaluationConfig, PPOConfig
@@ -23,6 +24,7 @@ from step3_rlhf.evaluation.settings import settings_of_run
 from step3_rlhf.iteration_metrics import EarlyStopping
 from step3_rlhf.loading import load_frozen_policy
 from step3_rlhf.prompts import Prompts, iterations
+from step3_rlhf.ptx import PtxTexts
 from step3_rlhf.rewards.sources import load_reward
 from step3_rlhf.roles import TrainingRoles, training_roles_of
 from step3_rlhf.trainer import PPOTrainer
@@ -73,7 +75,7 @@ def main(config: PPOConfig) -> None:
     validation = None
     if config.eval_steps:
         validation = load_held_out(evaluation, data.eval, tokenizer, "validation")
-    trainer = build(config, roles, Prompts(data.train, config), count)
+    trainer = build(config, roles, Prompts(data.train, config), count, read_ptx(config, tokenizer))
     output = prepare_output(config)
     with stop_requests.deferred():
         first, done = train(trainer, count, validation, evaluation)
@@ -85,7 +87,7 @@ def main(config: PPOConfig) -> None:
     )
     write_evaluation(figures, instances, output)
     finished.remove()
-    written = {name: output / name for name in trainer.trained}
+    written = {name: output / name for name in [*trainer.trained, *trainer.averages]}
     written |= {"evaluation": output / "evaluation.json", "metrics": output / "metrics.jsonl"}
     places = "\n".join(f"  {name + ':':<12}{path}" for name, path in written.items())
     say(
@@ -94,7 +96,24 @@ def main(config: PPOConfig) -> None:
     )
 
 
-def build(config: PPOConfig, roles: TrainingRoles, prompts: Prompts, count: int) -> PPOTrainer:
+def read_ptx(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> PtxTexts | None:
+    """Read and encode the texts of `ptx_data`; None without them."""
+    if config.ptx_data is None:
+        return None
+    records = read_records(config.ptx_data, "sft")
+    with ranks.rank_zero_first():
+        texts = tokenize(records, tokenizer, config.ptx_data, "sft")
+    say(f"ptx_data: {records.tally}\n{texts.tally}")
+    return PtxTexts(texts.train, config, tokenizer.pad_token_id)
+
+
+def build(
+    config: PPOConfig,
+    roles: TrainingRoles,
+    prompts: Prompts,
+    count: int,
+    ptx: PtxTexts | None = None,
+) -> PPOTrainer:
     """Load the models into their engines, ready for `count` iterations; RLOO has no critic."""
     tokenizer = roles.policy.tokenizer
     options = LoadOptions.trained(config)
@@ -115,6 +134,7 @@ def build(config: PPOConfig, roles: TrainingRoles, prompts: Prompts, count: int)
         load_reward(config, roles),
         prompts,
         tokenizer,
+        ptx,
     )
 
 
@@ -142,7 +162,7 @@ def train(
         are done now.
     """
     config = trainer.config
-    checkpoints = Checkpoints(config, trainer.trained)
+    checkpoints = Checkpoints(config, trainer.trained, trainer.averages)
     first, state = checkpoints.restore()
     if state:
         trainer.reward_center, trainer.cuts = state["reward_center"], state["cuts"]
@@ -202,17 +222,22 @@ def warn_of_cuts(trainer: PPOTrainer) -> None:
 
 
 def write_models(trainer: PPOTrainer, output: Path, was_trained: bool) -> None:
-    """Export the trained models, `actor/` and `critic/`.
+    """Export the trained models, `actor/` and `critic/`, and the averaged `actor_ema/`.
 
     Args:
         was_trained: the run resumes after its last iteration. Models that it exported before are
             kept, so that the finished part of their evaluation stays valid.
     """
-    trained = trainer.trained
-    wanted = [name for name in trained if not (was_trained and (output / name).is_dir())]
+    trained, averages = trainer.trained, trainer.averages
+    names = [*trained, *averages]
+    wanted = [name for name in names if not (was_trained and (output / name).is_dir())]
     ranks.barrier()  # all ranks look before the first one writes
     for name in wanted:
-        export(trained[name].module.model, trainer.tokenizer, output / name)
+        if name in trained:
+            export(trained[name].module.model, trainer.tokenizer, output / name)
+        else:
+            with averages[name].in_place():
+                export(trainer.actor.module.model, trainer.tokenizer, output / name)
 
 
 def models_of(trainer: PPOTrainer) -> Models:

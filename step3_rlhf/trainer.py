@@ -16,6 +16,7 @@ from step3_rlhf.config import PPOConfig
 from step3_rlhf.experience import Experience, Judged, Scores
 from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.prompts import Prompts
+from step3_rlhf.ptx import PtxBatch, PtxTexts, negative_log_likelihood
 from step3_rlhf.regularizers.log_linear import LogLinear
 from step3_rlhf.regularizers.truncation import cut_share, end_weight_of, log_growth_of
 from step3_rlhf.rewards.sources import RewardSource
@@ -23,9 +24,10 @@ from step3_rlhf.rollout import Rollout, sample
 from training.models.logprobs import Statistic, masked_sum
 from training.models.lora import WithoutAdapter
 from training.models.policy import Policy
+from training.runtime.averaging import AveragedWeights
 from training.runtime.engine import TrainedModule, optimizer_step
 from training.runtime.faults import dumped, require_finite
-from training.runtime.ranks import sum_over_ranks
+from training.runtime.ranks import sum_over_ranks, world_size
 from training.runtime.tracking import Clock
 
 CUT_SAMPLES = 64
@@ -46,10 +48,12 @@ class PPOTrainer:
         reward: RewardSource,
         prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase,
+        ptx: PtxTexts | None = None,
     ) -> None:
         """
         Args:
             critic: None for RLOO.
+            ptx: texts that the actor learns beside the rewards.
         """
         self.config = config
         self.actor = actor
@@ -59,6 +63,11 @@ class PPOTrainer:
         self.reward = reward
         self.prompts = prompts
         self.tokenizer = tokenizer
+        self.ptx = ptx
+        self.averages: dict[str, AveragedWeights] = {}
+        """The moving average of the actor's weights, by the name of its export."""
+        if config.ema_decay is not None:
+            self.averages["actor_ema"] = AveragedWeights(actor.module, config.ema_decay)
         self.regularizer = config.regularizer
         self.clock = Clock()
         self.reward_center = 0.0
@@ -200,13 +209,35 @@ class PPOTrainer:
         accumulation = self.config.gradient_accumulation_steps
         length = self.config.response_length
         for first in range(0, len(parts), accumulation):
+            batches = parts[first : first + accumulation]
             optimizer_step(
                 list(self.trained.values()),
-                parts[first : first + accumulation],
-                lambda part: losses(part, metrics),
-                items=lambda part: ppo.loss_divisor(len(part.rollout), length),
+                list(zip(batches, self.ptx_batches(batches), strict=True)),
+                lambda batch: self.beside_texts(losses(batch[0], metrics), batch[1], metrics),
+                items=lambda batch: ppo.loss_divisor(len(batch[0].rollout), length),
                 clock=self.clock,
             )
+            for average in self.averages.values():
+                average.update()
+
+    def ptx_batches(self, parts: Sequence[Part]) -> Sequence[PtxBatch | None]:
+        """The texts beside each micro-batch of the next optimizer step; None without ptx_data."""
+        if self.ptx is None:
+            return [None] * len(parts)
+        responses = world_size() * sum(len(part.rollout) for part in parts)
+        divisor = ppo.loss_divisor(responses, self.config.response_length)
+        return self.ptx.of_step(self.actor.engine.global_steps, divisor)
+
+    def beside_texts(
+        self, losses: Sequence[Tensor], batch: PtxBatch | None, metrics: IterationMetrics
+    ) -> Sequence[Tensor]:
+        """The losses, the actor's with the weighted loss of the texts."""
+        if batch is None:
+            return losses
+        loss = negative_log_likelihood(self.actor, batch.texts)
+        metrics.add_texts(loss, batch.tokens)
+        actor, *others = losses
+        return [actor + batch.weight * loss, *others]
 
     def losses(self, part: Experience, metrics: IterationMetrics) -> Sequence[Tensor]:
         """The loss of each trained model, summed over the response tokens."""

@@ -22,9 +22,10 @@ step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards training training.data.ba
 training.data.tally training.deferred training.errors training.launch training.launch.process
 training.models training.models.decoding training.models.decoding.cache
 training.models.decoding.few_rows training.models.families training.models.families.generation
-training.models.families.own_head training.models.logprobs training.runtime training.runtime.disk
-training.runtime.extensions training.runtime.json_text training.runtime.random_states
-training.runtime.weights training.statistics training.world training.world.topics
+training.models.families.own_head training.models.logprobs training.runtime
+training.runtime.averaging training.runtime.disk training.runtime.extensions
+training.runtime.json_text training.runtime.random_states training.runtime.weights
+training.statistics training.world training.world.topics
 
 step2_reward.calibrate.temperature step3_rlhf.benchmark.measure step3_rlhf.evaluation.pairs
 step3_rlhf.ppo step3_rlhf.response_sets training.config training.data.chat_template
@@ -69,7 +70,7 @@ step1_sft.config step2_reward.calibrate.settings step2_reward.config step3_rlhf.
 step3_rlhf.paper.analytic_figures
 
 step1_sft.main step2_reward.main step3_rlhf.evaluation.settings step3_rlhf.generation.drawing
-step3_rlhf.loading step3_rlhf.paper.grid.cells step3_rlhf.prompts step3_rlhf.roles
+step3_rlhf.loading step3_rlhf.paper.grid.cells step3_rlhf.prompts step3_rlhf.ptx step3_rlhf.roles
 
 step2_reward.calibrate.__main__ step3_rlhf.benchmark.__main__ step3_rlhf.evaluation.held_out
 step3_rlhf.generation.with_generate step3_rlhf.paper.grid.jobs step3_rlhf.paper.grid.results

@@ -22,6 +22,7 @@ from training.fitting import (
     total_steps,
 )
 from training.memory import (
+    FLOAT32,
     ModelStates,
     Shape,
     Sharding,
@@ -118,6 +119,13 @@ class DryRun:
         sharding = sharding_of(self.config.deepspeed, self.processes)
         states = trained_states(shape, precision(self.config), sharding)
         self.models[name] = shape, states
+
+    def add_average(self, name: str, shape: Shape) -> None:
+        """Count the float32 moving average of a model's trained weights."""
+        sharding = sharding_of(self.config.deepspeed, self.processes)
+        divided = sharding.processes if sharding.zero_stage == 3 else 1
+        self.models[name] = shape, ModelStates(FLOAT32 * shape.trained // divided, 0, 0)
+        self.frozen.add(name)
 
     def add_frozen(self, name: str, shape: Shape, section: dict[str, Any]) -> None:
         """Count the weights of a model that is frozen under the DeepSpeed section `section`."""

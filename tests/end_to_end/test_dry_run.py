@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ SHIPPED = sorted(
     path
     for stage in STAGES
     for path in (ROOT / stage / "configs").glob("*.json")
-    if path.stem != "quickstart"  # its data is the bundled world's: below
+    if not path.stem.startswith("quickstart")  # its data is the bundled world's: below
 )
 DryRun = Callable[..., str]
 
@@ -83,7 +84,7 @@ def model_directory(
 def test_every_shipped_config_passes_offline(
     path: Path, dry_run: DryRun, model_directory: Callable[[str, str], str], tmp_path: Path
 ) -> None:
-    family = path.stem.removesuffix("-paper")
+    family = re.sub("-(paper|rloo|direct)$", "", path.stem).replace("people", "smollm2")
     stage = path.parents[1].name
     arguments = [
         f"model_name_or_path={model_directory(family, 'policy')}",
@@ -245,6 +246,24 @@ def test_offloaded_models_are_still_trained_and_take_memory_of_the_host(
     assert rows["critic"][2] == rows["critic"][1]
     assert rows["reference"][2] == rows["reward"][2] == "frozen"
     assert "Offloaded to the host: 199 GiB" in printed  # 16 bytes of 2 x 6.7e9
+
+
+def test_rloo_has_no_critic_and_an_average_takes_four_bytes_a_weight(
+    dry_run: DryRun, stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    rloo = {"advantage_estimator": "rloo", "critic": None, "num_generations": 2}
+    texts = {"ptx_coef": 0.5, "ptx_data": stage_settings("sft")["data"]}
+    reward = {"reward": {"function": "json:dumps"}}
+    settings = stage_settings("ppo") | rloo | reward | {"ema_decay": 0.9} | texts
+    file = tmp_path / "ppo.json"
+    file.write_text(json.dumps(settings))
+    printed = dry_run("step3_rlhf", file)
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.strip()}
+    assert "critic" not in rows
+    assert rows["actor_ema"][1] == rows["actor"][1]
+    assert "1 of actor in each iteration" in printed
+    assert re.search(r"ptx_data: +\d+ texts, one to each response", printed)
+    assert "activations of ptx_data" in printed
 
 
 def test_what_the_run_would_refuse_the_dry_run_refuses(

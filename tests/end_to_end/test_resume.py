@@ -33,6 +33,14 @@ STAGES: dict[str, tuple[Any, Any, list[str]]] = {
     "sft": (SFTConfig, sft, ["model"]),
     "reward": (RewardConfig, reward, ["model"]),
     "ppo": (PPOConfig, ppo, ["actor", "critic"]),
+    "rloo": (PPOConfig, ppo, ["actor", "actor_ema"]),
+}
+RLOO: dict[str, Any] = {
+    "advantage_estimator": "rloo",
+    "critic": None,
+    "num_generations": 2,
+    "ema_decay": 0.9,
+    "ptx_coef": 0.5,
 }
 REWARD_FUNCTION = (
     "def by_length(prompts, responses):\n    return [len(r) / 10 for r in responses]\n"
@@ -51,8 +59,10 @@ def run(
 
     def run_stage(stage: str, **changes: Any) -> Path:
         config_class, module, _ = STAGES[stage]
-        settings = stage_settings(stage) | {"save_steps": 2}
-        if stage == "ppo":
+        settings = stage_settings("ppo" if stage == "rloo" else stage) | {"save_steps": 2}
+        if stage == "rloo":
+            settings |= RLOO | {"ptx_data": stage_settings("sft")["data"]}
+        if stage in ("ppo", "rloo"):
             settings |= {
                 "total_episodes": 24,
                 "reward": {"function": "lengths:by_length"},
@@ -169,6 +179,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "sft": REGROUPED | {"packing": True, "logging_steps": 1, "per_device_eval_batch_size": 3},
     "reward": REGROUPED | {"gradient_checkpointing": True},
     "ppo": REGROUPED | {"rollout_batch_size": 2, "gradient_checkpointing": True},
+    "rloo": REGROUPED | {"gradient_checkpointing": True},
 }
 
 

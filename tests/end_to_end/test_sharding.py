@@ -37,6 +37,7 @@ STAGE = {
     "ppo": "ppo",
     "sft_lora": "sft",
     "ppo_lora": "ppo",
+    "rloo": "ppo",
 }
 KINDS = tuple(STAGE)
 # A loss of PPO is a mean of terms of both signs; differences are relative to the terms' size.
@@ -72,6 +73,7 @@ class Division:
         return name + ("-packed" if self.packed else "")
 
 
+RLOO = {"advantage_estimator": "rloo", "num_generations": 2, "ema_decay": 0.5, "ptx_coef": 0.5}
 WHOLE = Division(1, 1, 0)
 DIVISIONS = [
     Division(processes, accumulation, zero)
@@ -82,8 +84,14 @@ DIVISIONS = [
 CONTROL = Division(2, 4, 0)
 
 
+OF_RLOO = [WHOLE, Division(1, 4, 0), Division(2, 1, 1), Division(2, 4, 2, packed=True),
+           Division(2, 1, 3)]  # fmt: skip
+
+
 def divisions(kind: str) -> list[Division]:
-    """With LoRA the losses are the same code: there accumulation is left out."""
+    """With LoRA and RLOO most of the code is the same as without: there some are left out."""
+    if kind == "rloo":
+        return OF_RLOO
     return [d for d in DIVISIONS if d.accumulation == 1 or "lora" not in kind]
 
 
@@ -129,6 +137,8 @@ class Matrix:
             given["model_name_or_path"] = str(self.directory / "policy" / "model")
             if division.zero == 3:
                 given["frozen_deepspeed"] = given["deepspeed"]
+            if kind == "rloo":
+                given |= RLOO | {"critic": None, "ptx_data": settings("sft")["data"]}
         else:
             given |= {"adam_epsilon": 1e-3, "max_steps": 3}
             # Two whole batches and 7 rows: the last one is not the same for all ranks.
@@ -262,6 +272,8 @@ EXPORTS = [
     ("sft_lora", "model"),
     ("ppo_lora", "actor"),
     ("ppo_lora", "critic"),
+    ("rloo", "actor"),
+    ("rloo", "actor_ema"),
 ]
 
 

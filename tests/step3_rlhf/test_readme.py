@@ -89,7 +89,8 @@ def test_every_key_of_metrics_jsonl_is_defined_and_no_other(
         monkeypatch.setattr(module.engine, "fp16_enabled", lambda: True)
         monkeypatch.setattr(module.engine.optimizer, "loss_scale", 1.0, raising=False)
     written |= trainer.optimizer_metrics().keys()
-    written |= {"sampling/logp_difference", "time/old_scores"}  # of other policies and settings
+    of_other_settings = {"sampling/logp_difference", "time/old_scores", "loss/ptx"}
+    written |= of_other_settings
     assert defined(section(README, "Glossary")) == written
 
 
@@ -130,7 +131,7 @@ def test_the_example_config_is_sound() -> None:
     config = check_config(PPOConfig, json.loads(example), "the example:")
     assert config.regularizer.name == "conditional_pm"
     required = {name for name, field in PPOConfig.model_fields.items() if field.is_required()}
-    assert json.loads(example).keys() == required  # "a config needs these settings"
+    assert json.loads(example).keys() == required | {"critic"}  # "a config needs these settings"
 
 
 def test_the_example_response_set_is_sound(tmp_path: Path) -> None:

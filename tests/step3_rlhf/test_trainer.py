@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import BertConfig
 
 from step3_rlhf import ppo
@@ -18,10 +19,12 @@ from step3_rlhf.evaluation.held_out import HeldOut
 from step3_rlhf.experience import Judged
 from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.main import means_of, train
+from step3_rlhf.ptx import PtxTexts
 from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.roles import training_roles_of
 from step3_rlhf.rollout import sample
 from step3_rlhf.trainer import PPOTrainer
+from training.data import collate_texts
 from training.errors import UserError
 from training.models.policy import Policy
 from training.models.scalar import ScalarModel
@@ -479,6 +482,93 @@ def test_what_does_not_go_with_rloo(configured) -> None:
     assert warning == "critic, lam: without effect, because rloo has no critic"
     roles = training_roles_of(configured(**RLOO))
     assert (roles.critic, roles.critic_note) == (None, "")
+
+
+# Texts beside the rewards, and the moving average
+
+
+def test_the_texts_gradient_is_that_of_the_mean_over_their_tokens(build: Build) -> None:
+    """With and without ptx_data: the difference of the first steps is −c ∇ mean log π."""
+    data = Dataset.from_dict(
+        {"prompt_ids": [[5, 6], [7], [8, 9]], "response_ids": [[10, 11, 2], [12, 2], [13]]}
+    )
+    found = []
+    for accumulation in (1, 2):
+        changes = RLOO | {"gradient_accumulation_steps": accumulation}
+        changes["per_device_train_batch_size"] = 8 // accumulation
+        plain = build(**changes)
+        trainer = build(**changes)
+        start = weights(plain)
+        trainer.config = trainer.config.model_copy(update={"ptx_coef": 0.7})
+        trainer.ptx = PtxTexts(data, trainer.config, 0)
+        policy = trainer.actor.module
+        batch = collate_texts(data, [0, 1, 2], 0)
+        logp, _ = policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        loss = -0.7 * logp.sum() / 6  # 3 + 2 + 1 tokens, whatever the micro-batches have
+        names = [name for name, _ in policy.named_parameters()]
+        wanted = dict(zip(names, gradients(loss, policy), strict=True))
+        plain.iteration(0)
+        metrics = trainer.iteration(0)
+        assert metrics["loss/ptx"] == pytest.approx(loss.item() / 0.7, rel=1e-5)
+        before, after = weights(plain), weights(trainer)
+        for name, g in wanted.items():
+            # The first AdamW step with ε = 1 is −lr·g/(1 + |g|): what the gradients were.
+            steps = [(w[f"actor.{name}"] - start[f"actor.{name}"]) / -0.1 for w in (before, after)]
+            rewards, both = (step / (1 - step.abs()) for step in steps)
+            torch.testing.assert_close(both - rewards, g, rtol=0, atol=3e-5, msg=name)
+        found.append(after)
+    assert_same_update(*found, start)
+
+
+def test_each_step_has_the_next_texts_whatever_the_micro_batches(build: Build) -> None:
+    prompts, responses = [[5]] * 20, [[k, 2] for k in range(20)]
+    data = Dataset.from_dict({"prompt_ids": prompts, "response_ids": responses})
+    read = []
+    for micro, accumulation in ((8, 1), (4, 2)):
+        sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
+        config = build(**sizes).config.model_copy(update={"ptx_coef": 0.5})
+        texts = PtxTexts(data, config, 0)
+        steps = [texts.of_step(step, divisor=48) for step in range(3)]
+        assert [[part.tokens for part in step] for step in steps[:2]] == [
+            [16 // accumulation] * accumulation
+        ] * 2
+        assert {part.weight for part in steps[0]} == {0.5 * 48 / 16}
+        assert {part.weight for part in steps[2]} == {0.5 * 48 / 8}  # the epoch's last four texts
+        kept = [part.texts for step in steps for part in step]
+        rows = [batch.input_ids[batch.response_mask[:, 1], 1] for batch in kept]
+        read.append(sorted(torch.cat(rows).tolist()))
+    assert read == [list(range(20))] * 2
+
+
+def test_what_texts_and_averages_need(configured) -> None:
+    with pytest.raises(UserError, match="ptx_coef: above 0 it needs ptx_data"):
+        configured(ptx_coef=0.5)
+    with pytest.raises(UserError, match="ema_decay"):
+        configured(ema_decay=1.0)
+    data = configured().data.model_dump(mode="json")
+    (warning,) = configured(ptx_coef=0.5, ptx_data=data).warnings()
+    assert warning == "ptx_coef=0.5: moves the optimum towards the texts of ptx_data"
+
+
+def test_the_average_after_two_steps(build: Build) -> None:
+    """θ̄ = d² θ0 + d (1 − d) θ1 + (1 − d) θ2; training goes on from θ2."""
+    trainer = build(ema_decay=0.75)
+    (average,) = trainer.averages.values()
+    seen = [weights(trainer)]
+    for number in range(2):
+        trainer.iteration(number)
+        seen.append(weights(trainer))
+    shares = (0.75**2, 0.75 * 0.25, 0.25)
+    name = "model.lm_head.weight"
+    wanted = sum(share * w[f"actor.{name}"] for share, w in zip(shares, seen, strict=True))
+    torch.testing.assert_close(average.averages[name], wanted, rtol=1e-6, atol=1e-7)
+    with average.in_place():
+        inside = weights(trainer)[f"actor.{name}"]
+        torch.testing.assert_close(inside, wanted, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(inside, seen[2][f"actor.{name}"])
+    assert all(torch.equal(value, seen[2][key]) for key, value in weights(trainer).items())
+    with pytest.raises(ValueError, match="not those of this model"):
+        average.load({name: torch.zeros(1)})
 
 
 def test_a_batch_that_does_not_hold_whole_prompts_is_refused(configured) -> None:

@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from training.errors import RunError
+from training.runtime.averaging import AveragedWeights
 from training.runtime.disk import REMOVED, UNFINISHED, draft_of, publish, remove
 from training.runtime.engine import TrainedModule
 from training.runtime.random_states import random_states, set_random_states
@@ -35,15 +36,21 @@ copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 class Checkpoints:
     """`output_dir/checkpoints/step-N`: the complete state of a run after N steps.
 
-    A checkpoint holds the engines in DeepSpeed's format, the stage's own state as JSON, and the
-    random states of each rank. The order of the data and the seed of every draw are functions of
-    the step, so there is no sampler state to save. A directory gets its final name once it is
-    complete; until then no run finds it.
+    A checkpoint holds the engines in DeepSpeed's format, moving averages of their weights, the
+    stage's own state as JSON, and the random states of each rank. The order of the data and the
+    seed of every draw are functions of the step, so there is no sampler state to save. A directory
+    gets its final name once it is complete; until then no run finds it.
     """
 
-    def __init__(self, config: StageConfig, engines: Mapping[str, TrainedModule]) -> None:
+    def __init__(
+        self,
+        config: StageConfig,
+        engines: Mapping[str, TrainedModule],
+        averages: Mapping[str, AveragedWeights] | None = None,
+    ) -> None:
         self.config = config
         self.engines = engines
+        self.averages = averages or {}
         self.directory = Path(config.output_dir) / "checkpoints"
 
     def is_due(self, step: int, steps: int) -> bool:
@@ -86,6 +93,9 @@ class Checkpoints:
                 str(draft / label), tag="engine", exclude_frozen_parameters=has_lora
             )
         torch.save(random_states(), draft / f"random-{rank()}.pt")
+        for label, average in self.averages.items():
+            if rank() == 0 or average.is_partitioned:
+                torch.save(average.averages, draft / _averages_file(label, average))
         barrier()
         if rank() == 0:
             record = {
@@ -137,7 +147,14 @@ class Checkpoints:
                 trained.engine.load_checkpoint(
                     str(source / label), tag="engine", load_module_strict=self.config.lora is None
                 )
+        for label, average in self.averages.items():
+            path = source / _averages_file(label, average)
+            average.load(torch.load(path, map_location="cpu", weights_only=True))
         set_random_states(torch.load(source / f"random-{rank()}.pt", weights_only=True))
+
+
+def _averages_file(label: str, average: AveragedWeights) -> str:
+    return f"{label}-{rank() if average.is_partitioned else 0}.pt"
 
 
 @contextlib.contextmanager

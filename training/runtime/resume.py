@@ -23,9 +23,10 @@ NO_EFFECT = frozenset(
 
 FREE_TO_CHANGE = NO_EFFECT | frozenset(
     "per_device_eval_batch_size rollout_batch_size gradient_checkpointing packing evaluation "
-    "frozen_deepspeed data.cache_dir deepspeed.tensorboard deepspeed.wandb deepspeed.csv_monitor "
-    "deepspeed.comet deepspeed.steps_per_print deepspeed.wall_clock_breakdown "
-    "deepspeed.memory_breakdown deepspeed.comms_logger deepspeed.flops_profiler".split()
+    "frozen_deepspeed data.cache_dir ptx_data.cache_dir deepspeed.tensorboard deepspeed.wandb "
+    "deepspeed.csv_monitor deepspeed.comet deepspeed.steps_per_print "
+    "deepspeed.wall_clock_breakdown deepspeed.memory_breakdown deepspeed.comms_logger "
+    "deepspeed.flops_profiler".split()
 )
 """Settings that a resumed run may change: what it learns stays the same, up to rounding."""
 
