@@ -7,10 +7,12 @@ outside is estimated by importance sampling from the reference:
     Z_outside = E_{y ~ π_ref} [ 1{y not on the board} · w(y)/π_ref(y) · e^{r(y)/β} ]
 
 A low α matches the reward model on the whole board but also counts much that is not on it as
-natural. The α that is chosen has the smallest total variation on the board to softmax(r/β), of
-those whose mass outside exceeds the reference's by at most `OUTSIDE_MARGIN` and leaves at least
-half of the reference's mass on the board. No collapsed policy passes for good here, because it is
-far from softmax(r/β).
+natural. The α that is chosen is the largest one whose total variation on the board to softmax(r/β)
+is the smallest, up to `TOLERANCE`. No collapsed policy passes for good here, because it is far from
+softmax(r/β). Where policies are aligned on their own draws, the optimum's mass outside is what
+they arrive at. Then only those α are considered whose optimum exceeds the reference's mass outside
+by at most `OUTSIDE_MARGIN` and leaves at least half of the reference's mass on the board. Direct
+optimization does not determine the mass outside; its anchor does.
 """
 
 import math
@@ -24,8 +26,10 @@ from torch import Tensor
 from step3_rlhf.paper.people.boards import Board
 from step3_rlhf.paper.people.measure import total_variation
 
-ALPHAS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+ALPHAS = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Candidates: probabilities of whole responses."""
+
+TOLERANCE = 0.01
 
 OUTSIDE_MARGIN = 0.05
 
@@ -61,12 +65,15 @@ class Choice:
     candidates: list[Candidate]
 
 
-def choose(evaluation: dict[str, Any], boards: Sequence[Board], instances: Any) -> Choice:
+def choose(
+    evaluation: dict[str, Any], boards: Sequence[Board], instances: Any, outside_matters: bool
+) -> Choice:
     """The choice from an evaluation of the reference itself on validation questions.
 
     Args:
         evaluation: evaluation.json, for β.
         instances: the lines of instances.jsonl, with the reference's draws.
+        outside_matters: whether the mass outside of the optimum limits the choice.
     """
     beta = evaluation["preference_temperature"]
     drawn = {line["prompt"]: line["responses"] for line in instances}
@@ -81,12 +88,13 @@ def choose(evaluation: dict[str, Any], boards: Sequence[Board], instances: Any) 
     ]
     outside = math.fsum(board.outside or 0.0 for board in known) / len(known)
     bound = min(outside + OUTSIDE_MARGIN, 1 - LEAST_KEPT * (1 - outside))
-    allowed = [c for c in candidates if c.outside_mass <= bound]
-    best = (
-        min(allowed, key=lambda c: c.tv_to_reward)
-        if allowed
-        else min(candidates, key=lambda c: c.outside_mass)
-    )
+    allowed = [c for c in candidates if c.outside_mass <= bound or not outside_matters]
+    if not allowed:
+        best = min(candidates, key=lambda c: c.outside_mass)
+    else:
+        nearest = min(c.tv_to_reward for c in allowed)
+        matching = [c for c in allowed if c.tv_to_reward <= nearest + TOLERANCE]
+        best = max(matching, key=lambda c: c.alpha)
     return Choice(best.alpha, outside, candidates)
 
 

@@ -95,7 +95,7 @@ def steps_of(experiment: Experiment) -> list[Step]:
         Step("sft", 6, lambda: stage(experiment, "step1_sft", experiment.model, "texts", "sft")),
         Step("reward", 14, lambda: stage(experiment, "step2_reward", sft, "rewards", "reward")),
         Step("validation", 3, lambda: measuring(experiment, directory / "validation", sft)),
-        Step("alpha", 0.1, None, lambda: write_alpha(directory)),
+        Step("alpha", 0.1, None, lambda: write_alpha(directory, experiment.method)),
         Step("sft test", 4, lambda: measuring(experiment, directory / "sft_test", sft)),
     ]
     for policy in POLICIES:
@@ -197,12 +197,12 @@ def write_data(experiment: Experiment) -> None:
     write_files(files, experiment.directory / "data", experiment.sizes)
 
 
-def write_alpha(directory: Path) -> None:
+def write_alpha(directory: Path, method: Method) -> None:
     """alpha.json: the threshold that the evaluation of SFT on validation questions speaks for."""
     evaluation = read_mapping(str(directory / "validation" / "evaluation.json"))
     text = (directory / "validation" / "instances.jsonl").read_text(encoding="utf-8")
     instances = [json.loads(line) for line in text.split("\n") if line]
-    choice = choose(evaluation, boards_of(evaluation), instances)
+    choice = choose(evaluation, boards_of(evaluation), instances, method == "rloo")
     (directory / "alpha.json").write_text(json_text(asdict(choice)))
     print(f"alpha: {choice.alpha:g}")
 

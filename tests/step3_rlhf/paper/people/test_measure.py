@@ -180,19 +180,24 @@ def test_the_mass_outside_is_estimated_without_bias() -> None:
     assert outside_log_mass([], 10, 0.05, 1.0) == -math.inf
 
 
-def test_where_everything_else_is_disliked_the_lowest_alpha_matches_best() -> None:
-    found = choose(evaluation(), boards_of(evaluation()), instances(rewards=-20.0))
+def test_where_everything_else_is_disliked_the_largest_alpha_that_matches_is_taken() -> None:
+    found = choose(evaluation(), boards_of(evaluation()), instances(rewards=-20.0), True)
     assert found.reference_outside_mass == 0.25
     best = min(candidate.tv_to_reward for candidate in found.candidates)
     assert best == pytest.approx(0, abs=1e-12)
-    assert next(c for c in found.candidates if c.alpha == found.alpha).tv_to_reward == best
+    assert found.alpha == 0.01  # at 0.1 two of the four answers are no longer natural
+    assert found.candidates[-1].tv_to_reward > 0.1
 
 
 def test_an_alpha_that_lets_nonsense_in_is_not_chosen() -> None:
-    found = choose(evaluation(), boards_of(evaluation()), instances(rewards=-1.0))
+    found = choose(evaluation(), boards_of(evaluation()), instances(rewards=-1.0), True)
     chosen = next(c for c in found.candidates if c.alpha == found.alpha)
     lowest = found.candidates[0]
     assert lowest.tv_to_reward < 1e-9
     assert lowest.outside_mass > 0.25 + OUTSIDE_MARGIN
     assert chosen.alpha == 0.01
     assert chosen.outside_mass <= 0.25 + OUTSIDE_MARGIN
+    limited = choose(evaluation(), boards_of(evaluation()), instances(rewards=3.0), True)
+    assert limited.alpha == 0.01  # none is allowed; this one has the least outside
+    free = choose(evaluation(), boards_of(evaluation()), instances(rewards=3.0), False)
+    assert free.alpha == 0.01
