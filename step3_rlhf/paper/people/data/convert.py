@@ -12,7 +12,6 @@ from step3_rlhf.paper.people.data.records import (
     Prior,
     Record,
     answers_elsewhere,
-    comparisons,
     prompt,
     ranking,
     response_sets,
@@ -44,11 +43,14 @@ class Sizes:
     """Rankings of each of them."""
     elsewhere: int = 1
     """Answers of other questions that each ranking ends with."""
+    shared: int | None = 304
+    """Of the reward model's questions, those that the policies learn too; the seen ones are among
+    them."""
     asked: int | None = 320
-    """Questions that stage 3 asks from its own share, beside the reward model's."""
+    """Questions from its own share that stage 3 asks beside these, if it draws answers."""
     held_out: int = 80
     """Held-out questions of SFT and of the reward model, half of which choose the weights."""
-    measured: int = 80
+    measured: int = 44
     """Questions of each held-out set that are measured."""
     validation: int = 40
     """Questions by which α is chosen."""
@@ -93,13 +95,7 @@ class Files:
     counts: dict[str, int]
 
 
-def convert(
-    kept: Kept,
-    prior: Prior,
-    sizes: Sizes,
-    seed: int,
-    kind: Literal["rankings", "comparisons"] = "rankings",
-) -> Files:
+def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
     """The records of every stage.
 
     The held-out questions are `unseen` (stage 3's own, which no stage learns) and `seen`: questions
@@ -108,15 +104,16 @@ def convert(
     parts = split(kept.questions, seed)
 
     def rewards(questions: list[Question]) -> list[Record]:
-        found: list[Record] = []
-        for question in questions:
-            for number in range(sizes.rankings):
-                others = answers_elsewhere(question, kept.questions, sizes.elsewhere, seed, number)
-                if kind == "comparisons":
-                    found += comparisons(question, others, seed, sizes.rankings)
-                    break
-                found.append(ranking(question, others, seed, number))
-        return found
+        return [
+            ranking(
+                question,
+                answers_elsewhere(question, kept.questions, sizes.elsewhere, seed, number),
+                seed,
+                number,
+            )
+            for question in questions
+            for number in range(sizes.rankings)
+        ]
 
     def written(questions: list[Question]) -> list[Record]:
         return [
@@ -124,14 +121,16 @@ def convert(
         ]
 
     learned = parts.of("reward", "train", sizes.reward_questions)
-    asked = [*learned, *parts.of("ppo", "train", sizes.asked)]
+    shared = learned[: sizes.shared]
+    asked = [*shared, *parts.of("ppo", "train", sizes.asked)]
     unseen = [(question, question.text) for question in parts.of("ppo", "test", sizes.measured)]
-    seen, failures = reworded(learned, sizes.measured)
+    seen, failures = reworded(shared, sizes.measured)
     validation = parts.of("ppo", "validation", sizes.validation)
     records = {
         "texts": written(parts.of("sft", "train", sizes.sft_questions)),
         "texts_eval": written(parts.held_out("sft", sizes.held_out)),
         "rewards": rewards(learned),
+        "rankings": rewards(shared),
         "rewards_eval": rewards(parts.held_out("reward", sizes.held_out)),
         "prompts": [prompt(question, question.text) for question in asked],
         "prompts_eval": [prompt(question, text) for question, text in [*unseen, *seen]],
@@ -158,6 +157,7 @@ def convert(
             for part, questions in of.items()
         },
         "learned by the reward model": len(learned),
+        "learned by the policies too": len(shared),
         "asked by stage 3": len(asked),
         "unseen questions": len(unseen),
         "seen questions in unseen words": len(seen),

@@ -1,4 +1,4 @@
-"""A question as the project's ordinary records: texts, rankings, comparisons, response sets.
+"""A question as the project's ordinary records: texts, rankings, prompts, response sets.
 
 All draws depend on the seed and the question alone, not on other questions or their order.
 """
@@ -68,23 +68,6 @@ def ranking(question: Question, others: Sequence[str], seed: int, number: int = 
     responses = [*question.answers, *others]
     ranks = [responses.index(answer) for answer in (*order, *others)]
     return _asked(question.text, question) | {"responses": responses, "ranking": ranks}
-
-
-def comparisons(
-    question: Question, others: Sequence[str], seed: int, respondents: int
-) -> list[Record]:
-    """What respondents prefer: one who said a prefers a to every other answer on the board.
-
-    Each also prefers it to `others`, the answers of other questions.
-    """
-    offset = source_of(question, seed, "comparisons").random()
-    given = systematic(question.answers, question.shares, respondents, offset)
-    return [
-        _asked(question.text, question) | {"chosen": answer, "rejected": other}
-        for answer in given
-        for other in (*question.answers, *others)
-        if other != answer
-    ]
 
 
 def answers_elsewhere(

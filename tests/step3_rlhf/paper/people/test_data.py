@@ -13,7 +13,6 @@ from step3_rlhf.paper.people.data.phrasing import rephrased
 from step3_rlhf.paper.people.data.questions import Question, parse, read_questions, usable
 from step3_rlhf.paper.people.data.records import (
     answers_elsewhere,
-    comparisons,
     ranking,
     response_sets,
     systematic,
@@ -198,13 +197,6 @@ def test_rankings_are_plackett_luces() -> None:
     assert all(best_first(ranking(PETS, ["fig"], 0, n))[-1] == "fig" for n in range(50))
 
 
-def test_comparisons_are_respondents() -> None:
-    found = comparisons(PETS, ["fig"], seed=0, respondents=90)
-    won = Counter((entry["chosen"], entry["rejected"]) for entry in found)
-    assert (won["dog", "cat"], won["cat", "dog"]) == (50, 30)
-    assert (won["fish", "fig"], won["fig", "fish"]) == (10, 0)
-
-
 def test_answers_of_other_questions_are_no_answers_to_this_one() -> None:
     found = {a for n in range(50) for a in answers_elsewhere(PETS, [PETS, FRUIT], 2, 0, n)}
     assert found == {"apple", "pear", "fig"}  # not dog
@@ -243,6 +235,7 @@ def test_what_is_measured_was_not_learned_in_these_words() -> None:
     files = convert(usable(many(400)), "people", Sizes(), 42).records
     learned = {entry["prompt"] for entry in files["rewards"] + files["texts"] + files["prompts"]}
     groups = {entry["group"] for entry in files["rewards"] + files["texts"] + files["prompts"]}
+    assert {entry["group"] for entry in files["rankings"]} <= groups
     for entry in files["sets_eval"]:
         assert entry["prompt"] not in learned
         label, _, identity = entry["topic"].partition("/")

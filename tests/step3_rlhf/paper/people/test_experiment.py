@@ -17,7 +17,14 @@ from training.errors import RunError, UserError
 
 ROOT = Path(__file__).resolve().parents[4]
 SIZES = Sizes(
-    texts=1, sft_questions=4, reward_questions=4, asked=2, held_out=3, measured=2, validation=1
+    texts=1,
+    sft_questions=4,
+    reward_questions=4,
+    shared=3,
+    asked=2,
+    held_out=3,
+    measured=2,
+    validation=1,
 )
 SMALL: dict[str, dict[str, Any]] = {
     "step1_sft": {"per_device_train_batch_size": 4},

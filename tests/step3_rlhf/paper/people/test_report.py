@@ -86,7 +86,8 @@ def experiment_in(tmp_path: Path) -> Path:
     write(tmp_path / "steps.json", {"sft": {"seconds": 12.5, "command": "bash step1_sft.sh"}})
     counts = {
         "read": 100, "used": 80, "left out: an answer that nobody gave": 20, "unseen questions": 14,
-        "learned by the reward model": 32, "asked by stage 3": 40,
+        "learned by the reward model": 32,
+        "learned by the policies too": 16, "asked by stage 3": 40,
         "seen questions in unseen words": 14, "without a second phrasing, left out of these": 3,
     }  # fmt: skip
     sizes = {"texts": 2, "sft_questions": None, "asked": 8, "rankings": 1}
