@@ -37,7 +37,7 @@ Method = Literal["direct", "rloo"]
 """How policies are aligned: from people's rankings themselves, or from draws and their rewards."""
 
 ALIGNING = {
-    "direct": ("step3_direct.sh", "people-direct.json", "rankings", "rewards_eval"),
+    "direct": ("step3_direct.sh", "people-direct.json", "rankings", "rankings_eval"),
     "rloo": ("step3_rlhf.sh", "people.json", "prompts", "prompts_validation"),
 }
 """For each method its script, its config, and the records that it learns and chooses by."""

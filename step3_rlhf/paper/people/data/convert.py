@@ -49,7 +49,8 @@ class Sizes:
     asked: int | None = 320
     """Questions from its own share that stage 3 asks beside these, if it draws answers."""
     held_out: int = 80
-    """Held-out questions of SFT and of the reward model, half of which choose the weights."""
+    """Held-out questions of SFT and of the reward model, half of which choose the weights. Direct
+    optimization takes half as many."""
     measured: int = 44
     """Questions of each held-out set that are measured."""
     validation: int = 40
@@ -132,6 +133,7 @@ def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
         "rewards": rewards(learned),
         "rankings": rewards(shared),
         "rewards_eval": rewards(parts.held_out("reward", sizes.held_out)),
+        "rankings_eval": rewards(parts.held_out("reward", sizes.held_out // 2)),
         "prompts": [prompt(question, question.text) for question in asked],
         "prompts_eval": [prompt(question, text) for question, text in [*unseen, *seen]],
         "sets_validation": [

@@ -132,3 +132,30 @@ def test_the_aligned_policies_differ_in_regularizer_and_seed_only(tmp_path: Path
     assert [a.partition("=")[0] for a, _ in differing] == ["output_dir", "regularizer"]
     assert '"alpha": 0.001' in differing[1][1]
     assert "seed=7" in kl
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "x"], "--seed x: a whole number was expected"),
+        (["--prior", "mine"], "--prior mine: people or uniform was expected"),
+        (["--method", "ppo"], "--method ppo: direct or rloo was expected"),
+        (["--data", "/nowhere.jsonl"], "--data /nowhere.jsonl: no such file"),
+        (["--model"], "--model needs a value"),
+        (["--sed", "4"], "unknown argument --sed"),
+    ],
+)
+@pytest.mark.launcher
+def test_mistakes_end_with_one_message(arguments: list[str], message: str) -> None:
+    script = ["bash", str(ROOT / "scripts" / "people.sh"), *arguments]
+    ended = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(message)
+
+
+@pytest.mark.launcher
+def test_help_names_every_option() -> None:
+    script = ["bash", str(ROOT / "scripts" / "people.sh"), "--help"]
+    printed = subprocess.run(script, capture_output=True, text=True, timeout=60, check=True).stdout
+    for option in ("--data", "--output", "--model", "--seed", "--prior", "--method"):
+        assert f"\n  {option}" in printed
