@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from step3_rlhf.config import AlignmentConfig, PPOConfig
+from step3_rlhf.config import AlignmentConfig, EvaluationConfig, PPOConfig
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
 from step3_rlhf.rewards.readings import reads_policy_tokens, refusal
 from step3_rlhf.rewards.sources import check_reward
@@ -124,7 +124,8 @@ def check_lengths(config: AlignmentConfig, roles: Roles, sets: list[FiniteSet]) 
     }
     if isinstance(config, PPOConfig) and config.ptx_data is not None:
         needs |= {f"ptx_{name}": length for name, length in config.ptx_data.lengths().items()}
-    if isinstance(config, PPOConfig) and config.evaluation.sampling is not None:
+    trains = not isinstance(config, EvaluationConfig)  # which has its own sampling already
+    if trains and config.evaluation.sampling is not None:
         needs["data.max_prompt_length + evaluation.sampling.response_length"] = (
             data.max_prompt_length + config.evaluation.sampling.response_length
         )

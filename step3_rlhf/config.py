@@ -134,8 +134,8 @@ class AlignmentConfig(SamplingSettings, RunConfig):
 
     reference_model_name_or_path: PathText | None = None
     """π_ref; null is the policy named by model_name_or_path."""
-    reward: RewardSettings = Field(examples=[{"function": "module:callable"}])
-    """Where the rewards r(x, y) come from."""
+    reward: RewardSettings | None = None
+    """Where the rewards r(x, y) come from; null measures what needs none."""
     data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
     """Prompts to draw responses to, and held-out texts."""
     frozen_deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -150,7 +150,7 @@ class AlignmentConfig(SamplingSettings, RunConfig):
     @model_validator(mode="wrap")
     @classmethod
     def _with_calibrated_beta(cls, data: Any, handler: Any) -> Any:
-        data, fault = with_calibrated_beta(data)
+        data, fault = cls._calibrated(data)
         if not fault:
             return handler(data)
         error = {"error": ValueError(fault)}
@@ -160,6 +160,11 @@ class AlignmentConfig(SamplingSettings, RunConfig):
         except ValidationError as others:
             found += [cls._explained(detail) for detail in others.errors()]
         raise ValidationError.from_exception_data(cls.__name__, found)
+
+    @classmethod
+    def _calibrated(cls, data: Any) -> tuple[Any, str]:
+        """The settings with a number in place of a calibrated β, and why there is none."""
+        return with_calibrated_beta(data)
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -192,6 +197,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
     script = "step3_rlhf"
     variants: ClassVar[Variants] = {"regularizer": REGULARIZERS}
 
+    reward: RewardSettings = Field(examples=[{"function": "module:callable"}])
+    """Where the rewards r(x, y) come from."""
     critic_model_name_or_path: PathText | None = None
     """What the critic starts from. Null is the first reward model; or the policy, if there is none
     or if it has another vocabulary or no value after each token."""
@@ -381,7 +388,7 @@ class EvaluationConfig(AlignmentConfig):
     """The regularizer whose optimum the policy is compared with on finite sets; null: with none."""
 
     @classmethod
-    def of(cls, config: PPOConfig) -> "EvaluationConfig":
+    def of(cls, config: AlignmentConfig) -> "EvaluationConfig":
         """The evaluation of a training run."""
         shared = {name: getattr(config, name) for name in cls.model_fields}
         if config.evaluation.sampling is not None:

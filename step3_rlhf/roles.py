@@ -14,7 +14,7 @@ class Roles:
 
     policy     the model that is measured (or trained)
     reference  π_ref; the same object as `policy` unless the config names another model
-    rewards    the reward models with their weights; empty if the reward is a function
+    rewards    the reward models with their weights; empty if the reward is a function or none
     named      reference and critic if the config names them, keyed by the setting that does
     """
 
@@ -44,9 +44,10 @@ def roles_of(config: AlignmentConfig) -> Roles:
     policy = Pretrained(config.model_name_or_path, trusted, template=config.template)
     other = config.reference_model_name_or_path
     reference = policy if other in (None, policy.name_or_path) else Pretrained(other, trusted)
+    members = config.reward.weighted_models if config.reward else []
     rewards = tuple(
         (member.weight, Pretrained(member.model_name_or_path, trusted, scores_only=True))
-        for member in config.reward.weighted_models
+        for member in members
     )
     return Roles(policy, reference, rewards, {REFERENCE: reference} if other else {})
 

@@ -166,19 +166,27 @@ def stage_settings(tiny_world: Path, tmp_path: Path) -> Callable[[str], dict[str
                 "cache_dir": str(tmp_path / "token_ids"),
             },
         }
-        if stage != "ppo":
-            return common | {"learning_rate": 1e-3, "max_steps": 2}
-        return common | {
-            "reward": {"model_name_or_path": str(tiny_world / "base")},
-            "regularizer": {"name": "pm"},
-            "actor": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
-            "critic": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
-            "total_episodes": 8,
+        evaluated = {
             "response_length": 6,
             "evaluation": {
                 "response_sets": str(tiny_world / "two_sets.jsonl"),
                 "max_prompts": 4,
             },
         }
+        if stage != "ppo":
+            supervised = common | {"learning_rate": 1e-3, "max_steps": 2}
+            direct = {"regularizer": {"name": "pm"}, **evaluated}
+            return supervised | (direct if stage == "direct" else {})
+        return (
+            common
+            | evaluated
+            | {
+                "reward": {"model_name_or_path": str(tiny_world / "base")},
+                "regularizer": {"name": "pm"},
+                "actor": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+                "critic": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+                "total_episodes": 8,
+            }
+        )
 
     return settings

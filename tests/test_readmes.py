@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -20,7 +21,9 @@ from step1_sft.config import SFTConfig
 from step2_reward.calibrate.settings import CalibrationConfig, calibration_parser
 from step2_reward.config import RewardConfig
 from step3_rlhf.benchmark.__main__ import benchmark_parser
+from step3_rlhf.chat.arguments import chat_parser
 from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.evaluation.settings import evaluation_parser
 from step3_rlhf.paper.grid.__main__ import parsed as grid_arguments
 from training.cli import stage_parser
@@ -31,6 +34,7 @@ STAGES: dict[str, type[StrictModel]] = {
     "step1_sft.sh": SFTConfig,
     "step2_reward.sh": RewardConfig,
     "step3_rlhf.sh": PPOConfig,
+    "step3_direct.sh": DirectConfig,
 }
 PLACEHOLDERS = {
     "CONFIG": "step3_rlhf/configs/opt-1.3b.json",
@@ -115,6 +119,8 @@ def check_script(script: str, arguments: list[str]) -> None:
     elif script == "calibrate.sh":
         options = calibration_parser().parse_intermixed_args(arguments)
         check_overrides(CalibrationConfig, {}, options.overrides)
+    elif script == "chat.sh":
+        chat_parser().parse_intermixed_args(arguments)
     elif script == "sweep.sh":
         options = grid_arguments(arguments)
         if options.config:
@@ -146,7 +152,8 @@ def check_overrides(
             if key not in fields:
                 faults.append(f"no setting {override}")
                 break
-            owner = fields[key].annotation
+            kinds = get_args(fields[key].annotation) or (fields[key].annotation,)
+            owner = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
     if faults:
         raise NoSuchOptionError("; ".join(faults))
 
@@ -241,6 +248,7 @@ def test_the_main_readme_has_commands() -> None:
         "bash scripts/step1_sft.sh step1_sft/configs/opt-1.3b.json --dri-run",
         "bash scripts/step1_sft.sh step1_sft/configs/opt-1.3b.json lerning_rate=1",
         "bash scripts/step3_rlhf.sh step3_rlhf/configs/opt-1.3b.json actor.rate=1",
+        "bash scripts/step3_direct.sh step3_rlhf/configs/opt-1.3b-direct.json anchor.wait=1",
         "bash scripts/evaluate.sh RUN_DIR evaluation.prompts=3",
         "bash scripts/sweep.sh CONFIG --alpha 0.1,zero",
         "bash scripts/quickstart.sh --sed 4",

@@ -25,6 +25,7 @@ from training.config import (
     check_config,
     load_config,
     read_mapping,
+    shipped_configs,
 )
 from training.errors import RunError, Stopped, UserError
 from training.launch.gpus import require_usable_gpus
@@ -44,8 +45,8 @@ may run on this machine, with all that you may do on it. Use models whose code y
 """
 
 EXAMPLE = """example:
-  bash scripts/{stage}.sh {stage}/configs/quickstart.json seed=7 data.max_train_samples=1000
-{stage}/configs/ has more configs. Every setting below can be overridden as key.path=value."""
+  bash scripts/{stage}.sh {example} seed=7 data.max_train_samples=1000
+{directory}/ has more configs. Every setting below can be overridden as key.path=value."""
 
 Stage = TypeVar("Stage", bound=StageConfig)
 
@@ -187,13 +188,14 @@ class SettingsParser(argparse.ArgumentParser):
     def __init__(self, config_class: type[StrictModel], **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self._config_class = config_class
-        self._configs = Path(inspect.getfile(config_class)).with_name("configs")
+        self._configs = shipped_configs().get(config_class.script, [])
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("the following arguments are required"):
             message = "an argument is missing"
-            if configs := sorted(self._configs.glob("*.json")):
-                message += f"; {self._configs}/ has {', '.join(file.name for file in configs)}"
+            if self._configs:
+                names = ", ".join(file.name for file in self._configs)
+                message += f"; {self._configs[0].parent}/ has {names}"
         self.exit(2, f"{self.format_usage()}{message}; --help shows an example and every setting\n")
 
     def format_help(self) -> str:
@@ -209,7 +211,7 @@ def stage_parser(config_class: type[StrictModel]) -> argparse.ArgumentParser:
         config_class,
         usage=f"bash scripts/{stage}.sh CONFIG.json [key.path=value ...] [options]",
         description=inspect.getdoc(config_class),
-        epilog=EXAMPLE.format(stage=stage),
+        epilog=example_of(stage),
     )
     parser.add_argument("config", help="the stage's JSON (or YAML) config")
     parser.add_argument("overrides", nargs="*", help="key.path=value, over the config's own")
@@ -231,6 +233,17 @@ def stage_parser(config_class: type[StrictModel]) -> argparse.ArgumentParser:
     )
     add_common_options(parser)
     return parser
+
+
+def example_of(script: str) -> str:
+    """A command for the help of a script; empty if no configs are shipped for it."""
+    shipped = shipped_configs().get(script, [])
+    if not shipped:
+        return ""
+    ours = [file for file in shipped if file.stem.startswith("quickstart")]
+    file = min(ours or shipped, key=lambda file: len(file.stem))  # not one of its variants
+    directory = Path(*file.parts[-3:-1])
+    return EXAMPLE.format(stage=script, example=directory / file.name, directory=directory)
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -105,6 +105,18 @@ Variants = Mapping[str, Mapping[str, type[StrictModel]]]
 Config = TypeVar("Config", bound=StrictModel)
 
 
+def shipped_configs() -> dict[str, list[Path]]:
+    """The configs that come with the stages, by the script that takes them.
+
+    A stage's script has the stage's name; NAME-direct.json is a config of step3_direct.sh.
+    """
+    found: dict[str, list[Path]] = {}
+    for file in sorted(Path(__file__).parents[1].glob("step*/configs/*.json")):
+        script = "step3_direct" if file.stem.endswith("-direct") else file.parents[1].name
+        found.setdefault(script, []).append(file)
+    return found
+
+
 def load_config(config_class: type[Config], path: str, overrides: list[str]) -> Config:
     """Read `path`, apply `key.path=value` overrides, and check everything.
 
@@ -157,11 +169,11 @@ def check_config(
 def _of_another_stage(config_class: type[StrictModel], unknown: list[str]) -> list[str]:
     """Whose config it seems to be, if its unknown keys are all in another stage's examples."""
     others = []
-    for directory in sorted(Path(__file__).parents[1].glob("step*/configs")):
-        examples = [json.loads(file.read_text("utf-8")) for file in directory.glob("*.json")]
+    for script, files in shipped_configs().items():
+        examples = [json.loads(file.read_text("utf-8")) for file in files]
         known = {key for example in examples for key in example}
         if unknown and config_class.script and known.issuperset(unknown):
-            others.append(f"scripts/{directory.parent.name}.sh")
+            others.append(f"scripts/{script}.sh")
     if not others:
         return []
     return [f"this seems to be a config of {' or '.join(others)}: {', '.join(unknown)}"]
@@ -372,7 +384,9 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> list[str]:
 
 def _child(parent: Any, key: str) -> Any:
     if isinstance(parent, dict):
-        return parent.setdefault(key, {})
+        if parent.get(key) is None:  # absent, or an object that is null so far
+            parent[key] = {}
+        return parent[key]
     if isinstance(parent, list) and key.isdecimal() and int(key) < len(parent):
         return parent[int(key)]
     return None

@@ -172,6 +172,7 @@ def fit(
     stopping: EarlyStopping,
     keep: Callable[[], None] | None = None,
     description: str = "training",
+    figures: Callable[[], dict[str, float]] = dict,
 ) -> dict[str, float]:
     """Train for the configured steps; validate every epoch, every `eval_steps`, and at the end.
 
@@ -180,6 +181,7 @@ def fit(
     Args:
         keep: saves the weights, after their test, whenever their validation loss is the best so
             far; None keeps the last weights.
+        figures: what the task measured in the step just taken; called once a step, on every rank.
 
     Returns:
         The test figures of the weights that are kept.
@@ -224,6 +226,7 @@ def fit(
             "train/learning_rate": trained.learning_rate,
             "train/grad_norm": trained.grad_norm,
         } | trained.loss_scaling("train")
+        metrics |= figures()
         evaluated = (
             done == steps or done % order.steps_per_epoch == 0 or _is_due(done, config.eval_steps)
         )

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from training.config import StrictModel
+from training.config import StrictModel, shipped_configs
 from training.plugins import import_object
 
 WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", dict: "object"}
@@ -184,29 +184,27 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-README = """# Configs and settings of `{stage}`
+README = """# Configs and settings of `{script}`
 
 <!-- Made by `python -m training.settings_reference {path}`: change the configs or the docstrings
 of the settings, not this file. -->
 
-`quickstart.json` (the bundled world) and `smollm2.json` (SmolLM2-135M) have been run. Those for OPT
-and Llama have been checked with `--dry-run` only. `-paper.json` files follow the published code
-where the default does not.
+Those of the bundled world (`quickstart`) and of SmolLM2-135M (`smollm2`) have been run. Those for
+OPT and Llama have been checked with `--dry-run` only. `-paper.json` files follow the published
+code where the default does not.
 """
 
 
 def configs_readme(path: str) -> str:
-    """The whole configs/README.md of a stage: the shipped configs, then all settings.
+    """The whole file of a script: the shipped configs that it takes, then all settings.
 
     Args:
         path: `package.config:Class` of the stage's config class.
     """
     config_class: type[StrictModel] = import_object(path)
-    stage = path.split(".")[0]
-    lines = [README.format(stage=stage, path=path)]
+    lines = [README.format(script=config_class.script, path=path)]
     lines += ["| config | starts from | what it is for |", "|---|---|---|"]
-    directory = Path(inspect.getfile(config_class)).parent / "configs"
-    for file in sorted(directory.glob("*.json")):
+    for file in shipped_configs()[config_class.script]:
         data = json.loads(file.read_text(encoding="utf-8"))
         description = data.get("description", "")
         lines.append(
@@ -216,11 +214,18 @@ def configs_readme(path: str) -> str:
     return "\n".join([*lines, "", as_markdown(sections_of(config_class))])
 
 
+def reference_file(path: str) -> Path:
+    """Where it stands: README.md for a stage's own script, SCRIPT.md for another one."""
+    script = import_object(path).script
+    directory = shipped_configs()[script][0].parent
+    return directory / ("README.md" if directory.parent.name == script else f"{script}.md")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a stage's configs/README.md.")
+    parser = argparse.ArgumentParser(description="Write the reference of a script's settings.")
     parser.add_argument("config_class", help="such as step1_sft.config:SFTConfig")
     path: str = parser.parse_args(arguments).config_class
-    file = Path(inspect.getfile(import_object(path))).parent / "configs" / "README.md"
+    file = reference_file(path)
     file.write_text(configs_readme(path), encoding="utf-8")
     print(file)
 

@@ -179,6 +179,35 @@ def cluster_sum_error(scores: Tensor, clusters: Tensor | None = None) -> Tensor:
     return (count / (count - 1) * sums.square().sum()).sqrt()
 
 
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share of independent draws, `count` of `total` (Clopper and Pearson).
+
+    low solves P(X ≥ count | low) = 0.025 for a binomial X, and high P(X ≤ count | high) = 0.025.
+    The interval covers the true share with at least 95 % for any number of draws. Mean ± t · SE
+    would be a single point where all draws are equal.
+
+    Args:
+        count: 0 … total.
+    """
+    return _smallest_share(count, total), 1.0 - _smallest_share(total - count, total)
+
+
+@lru_cache(maxsize=1024)
+def _smallest_share(count: int, total: int) -> float:
+    """p with P(X ≥ count | p) = 0.025, by bisection; 0 if count is 0."""
+    if count == 0:
+        return 0.0
+    k = np.arange(count, total + 1)
+    lgamma = np.vectorize(math.lgamma)
+    log_choices = math.lgamma(total + 1) - lgamma(k + 1.0) - lgamma(total - k + 1.0)
+    low, high = 0.0, count / total
+    while high - low > 1e-12:
+        p = (low + high) / 2
+        above = np.exp(log_choices + k * math.log(p) + (total - k) * math.log1p(-p)).sum()
+        low, high = (p, high) if above < 0.025 else (low, p)
+    return (low + high) / 2
+
+
 @lru_cache(maxsize=1024)
 def t_quantile(degrees: int) -> float:
     """The 97.5 % quantile of Student's t distribution, by bisection on its integral.

@@ -82,9 +82,9 @@ def measure_set(
     )
     logp = token_logps(models.policy, rollout, config).sum(-1)
     ref_logp = token_logps(models.reference, rollout, config)
-    rewards = models.reward(rollout).double().cpu()
+    rewards = models.reward(rollout).double().cpu() if models.reward else None
     policy = logp.log_softmax(0)
-    targets = {"reward": (rewards / temperature).log_softmax(0)}
+    targets = {} if rewards is None else {"reward": (rewards / temperature).log_softmax(0)}
     if finite.population is not None:
         targets["population"] = torch.tensor(finite.population).double().log()
     best = optimum_on(rollout, rewards, ref_logp, regularizer)
@@ -97,8 +97,9 @@ def measure_set(
         "outside_mass": max(0.0, 1.0 - logp.exp().sum().item()),
         "policy": policy.exp().tolist(),
         "reference": ref_logp.sum(-1).log_softmax(0).exp().tolist(),
-        "rewards": rewards.tolist(),
     }
+    if rewards is not None:
+        entry["rewards"] = rewards.tolist()
     inside = rollout.response_mask.cpu()
     natural = regularizer.natural(ref_logp, inside) if regularizer else None
     if natural is not None:
@@ -112,10 +113,10 @@ def measure_set(
 
 
 def optimum_on(
-    rollout: Rollout, rewards: Tensor, ref_logp: Tensor, regularizer: Regularizer | None
+    rollout: Rollout, rewards: Tensor | None, ref_logp: Tensor, regularizer: Regularizer | None
 ) -> Tensor | None:
-    """[K] log π* on the set; None without a regularizer or if it has no optimum there."""
-    if regularizer is None:
+    """[K] log π* on the set; None without regularizer or reward, or if there is no optimum."""
+    if regularizer is None or rewards is None:
         return None
     tokens = rollout.input_ids[:, rollout.prompt_length :].cpu()
     responses = ResponseSet(tokens, ref_logp, rollout.response_mask.cpu(), rewards)

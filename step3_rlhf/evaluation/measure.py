@@ -26,6 +26,21 @@ SUMMARY = (
     "entropy",
     "kl",
 )
+NEED_A_REWARD = (
+    "pm_divergence",
+    "pm_divergence_unequal",
+    "pm_divergence_reference",
+    "pm_squared_difference",
+    "reward",
+    "optimum_gap",
+    "optimum_spread",
+    "optimum_kl",
+    "exact.tv_to_reward",
+    "exact.kl_to_reward",
+    "exact.tv_to_optimum",
+    "exact.kl_to_optimum",
+)
+"""Figures that are null without a reward."""
 EXACT_SUMMARY = ("tv_to_reward", "tv_to_population", "tv_to_optimum", "outside_mass")
 
 
@@ -61,6 +76,7 @@ def evaluate(
     figures = {
         "split": held_out.split,
         "beta_calibration": calibration and calibration.model_dump(mode="json"),
+        "left_out": [] if models.reward else list(NEED_A_REWARD),
         **figures,
     }
     if held_out.texts:
@@ -88,11 +104,14 @@ def summary(figures: dict[str, Any]) -> str:
     shown = [figures.get(name) for name in SUMMARY] + [
         figures.get("exact", {}).get(name) for name in EXACT_SUMMARY
     ]
-    return "\n".join(
+    lines = [
         line_of(name, figure)
         for name, figure in zip(SUMMARY + EXACT_SUMMARY, shown, strict=True)
         if figure
-    )
+    ]
+    if figures.get("left_out"):
+        lines.append(f"  left out, for lack of a reward: {', '.join(figures['left_out'])}")
+    return "\n".join(lines)
 
 
 def line_of(name: str, figure: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from training.statistics import Estimate, estimate, ratio_estimate
 class Pairs:
     """The same number of pairs of responses to each prompt."""
 
-    divergence: Tensor  # [pairs, prompts] instance PM divergence, nats
+    divergence: Tensor | None  # [pairs, prompts] instance PM divergence, nats; None: no reward
     equal: Tensor  # [pairs, prompts] bool: both responses have the same text and length
 
 
@@ -34,11 +34,14 @@ def pairs_of(responses: Sequence[Responses], temperature: float) -> Pairs:
     """
     pairs = list(zip(responses[::2], responses[1::2], strict=True))
     divergences = [
-        pm_divergence(a.logp, b.logp, a.rewards, b.rewards, temperature) for a, b in pairs
+        pm_divergence(a.logp, b.logp, a.rewards, b.rewards, temperature)
+        for a, b in pairs
+        if a.rewards is not None and b.rewards is not None
     ]
     same_text = [[x == y for x, y in zip(a.texts, b.texts, strict=True)] for a, b in pairs]
     same_length = torch.stack([a.lengths == b.lengths for a, b in pairs])
-    return Pairs(torch.stack(divergences), torch.tensor(same_text) & same_length)
+    divergence = torch.stack(divergences) if divergences else None
+    return Pairs(divergence, torch.tensor(same_text) & same_length)
 
 
 def pair_figures(
@@ -52,7 +55,9 @@ def pair_figures(
         clusters: [prompts] long, the cluster of each prompt; None: each is its own.
     """
     return {
-        "pm_divergence": estimate(own.divergence.mean(0), clusters),
+        "pm_divergence": (
+            None if own.divergence is None else estimate(own.divergence.mean(0), clusters)
+        ),
         "pm_divergence_unequal": over_unequal(own, clusters),
         "pm_divergence_reference": over_unequal(reference, clusters),
         "equal_pairs": estimate(own.equal.double().mean(0), clusters),
@@ -63,9 +68,12 @@ def over_unequal(pairs: Pairs, clusters: Tensor | None = None) -> Estimate | Non
     """Mean divergence of the pairs that differ: a ratio of sums over prompts.
 
     Returns:
-        None if no pair differs; `count` is the number of prompts with a pair that does.
+        None if no pair differs, or without a reward; `count` is the number of prompts with a pair
+        that differs.
     """
     differ = ~pairs.equal
+    if pairs.divergence is None:
+        return None
     sums = torch.where(differ, pairs.divergence, 0.0).sum(0)
     numbers = differ.sum(0).double()
     if not differ.any():

@@ -87,9 +87,10 @@ def fingerprint(config: EvaluationConfig, held_out: HeldOut) -> dict[str, Any]:
     Two spellings of one path have the same fingerprint.
     """
     paths = [config.model_name_or_path, config.reference_model_name_or_path]
-    paths += [member.model_name_or_path for member in config.reward.weighted_models]
-    if config.reward.function:
-        paths.append(module_file(config.reward.function))
+    reward = config.reward
+    paths += [member.model_name_or_path for member in reward.weighted_models] if reward else []
+    if reward and reward.function:
+        paths.append(module_file(reward.function))
     settings = config.model_dump(mode="json", exclude={"output_dir": True, "data": {"cache_dir"}})
     return {
         "config": absolute_paths(settings),

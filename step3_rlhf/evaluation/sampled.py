@@ -68,16 +68,14 @@ def sampled_metrics(
         The figures of evaluation.json and the lines of instances.jsonl.
     """
     pairs = pairs_of(responses, temperature)
-    divergence = pairs.divergence.mean(0)
-
+    divergence = None if pairs.divergence is None else pairs.divergence.mean(0)
     clusters = numbered(groups or prompts)
     drawn_pairs = zip(responses[::2], responses[1::2], strict=True)
-    squared = torch.stack(
-        [
-            pm_squared_difference(a.logp, b.logp, a.rewards, b.rewards, temperature)
-            for a, b in drawn_pairs
-        ]
-    ).mean(0)
+    squared = [
+        pm_squared_difference(a.logp, b.logp, a.rewards, b.rewards, temperature)
+        for a, b in drawn_pairs
+        if a.rewards is not None and b.rewards is not None
+    ]
     drawn = clusters.repeat(len(responses))
 
     def every(values: list[Tensor]) -> Tensor:
@@ -91,9 +89,10 @@ def sampled_metrics(
         return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0), clusters)
 
     natural = [draw.natural for draw in responses if draw.natural is not None]
+    rewards = [draw.rewards for draw in responses if draw.rewards is not None]
     estimates = pair_figures(pairs, pairs_of(reference, temperature), clusters) | {
         "natural_mass": estimate(torch.stack(natural).mean(0), clusters) if natural else None,
-        "reward": mean(lambda y: y.rewards),
+        "reward": estimate(torch.stack(rewards).double().mean(0), clusters) if rewards else None,
         "length": mean(lambda y: y.lengths),
         "ended_fraction": mean(lambda y: y.ended),
         "perplexity": mean(lambda y: response_perplexity(y.logp, y.lengths)),
@@ -104,7 +103,9 @@ def sampled_metrics(
         "kl_per_token": mean(lambda y: (y.logp - y.ref_logp) / y.lengths),
     }
     estimates |= {
-        "pm_squared_difference": estimate(squared, clusters),
+        "pm_squared_difference": (
+            estimate(torch.stack(squared).mean(0), clusters) if squared else None
+        ),
         "perplexity_pooled": log_ratio_estimate(losses, lengths, drawn),
         "reference_perplexity_pooled": log_ratio_estimate(ref_losses, lengths, drawn),
     }
@@ -121,20 +122,20 @@ def sampled_metrics(
         "estimand": ESTIMAND,
         "prompts": len(prompts),
         "clusters": len(clusters.unique()),
-        "pairs_per_prompt": len(pairs.divergence),
+        "pairs_per_prompt": len(pairs.equal),
         "preference_temperature": temperature,
     }
     figures |= {name: value and asdict(value) for name, value in estimates.items()}
     instances = [
         {
             "prompt": prompt,
-            "pm_divergence": divergence[i].item(),
+            "pm_divergence": None if divergence is None else divergence[i].item(),
             "responses": [
                 {
                     "text": y.texts[i],
                     "logp": y.logp[i].item(),
                     "ref_logp": y.ref_logp[i].item(),
-                    "reward": y.rewards[i].item(),
+                    "reward": None if y.rewards is None else y.rewards[i].item(),
                     "length": int(y.lengths[i]),
                     "ended": bool(y.ended[i]),
                 }
@@ -200,13 +201,14 @@ def respond(
             token_logps(models.policy, rollout, config),
             token_logps(models.reference, rollout, config),
         )
-        rewards = models.reward(rollout).double().cpu()
+        rewards = models.reward(rollout).double().cpu() if models.reward else None
         columns: list[Tensor | None] = [logp.sum(-1), ref_logp.sum(-1), rewards]
         columns += [rollout.lengths, rollout.ended]
         credit = natural = None
         if regularizer is not None:
             mask = rollout.response_mask.cpu()
-            credit = rewards + regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1)
+            if rewards is not None:
+                credit = rewards + regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1)
             natural = regularizer.natural(ref_logp, mask)
         columns += [credit, natural]
         if not from_reference:

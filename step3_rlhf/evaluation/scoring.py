@@ -16,11 +16,11 @@ Model = nn.Module | WithoutAdapter
 
 @dataclass(frozen=True)
 class Models:
-    """Policy, reference and reward, and the tokenizer of policy and reference."""
+    """Policy, reference and reward, if there is one; the tokenizer of policy and reference."""
 
     policy: nn.Module
     reference: Model
-    reward: RewardSource
+    reward: RewardSource | None
     tokenizer: PreTrainedTokenizerBase
 
 

@@ -1,8 +1,15 @@
 """Draws responses with transformers' `generate`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from step3_rlhf.config import SamplingSettings
 from step3_rlhf.generation.drawing import draw, warpers
@@ -18,8 +25,13 @@ def generate(
     settings: SamplingSettings,
     ends: tuple[int, ...],
     pad: int,
+    stopping: Sequence[StoppingCriteria] = (),
 ) -> list[list[int]]:
-    """Draw one response to each prompt; arguments as in `Generator`."""
+    """Draw one response to each prompt; arguments as in `Generator`.
+
+    Args:
+        stopping: is asked after every token whether a row needs no more.
+    """
     processors = LogitsProcessorList()
     if policy.absent is not None:
         processors.append(Existing(policy.absent))
@@ -30,6 +42,7 @@ def generate(
             input_ids=ids,
             attention_mask=mask,
             logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList(stopping),
             max_new_tokens=settings.response_length,
             do_sample=False,
             num_beams=1,

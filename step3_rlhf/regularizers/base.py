@@ -77,6 +77,11 @@ class Regularizer(StrictModel, ABC):
         return True
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the marginal does not follow small changes of π: comparisons teach nothing."""
+        return False
+
+    @property
     def is_log_linear(self) -> bool:
         """Whether the optimum is ∝ w·e^{r/β}, with a weight w that does not depend on r."""
         return False

@@ -74,6 +74,11 @@ class FDivergence(Regularizer):
         return by_response or self.is_log_linear
 
     @property
+    def is_flat(self) -> bool:
+        """Total variation's marginal is a step at u = 1 and constant elsewhere."""
+        return self.divergence == "total_variation"
+
+    @property
     def is_log_linear(self) -> bool:
         return isinstance(self.generator, ReverseKL)
 

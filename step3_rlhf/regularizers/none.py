@@ -15,6 +15,10 @@ class NoRegularizer(Regularizer):
 
     name: Literal["none"] = "none"
 
+    @property
+    def is_flat(self) -> bool:
+        return True
+
     def value(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
         return torch.zeros_like(logp[:, 0])
 

@@ -93,7 +93,9 @@ def import_function(path: str) -> RewardFunction:
     return function
 
 
-def check_reward(settings: RewardSettings, roles: Roles, untrained: str | None = None) -> None:
+def check_reward(
+    settings: RewardSettings | None, roles: Roles, untrained: str | None = None
+) -> None:
     """Check the reward source without loading any weights.
 
     Args:
@@ -102,14 +104,15 @@ def check_reward(settings: RewardSettings, roles: Roles, untrained: str | None =
     Raises:
         UserError: the function cannot be imported, or a model is not a reward model.
     """
-    if settings.function:
+    if settings and settings.function:
         import_function(settings.function)
     for _, reward in roles.rewards:
         check_scalar(reward, new_head=reward.name_or_path == untrained)
 
 
 def load_reward(config: AlignmentConfig, roles: Roles) -> RewardSource:
-    """Load the configured source; its models are frozen."""
+    """Load the source of a config that has one; its models are frozen."""
+    assert config.reward is not None
     if config.reward.function:
         return FunctionReward(import_function(config.reward.function), config.reward.function)
     sources: list[tuple[float, RewardSource]] = [

@@ -17,20 +17,32 @@ from step1_sft.config import SFTConfig
 from step2_reward.calibrate.settings import CalibrationConfig
 from step2_reward.config import RewardConfig
 from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.evaluation import __main__ as evaluate
 from step3_rlhf.evaluation.settings import run_settings
 from training.cli import stage_parser
-from training.config import StrictModel, apply_overrides, check_config, load_config
+from training.config import (
+    StrictModel,
+    apply_overrides,
+    check_config,
+    load_config,
+    shipped_configs,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES: dict[str, type[StrictModel]] = {
     "step1_sft": SFTConfig,
     "step2_reward": RewardConfig,
     "step3_rlhf": PPOConfig,
+    "step3_direct": DirectConfig,
 }
+"""By the name of the script."""
 SCRIPTS = {"step1_sft.sh": "step1_sft", "step2_reward.sh": "step2_reward",
-           "step3_rlhf.sh": "step3_rlhf"}  # fmt: skip
-SHIPPED = sorted(path for stage in CLASSES for path in (ROOT / stage / "configs").rglob("*.json"))
+           "step3_rlhf.sh": "step3_rlhf", "step3_direct.sh": "step3_direct"}  # fmt: skip
+MODULES = {"step3_direct": "step3_rlhf.direct"}
+"""Packages of the scripts that are no stage by themselves."""
+SCRIPT_OF = {path: script for script, paths in shipped_configs().items() for path in paths}
+SHIPPED = sorted(SCRIPT_OF)
 
 
 def strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -75,7 +87,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_stage_ships_a_config() -> None:
-    assert {path.relative_to(ROOT).parts[0] for path in SHIPPED} == CLASSES.keys()
+    assert shipped_configs().keys() == CLASSES.keys()
+    assert set(SHIPPED) == set(ROOT.glob("step*/**/configs/**/*.json"))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +110,7 @@ def test_what_a_run_on_gpus_needs(path: Path) -> None:
 
 
 def loaded(path: Path, overrides: list[str]) -> StrictModel:
-    config_class = CLASSES[path.relative_to(ROOT).parts[0]]
+    config_class = CLASSES[SCRIPT_OF[path]]
     create_what_is_named(json.loads(path.read_text()))
     for override in overrides:
         key, _, value = override.partition("=")
@@ -111,7 +124,7 @@ def test_every_shipped_config_loads(path: Path) -> None:
     config = loaded(path, [])
     again = check_config(type(config), config.model_dump(mode="json"), "config:")
     assert again == config
-    if isinstance(config, PPOConfig):
+    if isinstance(config, (PPOConfig, DirectConfig)):
         assert EvaluationConfig.of(config).model_name_or_path == config.model_name_or_path
 
 
@@ -124,7 +137,8 @@ OTHERS = {"evaluation": "evaluate.sh", "calibrate": "calibrate.sh"}
 
 def documents() -> list[Path]:
     """READMEs are looked at by tests/test_readmes.py."""
-    return sorted([*(ROOT / "scripts").glob("*.sh"), *ROOT.glob("step*/*.py")])
+    programs = [*ROOT.glob("step*/*.py"), *ROOT.glob("step*/*/main.py")]
+    return sorted([*(ROOT / "scripts").glob("*.sh"), *programs])
 
 
 def launch_lines() -> Iterator[tuple[str, str, list[str]]]:
@@ -233,7 +247,8 @@ def test_a_script_starts_its_stage_with_arguments_that_every_parser_knows(
     assert launcher.user_args == given
     stage = SCRIPTS.get(script)
     others = {"evaluate.sh": "step3_rlhf.evaluation", "calibrate.sh": "step2_reward.calibrate"}
-    assert launcher.user_script == (f"{stage}.main" if stage else others[script])
+    package = MODULES.get(str(stage), stage)
+    assert launcher.user_script == (f"{package}.main" if stage else others[script])
     if stage:
         options = stage_parser(CLASSES[stage]).parse_args(["--local_rank=0", *launcher.user_args])
         assert (options.config, options.overrides) == (given[0], given[1:])

@@ -25,7 +25,10 @@ from step2_reward import main as reward
 from step2_reward.config import RewardConfig
 from step3_rlhf import main as ppo
 from step3_rlhf.config import PPOConfig
+from step3_rlhf.direct import main as direct
+from step3_rlhf.direct.config import DirectConfig
 from training.cli import run_stage
+from training.config import shipped_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "model_configs"
@@ -33,13 +36,14 @@ STAGES: dict[str, tuple[Any, Any]] = {
     "step1_sft": (SFTConfig, sft),
     "step2_reward": (RewardConfig, reward),
     "step3_rlhf": (PPOConfig, ppo),
+    "step3_direct": (DirectConfig, direct),
 }
-SHIPPED = sorted(
-    path
-    for stage in STAGES
-    for path in (ROOT / stage / "configs").glob("*.json")
+SHIPPED = [
+    (script, path)
+    for script in STAGES
+    for path in shipped_configs()[script]
     if not path.stem.startswith("quickstart")  # its data is the bundled world's: below
-)
+]
 DryRun = Callable[..., str]
 
 
@@ -80,12 +84,17 @@ def model_directory(
     return make
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    ("stage", "path"), SHIPPED, ids=[str(path.relative_to(ROOT)) for _, path in SHIPPED]
+)
 def test_every_shipped_config_passes_offline(
-    path: Path, dry_run: DryRun, model_directory: Callable[[str, str], str], tmp_path: Path
+    stage: str,
+    path: Path,
+    dry_run: DryRun,
+    model_directory: Callable[[str, str], str],
+    tmp_path: Path,
 ) -> None:
     family = re.sub("-(paper|rloo|direct)$", "", path.stem).replace("people", "smollm2")
-    stage = path.parents[1].name
     arguments = [
         f"model_name_or_path={model_directory(family, 'policy')}",
         f"output_dir={tmp_path / 'out'}",

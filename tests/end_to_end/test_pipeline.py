@@ -167,6 +167,17 @@ def assert_same_figures(one: Run, two: Run) -> None:
         )
 
 
+@pytest.fixture(scope="module")
+def direct(sft: tuple[Run, Run], workshop: Path, tiny_world: Path) -> tuple[Run, Run]:
+    config = write_config(
+        workshop, tiny_world, "direct", model_name_or_path=str(sft[0].output / "model"),
+        regularizer={"name": "conditional_pm", "alpha": 0.3}, anchor={"weight": 0.5},
+        learning_rate=1e-3, max_steps=3, eval_steps=1, response_length=6,
+        evaluation={"response_sets": str(tiny_world / "two_sets.jsonl"), "max_prompts": 5},
+    )  # fmt: skip
+    return on_one_and_two("step3_direct.sh", config, workshop, ZERO_2)
+
+
 # Stage 1
 
 
@@ -325,3 +336,41 @@ def test_a_run_can_be_evaluated_again(ppo: tuple[Run, Run]) -> None:
     again = means(run.json("evaluation.json"))
     assert again == pytest.approx(own, rel=1e-3, abs=1e-5)
     assert str(run.output / "evaluation.json") in run.printed
+
+
+# Stage 3, directly
+
+
+def test_direct_optimization_writes_its_contract(direct: tuple[Run, Run]) -> None:
+    for run in direct:
+        names = {path.name for path in run.output.iterdir()}
+        expected = "config.json metrics.jsonl evaluation.json instances.jsonl actor"
+        assert set(expected.split()) <= names
+        assert [line["step"] for line in run.metrics] == [1, 2, 3]
+        assert {"rewards/accuracies", "compared/mass"} <= run.metrics[0].keys()
+        report = run.json("evaluation.json")
+        assert report["pm_divergence"] is None  # which needs a reward
+        assert "reward" in report["left_out"]
+        assert {"kl", "entropy", "natural_mass"} <= means(report).keys()
+        assert {"tv_to_population", "outside_mass"} <= means(report).keys()
+        assert run.printed.count("determine the ratios") == 1
+        assert "left out, for lack of a reward: pm_divergence" in run.printed
+        assert AutoModelForCausalLM.from_pretrained(run.output / "actor").config.vocab_size
+
+
+def test_direct_optimization_on_two_processes_is_that_on_one(direct: tuple[Run, Run]) -> None:
+    assert_same_figures(*direct)
+
+
+def test_a_direct_run_can_be_evaluated_again(
+    direct: tuple[Run, Run], reward: tuple[Run, Run]
+) -> None:
+    """Without a reward as training did at its end; with one, nothing is left out."""
+    output = direct[0].output
+    own = means(direct[0].json("evaluation.json"))
+    with_reward = f"reward.model_name_or_path={reward[0].output / 'model'}"
+    run = launch("evaluate.sh", 1, output, str(output), "--overwrite", with_reward)
+    again = run.json("evaluation.json")
+    assert again["left_out"] == []
+    assert {"pm_divergence", "tv_to_optimum"} <= means(again).keys()
+    assert {name: means(again)[name] for name in own} == pytest.approx(own, rel=1e-3, abs=1e-5)

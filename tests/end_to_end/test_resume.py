@@ -16,6 +16,8 @@ from step2_reward import main as reward
 from step2_reward.config import RewardConfig
 from step3_rlhf import main as ppo
 from step3_rlhf.config import PPOConfig
+from step3_rlhf.direct import main as direct
+from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.evaluation import __main__ as evaluate
 from step3_rlhf.evaluation import measure
 from step3_rlhf.evaluation.settings import settings_of_run
@@ -34,6 +36,7 @@ STAGES: dict[str, tuple[Any, Any, list[str]]] = {
     "reward": (RewardConfig, reward, ["model"]),
     "ppo": (PPOConfig, ppo, ["actor", "critic"]),
     "rloo": (PPOConfig, ppo, ["actor", "actor_ema"]),
+    "direct": (DirectConfig, direct, ["actor"]),
 }
 RLOO: dict[str, Any] = {
     "advantage_estimator": "rloo",
@@ -180,6 +183,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "reward": REGROUPED | {"gradient_checkpointing": True},
     "ppo": REGROUPED | {"rollout_batch_size": 2, "gradient_checkpointing": True},
     "rloo": REGROUPED | {"gradient_checkpointing": True},
+    "direct": REGROUPED | {"gradient_checkpointing": True},
 }
 
 

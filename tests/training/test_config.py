@@ -118,7 +118,8 @@ def test_contradictions_are_found_beside_other_faults() -> None:
 
 
 def test_overrides() -> None:
-    data: dict = {"name": "x", "several": [{"width": 1.0}, {"width": 1.0}]}
+    several = [{"width": 1.0}, {"width": 1.0}]
+    data: dict = {"name": "x", "several": several, "null": None}
     faults = apply_overrides(
         data,
         [
@@ -131,6 +132,7 @@ def test_overrides() -> None:
             'several.0={"kind": "square"}',
             "new.deep.key=null",
             "with=a=b",
+            "null.width=2",
         ],
     )
     assert faults == []
@@ -143,6 +145,7 @@ def test_overrides() -> None:
         "several": [{"kind": "square"}, {"width": 7}],
         "new": {"deep": {"key": None}},
         "with": "a=b",
+        "null": {"width": 2},
     }
 
 

@@ -78,7 +78,12 @@ HEAVY = ("torch", "transformers", "datasets", "deepspeed", "peft", "numpy")
 
 @pytest.mark.parametrize(
     "module",
-    [*(f"{stage}.config" for stage in STAGES), "step3_rlhf.evaluation.settings", "training.cli"],
+    [
+        *(f"{stage}.config" for stage in STAGES),
+        "step3_rlhf.evaluation.settings",
+        "step3_rlhf.chat.__main__",
+        "training.cli",
+    ],
 )
 def test_a_config_is_checked_without_torch(module: str) -> None:
     """What scripts/launch.sh starts first: it must answer at once."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.regularizers.registry import REGULARIZERS
 from training.config import Count, Fraction, StrictModel
 from training.settings_reference import (
@@ -18,6 +19,7 @@ from training.settings_reference import (
     as_markdown,
     as_text,
     configs_readme,
+    reference_file,
     sections_of,
 )
 
@@ -26,6 +28,7 @@ CLASSES = {
     "step1_sft.config:SFTConfig": SFTConfig,
     "step2_reward.config:RewardConfig": RewardConfig,
     "step3_rlhf.config:PPOConfig": PPOConfig,
+    "step3_rlhf.direct.config:DirectConfig": DirectConfig,
 }
 
 
@@ -101,25 +104,37 @@ def test_every_regularizer_has_its_parameters() -> None:
 
 @pytest.mark.parametrize("path", CLASSES)
 def test_the_readme_of_the_configs_is_up_to_date(path: str) -> None:
-    file = ROOT / path.split(".")[0] / "configs" / "README.md"
+    file = reference_file(path)
     command = f"python -m training.settings_reference {path}"
     assert file.read_text(encoding="utf-8") == configs_readme(path), f"stale; run `{command}`"
 
 
+def test_each_script_has_its_own_reference() -> None:
+    files = [reference_file(path).relative_to(ROOT).as_posix() for path in CLASSES]
+    assert files == [
+        "step1_sft/configs/README.md",
+        "step2_reward/configs/README.md",
+        "step3_rlhf/configs/README.md",
+        "step3_rlhf/configs/step3_direct.md",
+    ]
+
+
 @pytest.mark.launcher
-@pytest.mark.parametrize("stage", ["step1_sft", "step2_reward", "step3_rlhf"])
-def test_help_shows_every_setting_and_no_internal_option(stage: str) -> None:
+@pytest.mark.parametrize("path", CLASSES)
+def test_help_shows_every_setting_and_no_internal_option(path: str) -> None:
+    module, config_class = path.split(":")[0], CLASSES[path]
     shown = subprocess.run(
-        [sys.executable, "-m", f"{stage}.config", "--help"],
+        [sys.executable, "-m", module, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     ).stdout
-    (config_class,) = (c for path, c in CLASSES.items() if path.startswith(stage))
     for section in sections_of(config_class):
         for setting in section.settings:
             assert f"  {setting.path}  (" in shown
     assert "local_rank" not in shown
-    assert f"bash scripts/{stage}.sh {stage}/configs/quickstart.json" in shown
+    script, stage = config_class.script, module.split(".")[0]
+    name = "quickstart.json" if script == stage else "quickstart-direct.json"
+    assert f"bash scripts/{script}.sh {stage}/configs/{name}" in shown

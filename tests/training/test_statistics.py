@@ -13,6 +13,7 @@ from training.statistics import (
     numbered,
     ratio_estimate,
     ratio_standard_error,
+    share_interval,
     t_quantile,
 )
 
@@ -162,3 +163,32 @@ def test_interval_of_a_perplexity_covers_95_percent() -> None:
         found = log_ratio_estimate(torch.stack(losses), lengths)
         covered += found.low <= math.exp(2.0) <= found.high
     assert 0.925 <= covered / 1000 <= 0.97
+
+
+def test_interval_of_a_share_in_closed_form() -> None:
+    """Where all draws are equal, P(X ≥ n | p) = pⁿ; 5 of 20 as in Clopper and Pearson's tables."""
+    for total in (1, 20, 2000):
+        low, high = share_interval(total, total)
+        assert high == 1.0
+        assert low == pytest.approx(0.025 ** (1 / total), abs=1e-10)
+        assert share_interval(0, total) == (0.0, pytest.approx(1 - low, abs=1e-12))
+    assert share_interval(5, 20) == (
+        pytest.approx(0.0866, abs=5e-5),
+        pytest.approx(0.4910, abs=5e-5),
+    )
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.37])
+def test_interval_of_a_share_covers_it(share: float) -> None:
+    """The exact coverage over all outcomes of 30 draws; that of mean ± t · SE is too small."""
+    draws = 30
+    covered, wrong = 0.0, 0.0
+    for count in range(draws + 1):
+        chance = math.comb(draws, count) * share**count * (1 - share) ** (draws - count)
+        low, high = share_interval(count, draws)
+        covered += chance * (low <= share <= high)
+        mean = count / draws
+        half = t_quantile(draws - 1) * math.sqrt(mean * (1 - mean) / (draws - 1))
+        wrong += chance * (abs(mean - share) <= half)
+    assert covered >= 0.95
+    assert wrong < covered

@@ -84,12 +84,19 @@ class Decoder:
         self.token = torch.zeros_like(self.position)
 
     @torch.no_grad()
-    def run(self, choose: Chooser, finished: Callable[[], Tensor]) -> None:
+    def run(
+        self,
+        choose: Chooser,
+        finished: Callable[[], Tensor],
+        steps_between_checks: int = STEPS_BETWEEN_CHECKS,
+    ) -> None:
         """Draw up to `steps` tokens for each row.
 
         Args:
             choose: is called once per step, with the logits of the next tokens.
             finished: says for each row, [rows] bool, whether its further tokens are not needed.
+            steps_between_checks: steps after which `finished` is asked; each time waits for the
+                device.
         """
         with few_rows(self.policy.model):
             self.token.copy_(choose(self._read_prompt())[:, None])
@@ -98,7 +105,7 @@ class Decoder:
                 if self.captures and step == EAGER_STEPS:
                     advance = self._captured(advance)
                 advance()
-                if step % STEPS_BETWEEN_CHECKS == 0 and bool(finished().all()):
+                if step % steps_between_checks == 0 and bool(finished().all()):
                     break
 
     def _read_prompt(self) -> Tensor:

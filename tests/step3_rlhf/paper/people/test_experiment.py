@@ -29,7 +29,7 @@ SIZES = Sizes(
 SMALL: dict[str, dict[str, Any]] = {
     "step1_sft": {"per_device_train_batch_size": 4},
     "step2_reward": {"per_device_train_batch_size": 4},
-    "step3_rlhf": {"per_device_train_batch_size": 4, "total_episodes": 8, "rollout_batch_size": 4},
+    "step3_rlhf": {"per_device_train_batch_size": 4, "rollout_batch_size": 4},
 }
 
 
@@ -56,7 +56,8 @@ def experiment(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Ex
     (workshop / "train.jsonl").write_text(questions(80))
     configs = {}
     for stage, changes in SMALL.items():
-        shipped = json.loads((ROOT / stage / "configs" / "people.json").read_text())
+        name = "people-direct.json" if stage == "step3_rlhf" else "people.json"
+        shipped = json.loads((ROOT / stage / "configs" / name).read_text())
         path = workshop / f"{stage}.json"
         path.write_text(json.dumps(shipped | {"bf16": False} | changes))
         configs[stage] = str(path)
@@ -64,7 +65,6 @@ def experiment(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Ex
         workshop / "runs",
         str(tiny_world / "base"),
         str(workshop / "train.jsonl"),
-        method="rloo",
         sizes=SIZES,
         configs=configs,
     )

@@ -1,0 +1,1 @@
+"""Direct optimization: every regularizer from comparisons alone, without a reward model."""

@@ -1,0 +1,121 @@
+"""Compared sets, batches in which each response stands once, and the reference's cache."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from step3_rlhf.direct import reference
+from step3_rlhf.direct.comparisons import Comparisons, RefLogps
+from training.data import FILLER
+from training.errors import UserError
+from training.models.pretrained import Pretrained
+
+A, B, C, D = [7, 2], [8, 9, 2], [5, 2], [4, 4, 4, 2]
+PAD = 0
+
+
+@pytest.fixture
+def comparisons() -> Comparisons:
+    """Two prompts; for [5, 6] A ≻ B, C ≻ A and A ≻ B ≻ C; for [3] D ≻ A."""
+    return Comparisons(
+        Dataset.from_dict(
+            {
+                "prompt_ids": [[5, 6], [5, 6], [3], [5, 6]],
+                "responses_ids": [[A, B], [C, A], [D, A], [A, B, C]],
+            }
+        )
+    )
+
+
+def numbered_logps(comparisons: Comparisons) -> RefLogps:
+    """−1, −2, … in the order of the sets, their responses and the tokens."""
+    tokens = sum(len(ids) for found in comparisons.sets for ids in found.responses)
+    return RefLogps(comparisons, -torch.arange(1.0, tokens + 1))
+
+
+def test_each_response_of_a_prompt_is_known_once(comparisons: Comparisons) -> None:
+    found = [[ids.tolist() for ids in entry.responses] for entry in comparisons.sets]
+    assert found == [[A, B, C], [D, A]]
+    assert [(row.set, row.ranking) for row in comparisons.rows] == [
+        (0, (0, 1)), (0, (2, 0)), (1, (0, 1)), (0, (0, 1, 2)),
+    ]  # fmt: skip
+    assert comparisons.by_set() == [0, 1, 3, 2]
+
+
+def test_a_batch_has_each_response_once(comparisons: Comparisons) -> None:
+    batch = comparisons.batch([0, 1, FILLER], numbered_logps(comparisons), PAD, whole_sets=False)
+    assert batch.sequences.input_ids.tolist() == [
+        [5, 6, 7, 2, 0], [5, 6, 8, 9, 2], [5, 6, 5, 2, 0],
+    ]  # fmt: skip
+    assert batch.ref_logp.tolist() == [
+        [0, 0, -1, -2, 0], [0, 0, -3, -4, -5], [0, 0, -6, -7, 0],
+    ]  # fmt: skip
+    assert batch.ranking[:2].tolist() == [[0, 1], [2, 0]]
+    assert batch.is_real.tolist() == [True, True, False]
+    assert torch.equal(batch.members, batch.ranking)
+
+
+def test_a_whole_set_holds_what_the_record_does_not_rank(comparisons: Comparisons) -> None:
+    batch = comparisons.batch([0, 2], numbered_logps(comparisons), PAD, whole_sets=True)
+    assert batch.members.tolist() == [[0, 1, 2], [3, 4, 0]]
+    assert batch.is_member.tolist() == [[True, True, True], [True, True, False]]
+    assert batch.ranking.tolist() == [[0, 1], [3, 4]]
+    # The same text after another prompt is another response.
+    assert batch.ref_logp[4].tolist() == [0, -12, -13, 0, 0]
+
+
+def test_filler_alone_still_has_a_sequence(comparisons: Comparisons) -> None:
+    for whole_sets in (False, True):
+        batch = comparisons.batch([FILLER] * 2, numbered_logps(comparisons), PAD, whole_sets)
+        assert len(batch.sequences.input_ids) == 1
+        assert not batch.is_real.any()
+
+
+def test_parts_without_a_comparison_between_them_are_counted(comparisons: Comparisons) -> None:
+    assert comparisons.divided_sets == 0
+    apart = {"prompt_ids": [[5], [5], [6]], "responses_ids": [[A, B], [C, D], [A, B]]}
+    assert Comparisons(Dataset.from_dict(apart)).divided_sets == 1
+    apart = {name: [*rows, rows[0]] for name, rows in apart.items()}
+    apart["responses_ids"][-1] = [B, C]
+    assert Comparisons(Dataset.from_dict(apart)).divided_sets == 0
+
+
+def test_a_wrong_number_of_logps_is_refused(comparisons: Comparisons) -> None:
+    with pytest.raises(ValueError, match="3 log-probabilities for 13 tokens"):
+        RefLogps(comparisons, torch.zeros(3))
+
+
+class IdsAsLogps(nn.Module):
+    """A policy whose log π of a token is minus its id."""
+
+    def forward(self, ids: Tensor, attention: Tensor, scored: Tensor) -> tuple[Tensor, None]:
+        return torch.where(scored, -ids.float(), 0.0), None
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_scores_come_back_in_order(comparisons: Comparisons, batch_size: int) -> None:
+    found = reference.score(IdsAsLogps(), comparisons, batch_size, PAD)
+    assert (-found).tolist() == [*A, *B, *C, *D, *A]
+
+
+def test_the_cache_is_read_by_its_own_reference_and_data_alone(
+    comparisons: Comparisons, tmp_path: Path
+) -> None:
+    splits, model = {"train": comparisons}, Pretrained("owner/model")
+    wanted = reference.fingerprint(model, splits)
+    assert reference.read(tmp_path / reference.FILE, wanted) is None
+    logps = {"train": numbered_logps(comparisons)}
+    reference.keep(logps, model, splits, tmp_path)
+    found = reference.read(tmp_path / reference.FILE, wanted)
+    assert found is not None
+    assert torch.equal(found["train"], logps["train"].values)
+    fewer = Comparisons(Dataset.from_dict({"prompt_ids": [[5]], "responses_ids": [[A, B]]}))
+    for other in (
+        reference.fingerprint(Pretrained("owner/other"), splits),
+        reference.fingerprint(model, {"train": fewer}),
+    ):
+        with pytest.raises(UserError, match="of another reference or of other data"):
+            reference.read(tmp_path / reference.FILE, other)
