@@ -53,6 +53,8 @@ class Sizes:
     optimization takes half as many."""
     measured: int = 44
     """Questions of each held-out set that are measured."""
+    sampled: int = 8
+    """Unseen questions to which each policy draws answers, for the page."""
     validation: int = 40
     """Questions by which α is chosen."""
 
@@ -135,7 +137,7 @@ def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
         "rewards_eval": rewards(parts.held_out("reward", sizes.held_out)),
         "rankings_eval": rewards(parts.held_out("reward", sizes.held_out // 2)),
         "prompts": [prompt(question, question.text) for question in asked],
-        "prompts_eval": [prompt(question, text) for question, text in [*unseen, *seen]],
+        "prompts_eval": [prompt(question, text) for question, text in unseen[: sizes.sampled]],
         "sets_validation": [
             entry
             for question in validation
