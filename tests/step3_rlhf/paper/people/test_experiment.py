@@ -17,15 +17,9 @@ from training.errors import RunError, UserError
 
 ROOT = Path(__file__).resolve().parents[4]
 SIZES = Sizes(
-    texts=1,
-    sft_questions=4,
-    reward_questions=4,
-    shared=3,
-    asked=2,
-    held_out=3,
-    measured=2,
-    validation=1,
-)
+    texts=1, sft_questions=4, reward_questions=4, shared=3, asked=2, held_out=4, measured=2,
+    sampled=2, validation=1,
+)  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
     "step1_sft": {"per_device_train_batch_size": 4},
     "step2_reward": {"per_device_train_batch_size": 4},
