@@ -237,6 +237,9 @@ def aligning(experiment: Experiment, policy: str) -> list[str]:
     }
     if experiment.method == "rloo":
         settings["reward"] = _reward(directory)
+    else:
+        converted = read_mapping(str(directory / "data" / "counts.json"))
+        settings["data.stage_proportions"] = converted["direct_proportions"]
     return ["bash", _script(script), experiment.config("step3_rlhf"), *_overrides(settings)]
 
 

@@ -17,7 +17,8 @@ from step3_rlhf.paper.people.data.records import (
     response_sets,
     texts,
 )
-from training.data.split import stage_of, uniform
+from training.data.settings import DataSettings
+from training.data.split import normalized, stage_of, uniform
 from training.runtime.json_text import json_text
 
 PROPORTIONS = (0.2, 0.4, 0.4)
@@ -96,6 +97,8 @@ class Files:
 
     records: dict[str, list[Record]]
     counts: dict[str, int]
+    direct_proportions: tuple[float, float, float]
+    """`data.stage_proportions` under which direct optimization learns all rankings but one."""
 
 
 def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
@@ -127,7 +130,9 @@ def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
     shared = learned[: sizes.shared]
     asked = [*shared, *parts.of("ppo", "train", sizes.asked)]
     unseen = [(question, question.text) for question in parts.of("ppo", "test", sizes.measured)]
-    seen, failures = reworded(shared, sizes.measured)
+    *_, before, spare = sorted(shared, key=stage_position)
+    learned_share = (stage_position(before) + stage_position(spare)) / 2
+    seen, failures = reworded([q for q in shared if q is not spare], sizes.measured)
     validation = parts.of("ppo", "validation", sizes.validation)
     records = {
         "texts": written(parts.of("sft", "train", sizes.sft_questions)),
@@ -161,13 +166,13 @@ def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
             for part, questions in of.items()
         },
         "learned by the reward model": len(learned),
-        "learned by the policies too": len(shared),
+        "learned by the policies too": len(shared) - 1,
         "asked by stage 3": len(asked),
         "unseen questions": len(unseen),
         "seen questions in unseen words": len(seen),
         "without a second phrasing, left out of these": failures,
     }
-    return Files(records, counts)
+    return Files(records, counts, (0.0, learned_share, 1 - learned_share))
 
 
 def reworded(questions: list[Question], limit: int) -> tuple[list[tuple[Question, str]], int]:
@@ -186,11 +191,26 @@ def reworded(questions: list[Question], limit: int) -> tuple[list[tuple[Question
     return found, failures
 
 
+def stage_position(question: Question) -> float:
+    """Where the question lies in the split of the stages' own data settings.
+
+    Direct optimization evaluates on prompts of the stage `ppo` and insists on training prompts of
+    it too. The shared question that lies last is therefore left to that stage, and is not measured.
+    """
+    return uniform(
+        "stage", DataSettings.model_fields["split_seed"].default, normalized(question.text)
+    )
+
+
 def write_files(files: Files, directory: Path, sizes: Sizes) -> None:
     """Write the JSONL files, and counts.json beside them, which is written last."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, records in files.records.items():
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    counts = {"counts": files.counts, "sizes": asdict(sizes)}
+    counts = {
+        "counts": files.counts,
+        "sizes": asdict(sizes),
+        "direct_proportions": files.direct_proportions,
+    }
     (directory / "counts.json").write_text(json_text(counts))

@@ -271,3 +271,20 @@ def test_every_stage_reads_its_files(tmp_path: Path) -> None:
         assert len(records.train) == len((tmp_path / f"{name}.jsonl").read_text().splitlines())
         assert records.train[0].group.startswith("q")
     assert len(read_response_sets(str(tmp_path / "sets_eval.jsonl"))) > 10
+
+
+def test_direct_optimization_learns_all_rankings_but_one_that_is_not_measured(
+    tmp_path: Path,
+) -> None:
+    files = convert(usable(many(300)), "people", Sizes(), 42)
+    write_files(files, tmp_path, Sizes())
+    settings = DataSettings(
+        sources=({"path": str(tmp_path / "rankings.jsonl")},),  # type: ignore[arg-type]
+        eval_sources=({"path": str(tmp_path / "rankings_eval.jsonl")},),  # type: ignore[arg-type]
+        stage_proportions=files.direct_proportions,
+    )
+    (spare,) = read_records(settings, "ppo").train
+    learned = read_records(settings, "reward").train
+    assert len(learned) == len(files.records["rankings"]) - 1
+    measured = {entry["topic"].partition("/")[2] for entry in files.records["sets_eval"]}
+    assert spare.group not in measured

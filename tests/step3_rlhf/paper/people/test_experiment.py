@@ -120,6 +120,8 @@ def test_what_is_finished_is_not_run_again(
 
 def test_the_aligned_policies_differ_in_regularizer_and_seed_only(tmp_path: Path) -> None:
     (tmp_path / "alpha.json").write_text('{"alpha": 0.001}')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "counts.json").write_text('{"direct_proportions": [0.0, 0.9, 0.1]}')
     experiment = Experiment(tmp_path, "model", seed=7)
     kl, pm = (aligning(experiment, policy) for policy in ("kl", "conditional_pm"))
     differing = [(a, b) for a, b in zip(kl, pm, strict=True) if a != b]
