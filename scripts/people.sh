@@ -2,13 +2,14 @@
 # Real people's answers as the population: SFT, a reward model, KL and conditional preference
 # matching on ProtoQA's questions, each answered by about 100 people, and a report.
 #   bash scripts/people.sh [--data PATH] [--output DIR] [--model NAME] [--seed N] [--prior PRIOR]
-#                          [--method METHOD] [--only-report]
+#                          [--form FORM] [--method METHOD] [--only-report]
 #   --data PATH    train.jsonl, also .gz, in ProtoQA's own schema; without it, the Hub's proto_qa
 #   --output DIR   folder for everything (runs/people); what is finished there is not run again
 #   --model NAME   Hub name or directory of a language model; without it, SmolLM2-135M-Instruct
 #                  from a package of PyPI, which runs on a CPU
 #   --seed N       seed of the two aligned policies (42); the report is over all seeds in DIR
 #   --prior PRIOR  what SFT learns: people (answers in people's proportions) or uniform
+#   --form FORM    listed (a question is asked with the board's answers, in a random order) or open
 #   --method METHOD  how policies are aligned: direct (from people's rankings themselves) or rloo
 #                  (from draws and the reward model's rewards)
 #   --only-report  write the report again from what is there
@@ -16,7 +17,7 @@ set -euo pipefail
 called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-directory=runs/people data="" model="" seed=42 prior=people method=direct more=()
+directory=runs/people data="" model="" seed=42 prior=people form=listed method=direct more=()
 
 usage() { # MESSAGE: a mistake in the arguments
     echo "$1; bash scripts/people.sh --help explains" >&2
@@ -32,7 +33,7 @@ while (($#)); do
     case "$1" in
         --help | -h) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' scripts/people.sh; exit ;;
         --only-report) more+=("$1") ;;
-        --data | --output | --model | --seed | --prior | --method)
+        --data | --output | --model | --seed | --prior | --form | --method)
             (($# > 1)) || usage "$1 needs a value"
             case "$1" in
                 --data) data="$(from_there "$2")" ;;
@@ -40,6 +41,7 @@ while (($#)); do
                 --model) model="$2" ;;
                 --seed) seed="$2" ;;
                 --prior) prior="$2" ;;
+                --form) form="$2" ;;
                 --method) method="$2" ;;
             esac
             shift ;;
@@ -49,6 +51,7 @@ while (($#)); do
 done
 [[ "$seed" =~ ^[0-9]+$ ]] || usage "--seed $seed: a whole number was expected"
 [[ "$prior" == people || "$prior" == uniform ]] || usage "--prior $prior: people or uniform was expected"
+[[ "$form" == listed || "$form" == open ]] || usage "--form $form: listed or open was expected"
 [[ "$method" == direct || "$method" == rloo ]] || usage "--method $method: direct or rloo was expected"
 [[ -n "$directory" ]] || usage "--output: a directory was expected"
 [[ -z "$data" || -f "$data" ]] || usage "--data $data: no such file"
@@ -63,4 +66,4 @@ if [[ -z "$model" ]]; then
     [[ -f "$model" || " ${more[*]} " == *" --only-report "* ]] || fetch_smollm2 "$model"
 fi
 python -m step3_rlhf.paper.people --output "$directory" --model "$model" --seed "$seed" \
-    --prior "$prior" --method "$method" ${data:+--data "$data"} "${more[@]}"
+    --prior "$prior" --form "$form" --method "$method" ${data:+--data "$data"} "${more[@]}"

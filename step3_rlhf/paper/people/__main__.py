@@ -42,6 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
         help="whether SFT learns answers in people's proportions or each answer once",
     )
     parser.add_argument(
+        "--form",
+        choices=("listed", "open"),
+        default="listed",
+        help="whether questions are asked with the board's answers, or by themselves",
+    )
+    parser.add_argument(
         "--method",
         choices=("direct", "rloo"),
         default="direct",
@@ -60,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.model,
             options.data,
             options.prior,
+            options.form,
             options.method,
             options.seed,
         )

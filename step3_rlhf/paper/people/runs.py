@@ -15,7 +15,7 @@ from step3_rlhf.paper.people.alpha import choose
 from step3_rlhf.paper.people.boards import boards_of
 from step3_rlhf.paper.people.data.convert import Sizes, convert, write_files
 from step3_rlhf.paper.people.data.questions import read_questions
-from step3_rlhf.paper.people.data.records import Prior
+from step3_rlhf.paper.people.data.records import Form, Prior
 from training.config import read_mapping
 from training.errors import RunError, UserError
 from training.runtime.json_text import json_text
@@ -58,6 +58,7 @@ class Experiment:
     data: str | None = None
     """A file of questions; None is the Hub's data set."""
     prior: Prior = "people"
+    form: Form = "listed"
     method: Method = "direct"
     seed: int = 42
     """Of the two aligned policies."""
@@ -173,6 +174,7 @@ def remember_options(experiment: Experiment) -> None:
         "model": experiment.model,
         "data": experiment.data,
         "prior": experiment.prior,
+        "form": experiment.form,
         "method": experiment.method,
         "sizes": asdict(experiment.sizes),
     }
@@ -193,7 +195,7 @@ def remember_options(experiment: Experiment) -> None:
 def write_data(experiment: Experiment) -> None:
     kept = read_questions(experiment.data)
     print("\n".join(kept.lines()))
-    files = convert(kept, experiment.prior, experiment.sizes, STAGES_SEED)
+    files = convert(kept, experiment.prior, experiment.form, experiment.sizes, STAGES_SEED)
     write_files(files, experiment.directory / "data", experiment.sizes)
 
 

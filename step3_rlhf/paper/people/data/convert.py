@@ -9,9 +9,11 @@ from typing import Literal
 from step3_rlhf.paper.people.data.phrasing import rephrased
 from step3_rlhf.paper.people.data.questions import Kept, Question
 from step3_rlhf.paper.people.data.records import (
+    Form,
     Prior,
     Record,
     answers_elsewhere,
+    asked,
     prompt,
     ranking,
     response_sets,
@@ -36,27 +38,27 @@ class Sizes:
 
     texts: int = 2
     """Texts of each question for SFT, under people's prior."""
-    sft_questions: int | None = 800
+    sft_questions: int | None = 500
     """Questions that SFT learns; None is all of its share, as in the others."""
-    reward_questions: int | None = 640
+    reward_questions: int | None = 320
     """Questions that the reward model learns."""
     rankings: int = 1
     """Rankings of each of them."""
     elsewhere: int = 1
     """Answers of other questions that each ranking ends with."""
-    shared: int | None = 304
+    shared: int | None = 240
     """Of the reward model's questions, those that the policies learn too; the seen ones are among
     them."""
     asked: int | None = 320
     """Questions from its own share that stage 3 asks beside these, if it draws answers."""
-    held_out: int = 80
+    held_out: int = 48
     """Held-out questions of SFT and of the reward model, half of which choose the weights. Direct
     optimization takes half as many."""
     measured: int = 44
     """Questions of each held-out set that are measured."""
     sampled: int = 8
     """Unseen questions to which each policy draws answers, for the page."""
-    validation: int = 40
+    validation: int = 24
     """Questions by which α is chosen."""
 
 
@@ -101,7 +103,7 @@ class Files:
     """`data.stage_proportions` under which direct optimization learns all rankings but one."""
 
 
-def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
+def convert(kept: Kept, prior: Prior, form: Form, sizes: Sizes, seed: int) -> Files:
     """The records of every stage.
 
     The held-out questions are `unseen` (stage 3's own, which no stage learns) and `seen`: questions
@@ -109,10 +111,14 @@ def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
     """
     parts = split(kept.questions, seed)
 
+    def words(question: Question, text: str | None = None) -> str:
+        return asked(question, text or question.text, form, seed)
+
     def rewards(questions: list[Question]) -> list[Record]:
         return [
             ranking(
                 question,
+                words(question),
                 answers_elsewhere(question, kept.questions, sizes.elsewhere, seed, number),
                 seed,
                 number,
@@ -123,16 +129,22 @@ def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
 
     def written(questions: list[Question]) -> list[Record]:
         return [
-            text for question in questions for text in texts(question, prior, sizes.texts, seed)
+            text
+            for question in questions
+            for text in texts(question, words(question), prior, sizes.texts, seed)
         ]
 
     learned = parts.of("reward", "train", sizes.reward_questions)
     shared = learned[: sizes.shared]
-    asked = [*shared, *parts.of("ppo", "train", sizes.asked)]
-    unseen = [(question, question.text) for question in parts.of("ppo", "test", sizes.measured)]
-    *_, before, spare = sorted(shared, key=stage_position)
-    learned_share = (stage_position(before) + stage_position(spare)) / 2
-    seen, failures = reworded([q for q in shared if q is not spare], sizes.measured)
+    drawn_to = [*shared, *parts.of("ppo", "train", sizes.asked)]
+    unseen = [(question, words(question)) for question in parts.of("ppo", "test", sizes.measured)]
+    # Direct optimization evaluates on prompts of the stage `ppo` and insists on training prompts
+    # of it too: the shared question that lies last is left to that stage, and is not measured.
+    place = {question.id: stage_position(words(question)) for question in shared}
+    *_, before, spare = sorted(shared, key=lambda question: place[question.id])
+    learned_share = (place[before.id] + place[spare.id]) / 2
+    found, failures = reworded([q for q in shared if q is not spare], sizes.measured)
+    seen = [(question, words(question, text)) for question, text in found]
     validation = parts.of("ppo", "validation", sizes.validation)
     records = {
         "texts": written(parts.of("sft", "train", sizes.sft_questions)),
@@ -141,14 +153,14 @@ def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
         "rankings": rewards(shared),
         "rewards_eval": rewards(parts.held_out("reward", sizes.held_out)),
         "rankings_eval": rewards(parts.held_out("reward", sizes.held_out // 2)),
-        "prompts": [prompt(question, question.text) for question in asked],
+        "prompts": [prompt(question, words(question)) for question in drawn_to],
         "prompts_eval": [prompt(question, text) for question, text in unseen[: sizes.sampled]],
         "sets_validation": [
             entry
             for question in validation
-            for entry in response_sets(question, question.text, "validation")
+            for entry in response_sets(question, words(question), "validation")
         ],
-        "prompts_validation": [prompt(question, question.text) for question in validation],
+        "prompts_validation": [prompt(question, words(question)) for question in validation],
         "sets_eval": [
             entry
             for label, questions in (("unseen", unseen), ("seen", seen))
@@ -167,7 +179,7 @@ def convert(kept: Kept, prior: Prior, sizes: Sizes, seed: int) -> Files:
         },
         "learned by the reward model": len(learned),
         "learned by the policies too": len(shared) - 1,
-        "asked by stage 3": len(asked),
+        "asked by stage 3": len(drawn_to),
         "unseen questions": len(unseen),
         "seen questions in unseen words": len(seen),
         "without a second phrasing, left out of these": failures,
@@ -191,15 +203,9 @@ def reworded(questions: list[Question], limit: int) -> tuple[list[tuple[Question
     return found, failures
 
 
-def stage_position(question: Question) -> float:
-    """Where the question lies in the split of the stages' own data settings.
-
-    Direct optimization evaluates on prompts of the stage `ppo` and insists on training prompts of
-    it too. The shared question that lies last is therefore left to that stage, and is not measured.
-    """
-    return uniform(
-        "stage", DataSettings.model_fields["split_seed"].default, normalized(question.text)
-    )
+def stage_position(prompt: str) -> float:
+    """Where a prompt lies in the split that the stages' own data settings make."""
+    return uniform("stage", DataSettings.model_fields["split_seed"].default, normalized(prompt))
 
 
 def write_files(files: Files, directory: Path, sizes: Sizes) -> None:

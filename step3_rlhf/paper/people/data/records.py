@@ -12,6 +12,9 @@ from step3_rlhf.paper.people.data.questions import Question
 Prior = Literal["people", "uniform"]
 """What SFT learns: answers in people's proportions, or each answer once."""
 
+Form = Literal["listed", "open"]
+"""How questions are asked: with the board's answers in a random order, or by themselves."""
+
 Record = dict[str, Any]
 
 
@@ -20,7 +23,20 @@ def source_of(question: Question, seed: int, purpose: str) -> random.Random:
     return random.Random(f"{seed} {purpose} {question.id}")
 
 
-def texts(question: Question, prior: Prior, draws: int, seed: int) -> list[Record]:
+def asked(question: Question, text: str, form: Form, seed: int) -> str:
+    """The prompt.
+
+    Args:
+        text: the question's own words, or others. Other words list the answers in another order.
+    """
+    if form == "open":
+        return text
+    answers = list(question.answers)
+    source_of(question, seed, f"order {text}").shuffle(answers)
+    return f"{text}\nAnswers: {'; '.join(answers)}"
+
+
+def texts(question: Question, words: str, prior: Prior, draws: int, seed: int) -> list[Record]:
     """Texts for SFT.
 
     In people's proportions by systematic sampling: of m draws, an answer with share p has
@@ -31,7 +47,7 @@ def texts(question: Question, prior: Prior, draws: int, seed: int) -> list[Recor
     else:
         offset = source_of(question, seed, "texts").random()
         chosen = systematic(question.answers, question.shares, draws, offset)
-    return [_asked(question.text, question) | {"response": answer} for answer in chosen]
+    return [prompt(question, words) | {"response": answer} for answer in chosen]
 
 
 def systematic(
@@ -51,7 +67,9 @@ def systematic(
     return found + [answers[-1]] * (draws - number)  # rounding leaves the sum just below 1
 
 
-def ranking(question: Question, others: Sequence[str], seed: int, number: int = 0) -> Record:
+def ranking(
+    question: Question, words: str, others: Sequence[str], seed: int, number: int = 0
+) -> Record:
     """People's answers in an order that Plackett–Luce's model gives, then those of other questions.
 
     One person after another is drawn whose answer is not ranked yet: the first place is a
@@ -67,7 +85,7 @@ def ranking(question: Question, others: Sequence[str], seed: int, number: int = 
         del left[answer]
     responses = [*question.answers, *others]
     ranks = [responses.index(answer) for answer in (*order, *others)]
-    return _asked(question.text, question) | {"responses": responses, "ranking": ranks}
+    return prompt(question, words) | {"responses": responses, "ranking": ranks}
 
 
 def answers_elsewhere(
@@ -85,17 +103,18 @@ def answers_elsewhere(
     return found
 
 
-def response_sets(question: Question, prompt: str, label: str) -> list[Record]:
+def response_sets(question: Question, words: str, label: str) -> list[Record]:
     """The board as a response set with people's shares.
 
     Where more strings than the board's count as answers, also a set of all of them: what lies
     outside the one and inside the other is said by people, too.
 
     Args:
+        words: how the question is asked.
         label: which group of questions it belongs to; with the id it is the set's topic.
     """
     board = {
-        "prompt": prompt,
+        "prompt": words,
         "topic": f"{label}/{question.id}",
         "responses": list(question.answers),
         "population": list(question.shares),
@@ -103,14 +122,10 @@ def response_sets(question: Question, prompt: str, label: str) -> list[Record]:
     strings = list(dict.fromkeys(string for group in question.strings for string in group))
     if len(strings) <= len(question.answers):
         return [board]
-    every = {"prompt": prompt, "topic": f"{label}-strings/{question.id}", "responses": strings}
+    every = {"prompt": words, "topic": f"{label}-strings/{question.id}", "responses": strings}
     return [board, every]
 
 
-def prompt(question: Question, text: str) -> Record:
-    """A prompt for stage 3."""
-    return _asked(text, question)
-
-
-def _asked(text: str, question: Question) -> Record:
-    return {"prompt": text, "group": question.id}
+def prompt(question: Question, words: str) -> Record:
+    """A prompt for stage 3, and the beginning of every record."""
+    return {"prompt": words, "group": question.id}

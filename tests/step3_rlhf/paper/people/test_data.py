@@ -13,6 +13,7 @@ from step3_rlhf.paper.people.data.phrasing import rephrased
 from step3_rlhf.paper.people.data.questions import Question, parse, read_questions, usable
 from step3_rlhf.paper.people.data.records import (
     answers_elsewhere,
+    asked,
     ranking,
     response_sets,
     systematic,
@@ -162,14 +163,16 @@ def test_questions_without_a_second_phrasing_are_left_out_and_counted() -> None:
 @pytest.mark.parametrize("draws", [1, 7, 90, 1000])
 @pytest.mark.parametrize("seed", range(5))
 def test_texts_keep_peoples_proportions(draws: int, seed: int) -> None:
-    found = Counter(text["response"] for text in texts(PETS, "people", draws, seed))
+    found = Counter(text["response"] for text in texts(PETS, "name a pet.", "people", draws, seed))
     assert sum(found.values()) == draws
     for answer, share in zip(PETS.answers, PETS.shares, strict=True):
         assert abs(found[answer] - draws * share) < 1  # the floor or the ceiling
 
 
 def test_texts_have_peoples_proportions_in_expectation() -> None:
-    found = Counter(text["response"] for s in range(3000) for text in texts(PETS, "people", 1, s))
+    found = Counter(
+        text["response"] for s in range(3000) for text in texts(PETS, "name a pet.", "people", 1, s)
+    )
     assert found["fish"] / 3000 == pytest.approx(1 / 9, abs=0.02)
     with pytest.raises(AssertionError):  # each answer once would be another population
         assert found["fish"] / 3000 == pytest.approx(1 / 3, abs=0.02)
@@ -182,7 +185,7 @@ def test_systematic_draws_are_literal() -> None:
 
 
 def test_the_uniform_prior_gives_each_answer_once() -> None:
-    found = texts(FRUIT, "uniform", 100, 0)
+    found = texts(FRUIT, "name a fruit.", "uniform", 100, 0)
     assert [text["response"] for text in found] == list(FRUIT.answers)
 
 
@@ -190,11 +193,22 @@ def best_first(entry: dict[str, Any]) -> list[str]:
     return [entry["responses"][place] for place in entry["ranking"]]
 
 
+def test_questions_are_asked_with_their_answers_or_by_themselves() -> None:
+    assert asked(PETS, "name a pet.", "open", 0) == "name a pet."
+    listed = {asked(PETS, "name a pet.", "listed", seed) for seed in range(99)}
+    assert len(listed) == 6  # the board does not give the order away
+    assert "name a pet.\nAnswers: cat; fish; dog" in listed
+
+
 def test_rankings_are_plackett_luces() -> None:
-    orders = Counter(tuple(best_first(ranking(PETS, ["fig"], 0, n)))[:2] for n in range(9000))
+    orders = Counter(
+        tuple(best_first(ranking(PETS, "name a pet.", ["fig"], 0, n)))[:2] for n in range(9000)
+    )
     assert orders["dog", "cat"] / 9000 == pytest.approx(50 / 90 * 30 / 40, abs=0.015)
     assert orders["fish", "dog"] / 9000 == pytest.approx(10 / 90 * 50 / 80, abs=0.01)
-    assert all(best_first(ranking(PETS, ["fig"], 0, n))[-1] == "fig" for n in range(50))
+    assert all(
+        best_first(ranking(PETS, "name a pet.", ["fig"], 0, n))[-1] == "fig" for n in range(50)
+    )
 
 
 def test_answers_of_other_questions_are_no_answers_to_this_one() -> None:
@@ -232,7 +246,7 @@ def test_stages_share_no_question_and_the_split_keeps_its_proportions() -> None:
 
 
 def test_what_is_measured_was_not_learned_in_these_words() -> None:
-    files = convert(usable(many(400)), "people", Sizes(), 42).records
+    files = convert(usable(many(400)), "people", "listed", Sizes(), 42).records
     learned = {entry["prompt"] for entry in files["rewards"] + files["texts"] + files["prompts"]}
     groups = {entry["group"] for entry in files["rewards"] + files["texts"] + files["prompts"]}
     assert {entry["group"] for entry in files["rankings"]} <= groups
@@ -246,7 +260,7 @@ def test_what_is_measured_was_not_learned_in_these_words() -> None:
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     for name, questions, seed in (("a", 300, 1), ("b", 300, 1), ("c", 300, 2)):
-        files = convert(usable(many(questions)), "people", Sizes(), seed)
+        files = convert(usable(many(questions)), "people", "listed", Sizes(), seed)
         write_files(files, tmp_path / name, Sizes())
     for name in ("texts", "rewards", "sets_eval"):
         first, same, other = ((tmp_path / n / f"{name}.jsonl").read_bytes() for n in "abc")
@@ -254,7 +268,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_every_stage_reads_its_files(tmp_path: Path) -> None:
-    write_files(convert(usable(many(300)), "people", Sizes(), 42), tmp_path, Sizes())
+    write_files(convert(usable(many(300)), "people", "listed", Sizes(), 42), tmp_path, Sizes())
     for stage, name, shares in (
         ("sft", "texts", (1.0, 0.0, 0.0)),
         ("reward", "rewards", (0.0, 1.0, 0.0)),
@@ -276,7 +290,7 @@ def test_every_stage_reads_its_files(tmp_path: Path) -> None:
 def test_direct_optimization_learns_all_rankings_but_one_that_is_not_measured(
     tmp_path: Path,
 ) -> None:
-    files = convert(usable(many(300)), "people", Sizes(), 42)
+    files = convert(usable(many(300)), "people", "listed", Sizes(), 42)
     write_files(files, tmp_path, Sizes())
     settings = DataSettings(
         sources=({"path": str(tmp_path / "rankings.jsonl")},),  # type: ignore[arg-type]
