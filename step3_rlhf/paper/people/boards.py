@@ -33,6 +33,11 @@ class Board:
     """The part of it that other strings have which count as answers; None where the data has no
     such strings."""
 
+    @property
+    def question(self) -> str:
+        """The question itself, without the answers that may be listed below it."""
+        return self.prompt.partition("\n")[0]
+
     def giving(self, distribution: Tensor) -> "Board":
         """The same board with another distribution [K] in the policy's place."""
         return replace(self, policy=distribution, optimum=None, outside=None, other_answers=None)

@@ -172,4 +172,4 @@ def samples(
     for name, responses in drawn.items():
         cells = [samples_of(responses.get(prompt, [])[:2], SHOWN_CHARACTERS) for prompt in prompts]
         rows.append((name, cells))
-    return prompts, rows
+    return [prompt.partition("\n")[0] for prompt in prompts], rows

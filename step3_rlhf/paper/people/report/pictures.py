@@ -87,7 +87,7 @@ def draw_question(axes: "Axes", board: Board, shares: dict[str, list[float]]) ->
         offset = (place - (len(DISTRIBUTIONS) - 1) / 2) * thickness
         rows = [number + offset for number in range(len(board.answers))]
         axes.barh(rows, shares[name], height=0.92 * thickness, color=colour, zorder=2)
-    question = textwrap.fill(board.prompt, 44)
+    question = textwrap.fill(board.question, 44)
     axes.set_title(question, fontsize=9.5, fontweight="bold", loc="left", pad=4)
     labels = [abbreviated(answer, 18) for answer in board.answers]
     axes.set_yticks(range(len(labels)), labels, fontsize=8.5)

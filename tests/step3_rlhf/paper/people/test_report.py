@@ -82,7 +82,10 @@ def experiment_in(tmp_path: Path) -> Path:
     candidate = {"alpha": 1e-5, "tv_to_reward": 0.0, "outside_mass": 0.6, "natural": 1.0}
     alpha = {"alpha": 1e-5, "reference_outside_mass": 0.6, "candidates": [candidate]}
     write(tmp_path / "alpha.json", alpha)
-    write(tmp_path / "options.json", {"prior": "people", "method": "direct", "model": "m"})
+    write(
+        tmp_path / "options.json",
+        {"prior": "people", "form": "listed", "method": "direct", "model": "m"},
+    )
     write(tmp_path / "steps.json", {"sft": {"seconds": 12.5, "command": "bash step1_sft.sh"}})
     counts = {
         "read": 100, "used": 80, "left out: an answer that nobody gave": 20, "unseen questions": 14,
