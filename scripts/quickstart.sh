@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Sets up the environment, then runs the bundled world, all three stages, evaluation and the report:
 #   bash scripts/quickstart.sh [--full] [--seed N] [--output DIR] [--overwrite] [--only PHASE]
-#   --full        also maximum entropy and three f-divergences, for the report's Table 1
+#   --full        also maximum entropy and three f-divergences, for the report's Table 1; and other
+#                 methods: RLOO, opinions instead of strings, DPO and direct conditional PM
 #   --seed N      seed of the world and of every stage (42)
 #   --output DIR  folder for everything (runs/quickstart)
 #   --overwrite   replace what an earlier quickstart left in DIR
 #   --only PHASE  run this phase again, on what the others left in DIR; PHASE is one of
 #                 world sft reward kl pm conditional_pm sft_evaluation report
-#                 maximum_entropy js_divergence forward_kl chi_squared
+#                 maximum_entropy js_divergence forward_kl chi_squared rloo classes dpo direct
 set -euo pipefail
 called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PHASES=(world sft reward kl pm conditional_pm)
-FURTHER=(maximum_entropy js_divergence forward_kl chi_squared)
+FURTHER=(maximum_entropy js_divergence forward_kl chi_squared rloo classes dpo direct)
 directory=runs/quickstart seed=42 full=false overwrite=false only=""
 
 usage() { # MESSAGE: a mistake in the arguments
@@ -107,12 +108,12 @@ ppo_places() {
         "evaluation.response_sets=$directory/world/response_sets.jsonl"
 }
 
-# RUN [OVERRIDE...]: aligns the policy under the regularizer that the override names.
-ppo() {
-    local overrides
+# RUN CONFIG [OVERRIDE...]: aligns the policy as the config and the overrides say.
+align() {
+    local overrides script=step3_rlhf.sh
+    [[ "$2" != *-direct ]] || script=step3_direct.sh
     mapfile -t overrides < <(ppo_places "$1")
-    phase "$1" bash scripts/step3_rlhf.sh step3_rlhf/configs/quickstart.json \
-        "${overrides[@]}" "${@:2}"
+    phase "$1" bash "scripts/$script" "step3_rlhf/configs/$2.json" "${overrides[@]}" "${@:3}"
 }
 
 # Measures SFT on the same prompts and with the same settings as the aligned policies.
@@ -136,14 +137,21 @@ mapfile -t overrides < <(places sft world/base texts)
 phase sft bash scripts/step1_sft.sh step1_sft/configs/quickstart.json "${overrides[@]}"
 mapfile -t overrides < <(places reward sft/model comparisons)
 phase reward bash scripts/step2_reward.sh step2_reward/configs/quickstart.json "${overrides[@]}"
-ppo kl 'regularizer={"name": "kl", "beta": 1.0}'
-ppo pm 'regularizer={"name": "pm", "beta": 1.0}'
-ppo conditional_pm
+align kl quickstart 'regularizer={"name": "kl", "beta": 1.0}'
+align pm quickstart 'regularizer={"name": "pm", "beta": 1.0}'
+align conditional_pm quickstart
 if [[ "$full" == true || " ${FURTHER[*]} " == *" $only "* ]]; then
-    ppo maximum_entropy 'regularizer={"name": "maximum_entropy", "tau": 0.5}'
+    align maximum_entropy quickstart 'regularizer={"name": "maximum_entropy", "tau": 0.5}'
     for name in js_divergence forward_kl chi_squared; do
-        ppo "$name" "regularizer={\"name\": \"f_divergence\", \"divergence\": \"$name\"}"
+        align "$name" quickstart \
+            "regularizer={\"name\": \"f_divergence\", \"divergence\": \"$name\"}"
     done
+    align rloo quickstart-rloo
+    align classes quickstart-classes \
+        "regularizer.classes.answer_key=$directory/world/answer_key.jsonl"
+    measured="reward.model_name_or_path=$directory/reward/model" # it learns from comparisons alone
+    align dpo quickstart-direct "$measured" anchor=null 'regularizer={"name": "kl", "beta": 1.0}'
+    align direct quickstart-direct "$measured"
 fi
 evaluate_sft
 phase report python -m step3_rlhf.paper.quickstart "$directory"

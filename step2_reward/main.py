@@ -7,6 +7,8 @@ Writes `model/` (AutoModelForSequenceClassification with one label, tokenizer in
 """
 
 import importlib.util
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from step2_reward.btl_fit import LackOfFit, count_wins, lack_of_fit
 from step2_reward.calibration import calibration_figures, draw_reliability
 from step2_reward.config import RewardConfig
 from step2_reward.losses import plackett_luce_loss
@@ -140,6 +143,19 @@ def pair_margins(rewards: torch.Tensor, present: torch.Tensor) -> list[tuple[flo
     return list(zip(margins.tolist(), groups.tolist(), strict=True))
 
 
+def fit_of_one_model(held_out: Iterable[Dataset]) -> LackOfFit:
+    """Whether one reward for each response can explain the held-out comparisons of two responses.
+
+    This is a question to the data, which no model has to be trained for. Rankings take no part: the
+    pairs that they imply are not independent.
+    """
+    rows = [row for data in held_out for row in data]
+    pairs = [
+        (row["prompt"], *row["responses_ids"]) for row in rows if len(row["responses_ids"]) == 2
+    ]
+    return lack_of_fit(count_wins(pairs))
+
+
 def main(config: RewardConfig) -> None:
     """Run the stage."""
     pretrained, data = fitting.prepare(config, "reward")
@@ -158,10 +174,13 @@ def main(config: RewardConfig) -> None:
     name = "eos" if end == tokenizer.eos_token_id else tokenizer.convert_ids_to_tokens(end)
     model.model.config.update({RESPONSE_END: name})
 
+    fit = fit_of_one_model(data.held_out.values())
+    say(fit.meaning)
+
     def save_best() -> None:
         export(model.model, tokenizer, output / "model")
         if ranks.rank() == 0:
-            write_evaluation(task.calibration, output)
+            write_evaluation(task.calibration | {"btl_fit": report_of(fit)}, output)
 
     with stop_requests.deferred():
         tested = fitting.fit(config, trained, task, stopping, save_best, "reward model")
@@ -185,6 +204,11 @@ def summary(metrics: dict[str, float]) -> str:
         f"accuracy {figure('accuracy', 3)}, log-loss {figure('log_loss', 4)} nats, expected "
         f"calibration error {figure('ece', 3)}"
     )
+
+
+def report_of(fit: LackOfFit) -> dict[str, Any]:
+    """The part of `evaluation.json` on the fit of one reward model."""
+    return {**asdict(fit), "meaning": fit.meaning}
 
 
 def write_evaluation(calibration: dict[str, Any], output: Path) -> None:

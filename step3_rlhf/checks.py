@@ -4,6 +4,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
+from step3_rlhf.classes.answer_key import read_answer_key
+from step3_rlhf.classes.shares import check_classes
 from step3_rlhf.config import AlignmentConfig, EvaluationConfig, PPOConfig
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
 from step3_rlhf.rewards.readings import reads_policy_tokens, refusal
@@ -14,6 +16,7 @@ from training.data import (
     Record,
     StageRecords,
     TemplateRefusal,
+    dialogue_text,
     encode_responses,
     prompt_messages,
 )
@@ -35,6 +38,8 @@ def check_models(config: AlignmentConfig, roles: Roles, stand_in: str | None = N
         UserError: names the model and the settings.
     """
     sets = read_response_sets(config.evaluation.response_sets)
+    if isinstance(config, PPOConfig | EvaluationConfig):
+        check_classes(config.regularizer, roles.policy.tokenizer, config.response_length)
     check_reward(config.reward, roles, untrained=stand_in)
     for setting, model in roles.named.items():
         if renamed := require_same_tokens(model, roles.policy, setting):
@@ -79,6 +84,23 @@ def readable_records(config: AlignmentConfig, roles: Roles, records: StageRecord
         if not content and getattr(records, "train" if name == "training" else "eval"):
             raise UserError(records.tally.lines(), f"No {name} records are left:")
     return replace(records, train=parts["training"], eval=parts["evaluation"])
+
+
+def check_answer_key(config: PPOConfig, records: StageRecords) -> None:
+    """Say how many of the training prompts an answer key has, if the regularizer reads one.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    classes = config.regularizer.response_classes
+    if classes is None or classes.answer_key is None:
+        return
+    key = read_answer_key(classes.answer_key)
+    found = sum(dialogue_text(record.prompt) in key for record in records.train)
+    share = f"{classes.answer_key} has classes for {found} of {len(records.train)} training prompts"
+    if not found:
+        raise UserError(f"regularizer.classes.answer_key: {share}")
+    say(f"{share}; responses to others keep the reference's weight")
 
 
 def _refused_set(model: Pretrained, finite: FiniteSet, reason: str) -> str:

@@ -1,11 +1,13 @@
 """Settings of stage 3: PPO and RLOO, rollouts, reward sources, the regularizer, evaluation."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
+from step3_rlhf.regularizers.base import Regularizer
 from step3_rlhf.regularizers.registry import REGULARIZERS, RegularizerField
 from step3_rlhf.rewards.calibration import BetaCalibration, with_calibrated_beta
 from training.config import (
@@ -41,31 +43,75 @@ class RewardModelSettings(StrictModel):
         return model_path_faults("model_name_or_path", self.model_name_or_path)
 
 
+class GroupSettings(StrictModel):
+    """One group of people: the reward model of its preferences, and its share."""
+
+    model_name_or_path: PathText
+    """Hub name or directory of a sequence-classification model with one label."""
+    share: Positive
+    """Share of the population that belongs to the group; the groups' shares add up to 1."""
+
+    def faults(self) -> list[str]:
+        return model_path_faults("model_name_or_path", self.model_name_or_path)
+
+
 class RewardSettings(StrictModel):
-    """Where rewards come from: one model, several with weights, or a Python function."""
+    """Where rewards come from: one model, several with weights or shares, or a Python function."""
 
     model_name_or_path: PathText | None = None
     """A single reward model: what stage 2 wrote, or any with one label."""
     models: Annotated[tuple[RewardModelSettings, ...], Field(strict=False)] = ()
-    """Several reward models, whose weighted rewards are added up."""
+    """Several reward models, whose weighted rewards are added up. For groups of people this is the
+    geometric pool of their preferences, which gives little to what one group dislikes."""
+    mixture: Annotated[tuple[GroupSettings, ...], Field(strict=False)] = ()
+    """Groups of people, each with its reward model: the optimum is the mixture of their optima."""
     function: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
     """A Python function as `module:callable`, which is given two lists of texts, prompts and
     responses, and returns a list of numbers."""
 
     def faults(self) -> list[str]:
-        given = [bool(self.model_name_or_path), bool(self.models), bool(self.function)]
-        if sum(given) != 1:
-            return ["give exactly one of model_name_or_path, models, function"]
+        sources = (self.model_name_or_path, self.models, self.mixture, self.function)
+        if sum(map(bool, sources)) != 1:
+            return ["give exactly one of model_name_or_path, models, mixture, function"]
         found = super().faults()
+        shares = [group.share for group in self.mixture]
+        if len(shares) == 1:
+            found.append("mixture: one group is no mixture; use model_name_or_path")
+        elif shares and not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+            found.append(f"mixture: the shares add up to {sum(shares):g}; 1 is needed")
         if self.model_name_or_path:
             found += model_path_faults("model_name_or_path", self.model_name_or_path)
         return found
 
     @property
     def weighted_models(self) -> list[RewardModelSettings]:
+        """The reward models with their weights or, in a mixture, shares."""
         if self.model_name_or_path:
             return [RewardModelSettings(model_name_or_path=self.model_name_or_path)]
-        return list(self.models)
+        groups = [
+            RewardModelSettings(model_name_or_path=group.model_name_or_path, weight=group.share)
+            for group in self.mixture
+        ]
+        return groups or list(self.models)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The groups' shares of the population; () without a mixture."""
+        return tuple(group.share for group in self.mixture)
+
+    def mixture_faults(self, regularizer: Regularizer | None) -> list[str]:
+        """What speaks against a mixture under this regularizer."""
+        if not self.mixture or regularizer is None:
+            return []
+        if regularizer.response_classes is not None:
+            return ["reward.mixture: not together with classes of responses"]
+        if regularizer.is_log_linear and regularizer.effective_reward_name == "rewards":
+            return []
+        return [
+            f"reward.mixture: {regularizer.name} cannot have the mixture of its groups' optima as "
+            "its optimum, because this is not proportional to w·e^(r/β); pm, conditional_pm and kl "
+            "are among those that can"
+        ]
 
 
 class SamplingSettings(StrictModel):
@@ -165,6 +211,11 @@ class AlignmentConfig(SamplingSettings, RunConfig):
     def _calibrated(cls, data: Any) -> tuple[Any, str]:
         """The settings with a number in place of a calibrated β, and why there is none."""
         return with_calibrated_beta(data)
+
+    @property
+    def group_shares(self) -> tuple[float, ...]:
+        """The shares of the groups whose mixture gives the rewards; () without a mixture."""
+        return self.reward.shares if self.reward else ()
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -318,6 +369,14 @@ class PPOConfig(StageConfig, AlignmentConfig):
                 f"num_generations: {self.num_generations} does not divide "
                 f"per_device_train_batch_size, {self.per_device_train_batch_size}"
             )
+        found += self.reward.mixture_faults(self.regularizer)
+        if self.reward.mixture and self.num_generations < 2:
+            found.append(
+                "num_generations: a mixture needs 2 or more, because the level of each group's "
+                "rewards on a prompt is estimated from the other responses to it"
+            )
+        if self.reward.mixture and self.reward_centering != "none":
+            found.append("reward_centering: not with a mixture, whose reward has no fixed level")
         if self.early_stopping and self.num_generations < 2:
             found.append("early_stopping: the gap is only known with num_generations of 2 or more")
         if self.early_stopping and not self.regularizer.levels_credit:
@@ -371,6 +430,11 @@ class PPOConfig(StageConfig, AlignmentConfig):
             found.append("missing_eos_penalty: responses that were cut get another reward")
         if self.advantage_normalization == "full":
             found.append("advantage_normalization=full: blows up noise near the optimum")
+        if self.reward.mixture and self.num_generations < 4:
+            found.append(
+                f"num_generations={self.num_generations}: until prompts have been visited several "
+                "times, a mixture is far from exact; 8 is better"
+            )
         if self.num_generations > 1 and not self.regularizer.levels_credit:
             found.append(f"num_generations: no optimum/gap is logged, {NO_CERTIFICATE}")
         if self.evaluation.sampling is not None:
@@ -386,6 +450,10 @@ class EvaluationConfig(AlignmentConfig):
 
     regularizer: RegularizerField | None = None
     """The regularizer whose optimum the policy is compared with on finite sets; null: with none."""
+
+    def faults(self) -> list[str]:
+        against = self.reward.mixture_faults(self.regularizer) if self.reward else []
+        return super().faults() + against
 
     @classmethod
     def of(cls, config: AlignmentConfig) -> "EvaluationConfig":

@@ -1,7 +1,6 @@
 """Estimates what a stage-3 config would do and need, for `--dry-run`."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from step3_rlhf.checks import check_models, readable_records
@@ -32,10 +31,9 @@ def dry_run(config: PPOConfig, run: DryRun) -> None:
         reference = run.policy_shape(roles.reference)
         run.add_frozen("reference", reference, config.frozen_deepspeed)
     scoring = [reference]
-    for _, reward in roles.rewards:
+    for number, (_, reward) in enumerate(roles.rewards, start=1):
         scoring.append(run.reward_shape(reward))
-        directory = Path(reward.name_or_path).name
-        name = "reward" if len(roles.rewards) == 1 else f"reward {directory}"[:20]
+        name = "reward" if len(roles.rewards) == 1 else f"reward {number}"
         run.add_frozen(name, scoring[-1], config.frozen_deepspeed)
 
     _count_iterations(config, run, roles)

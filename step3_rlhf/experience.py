@@ -15,7 +15,7 @@ class Judged:
     """Responses with their rewards and the reference's log-probabilities (steps 3 to 5)."""
 
     rollout: Rollout
-    rewards: Tensor  # [B] r(x, y), after centering, penalty and clipping
+    rewards: Tensor  # [B] r(x, y), after centering, penalty and clipping; of a mixture [B, G]
     ref_logp: Tensor  # [B, R] log π_ref,t, nats
 
 
@@ -32,7 +32,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Experience(Judged):
-    """All that the losses need (steps 7 and 8)."""
+    """All that the losses need (steps 7 and 8); rewards are [B], also of a mixture."""
 
     old: Scores  # of the actor and critic before this iteration's first optimizer step
     advantages: Tensor  # [B, R]

@@ -104,8 +104,11 @@ class IterationMetrics:
         """The iteration's metrics, the same on every rank; averages over all passes as well.
 
         Args:
-            rewards: [this rank's responses], as the reward source gave them.
+            rewards: [this rank's responses], as the reward source gave them; with one column per
+                group of a mixture, of which the population's mean Σ ρ_k r_k is taken.
         """
+        if rewards.dim() == 2:
+            rewards = rewards @ rewards.new_tensor(self.config.reward.shares)
         own = {
             **self.sums,
             "drawn": rewards.new_full((), len(rewards), dtype=torch.float64),

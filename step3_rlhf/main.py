@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from step3_rlhf.checks import check_models, readable_records
+from step3_rlhf.checks import check_answer_key, check_models, readable_records
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.dry_run import dry_run
 from step3_rlhf.evaluation.held_out import HeldOut, load_held_out
@@ -59,6 +59,7 @@ def main(config: PPOConfig) -> None:
     roles = training_roles_of(config)
     check_models(config, roles)
     records = readable_records(config, roles, records)
+    check_answer_key(config, records)
     tokenizer = roles.policy.tokenizer
     with ranks.rank_zero_first():
         data = tokenize(records, tokenizer, config.data, "ppo")
@@ -166,6 +167,8 @@ def train(
     first, state = checkpoints.restore()
     if state:
         trainer.reward_center, trainer.cuts = state["reward_center"], state["cuts"]
+        if trainer.mixture:
+            trainer.mixture.log_sums = state["mixture"]
     else:
         trainer.foresee_cuts()
         warn_of_cuts(trainer)
@@ -195,6 +198,7 @@ def train(
             state = {
                 "reward_center": trainer.reward_center,
                 "cuts": trainer.cuts,
+                "mixture": trainer.mixture.log_sums if trainer.mixture else {},
                 "iterations_within_gap": early.iterations,
             }
             checkpoints.save(done, state)
@@ -244,7 +248,7 @@ def models_of(trainer: PPOTrainer) -> Models:
     """The trained policy and the models that it is compared with."""
     actor: nn.Module = trainer.actor.engine
     actor.eval()
-    return Models(actor, trainer.reference, trainer.reward, trainer.tokenizer)
+    return Models(actor, trainer.reference, trainer.reward, trainer.tokenizer, trainer.classes)
 
 
 def means_of(figures: dict[str, Any]) -> dict[str, float]:

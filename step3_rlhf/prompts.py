@@ -11,7 +11,7 @@ from training.data import Dialogue, shard
 from training.runtime.ranks import rank, world_size
 
 # Purposes of a draw: its seed is (config.seed, purpose, position in the stream of prompts).
-TRAINING, CENTERING, EVALUATION = 0, 1, 2
+TRAINING, CENTERING, EVALUATION, CLASSES = 0, 1, 2, 3
 
 
 class PromptBatch(NamedTuple):

@@ -5,6 +5,7 @@ README.md beside this file has the formulas and shapes of each step.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -12,13 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf import ppo
+from step3_rlhf.classes.shares import class_shares
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.experience import Experience, Judged, Scores
 from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.prompts import Prompts
 from step3_rlhf.ptx import PtxBatch, PtxTexts, negative_log_likelihood
+from step3_rlhf.regularizers.base import Marginal
 from step3_rlhf.regularizers.log_linear import LogLinear
 from step3_rlhf.regularizers.truncation import cut_share, end_weight_of, log_growth_of
+from step3_rlhf.rewards.mixture import Mixture
 from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout, sample
 from training.models.logprobs import Statistic, masked_sum
@@ -69,6 +73,12 @@ class PPOTrainer:
         if config.ema_decay is not None:
             self.averages["actor_ema"] = AveragedWeights(actor.module, config.ema_decay)
         self.regularizer = config.regularizer
+        self.classes = class_shares(config.regularizer, reference, tokenizer, config)
+        self.mixture = None
+        if config.reward.mixture:
+            self.mixture = Mixture(
+                config.reward.shares, self.regularizer.coefficient, config.num_generations
+            )
         self.clock = Clock()
         self.reward_center = 0.0
         """Mean reward of the reference policy, −C_1 of Example 2, subtracted from every reward."""
@@ -96,7 +106,7 @@ class PPOTrainer:
             with clock.phase("reward"):
                 raw_rewards = self.reward(rollout)
             rewards = self.shape_rewards(raw_rewards, rollout)
-            require_finite("rewards", rewards)
+            require_finite(self.regularizer.effective_reward_name, rewards)
             # 4. Reference: log π_ref of each response token.
             with clock.phase("reference"):
                 ref_logp = self.reference_logp(rollout)
@@ -114,6 +124,8 @@ class PPOTrainer:
                 # 9. Losses, and optimizer steps of actor and critic.
                 for _ in range(config.num_ppo_epochs):
                     self.take_steps(experiences, self.losses, metrics)
+        if self.mixture:
+            self.mixture.remember()
         # 10. Metrics: averages over the responses and tokens of all ranks.
         return metrics.averages(raw_rewards) | self.optimizer_metrics() | self.cuts
 
@@ -121,14 +133,22 @@ class PPOTrainer:
         """[B] rewards that PPO maximizes: centered, and penalized or clipped if the config says so.
 
         Args:
-            rewards: [B], as the reward source gave them.
+            rewards: [B], as the reward source gave them; of a mixture [B, G], as is the result.
         """
-        shaped = rewards - self.reward_center  # + C_1, Example 2
+        shaped = self.effective_rewards(rewards, rollout) - self.reward_center  # + C_1, Example 2
         if self.config.missing_eos_penalty is not None:
-            shaped = torch.where(rollout.ended, shaped, shaped - self.config.missing_eos_penalty)
+            ended = rollout.ended.view(-1, *[1] * (rewards.dim() - 1))
+            shaped = torch.where(ended, shaped, shaped - self.config.missing_eos_penalty)
         if self.config.reward_clip is not None:
             shaped = shaped.clamp(-self.config.reward_clip, self.config.reward_clip)
         return shaped
+
+    def effective_rewards(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """[B] the rewards that the regularizer puts in the place of r: r itself for most."""
+        if self.classes is None:
+            return self.regularizer.effective_reward(rewards)
+        with self.clock.phase("reference"):  # which says how probable each response's class is
+            return self.regularizer.effective_reward(rewards, self.classes(rollout))
 
     @torch.no_grad()
     def reference_logp(self, rollout: Rollout) -> Tensor:
@@ -175,12 +195,13 @@ class PPOTrainer:
     def with_advantages(self, parts: Sequence[Judged], old: Sequence[Scores]) -> list[Experience]:
         """Steps 7 and 8: token rewards, then advantages and returns, for all micro-batches."""
         config = self.config
-        advantages, returns = [], []
+        judged, advantages, returns = [], [], []
         for part, scores in zip(parts, old, strict=True):
             mask = part.rollout.response_mask
             # 7. The marginal R + πR′ (eq. 3.6) on each token, r(x, y) on the last one.
             marginal = self.regularizer.marginal(scores.logp, part.ref_logp, mask)
-            token_rewards = ppo.place_rewards(marginal.per_token, part.rewards, mask)
+            judged.append(self.under_one_reward(part, marginal))
+            token_rewards = ppo.place_rewards(marginal.per_token, judged[-1].rewards, mask)
             # 8. Advantages and returns: RLOO, or GAE with the critic's values.
             if self.critic is None:
                 a, r = ppo.leave_one_out(token_rewards, mask, config.num_generations)
@@ -196,8 +217,15 @@ class PPOTrainer:
         )
         return [
             Experience(part.rollout, part.rewards, part.ref_logp, scores, a, r)
-            for part, scores, a, r in zip(parts, old, normalized, returns, strict=True)
+            for part, scores, a, r in zip(judged, old, normalized, returns, strict=True)
         ]
+
+    def under_one_reward(self, part: Judged, marginal: Marginal) -> Judged:
+        """The micro-batch, with the rewards of the mixture in place of those of its groups."""
+        if self.mixture is None:
+            return part
+        credit, prompts = marginal.per_token.sum(-1), part.rollout.prompts
+        return replace(part, rewards=self.mixture.rewards(part.rewards, credit, prompts))
 
     def take_steps(
         self,
@@ -318,8 +346,9 @@ class PPOTrainer:
         wanted = self.config.reward_centering_samples
         prompts = self.prompts.for_centering(wanted)
         rollout = sample(self.reference, self.tokenizer, *prompts, self.config.sampling)
-        rewards = self.reward(rollout).double()
+        rewards = self.effective_rewards(self.reward(rollout).double(), rollout)
         with dumped(self.config.output_dir, 0, rollout.readable):
-            require_finite("rewards of the reference's responses", rewards)
+            name = self.regularizer.effective_reward_name
+            require_finite(f"{name} of the reference's responses", rewards)
         total, count = sum_over_ranks(torch.stack([rewards.sum(), torch.ones_like(rewards).sum()]))
         self.reward_center = (total / count).item()

@@ -28,6 +28,7 @@ from step3_rlhf.evaluation.settings import evaluation_parser
 from step3_rlhf.paper.grid.__main__ import parsed as grid_arguments
 from training.cli import stage_parser
 from training.config import StrictModel, apply_overrides, read_mapping
+from training.world.files import WorldSizes
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES: dict[str, type[StrictModel]] = {
@@ -178,7 +179,7 @@ def check_module(module: str, arguments: list[str]) -> None:
         raise NoSuchOptionError(f"{module} is not a command")
     known = set(re.findall(r"[\"'](--[\w-]+)", file.read_text(encoding="utf-8")))
     if module == "training.world":
-        known |= {"--output_dir", "--seed"}
+        known |= {"--output_dir", "--seed", *(f"--{size}" for size in vars(WorldSizes()))}
     for argument in arguments:
         if argument.startswith("--") and argument.partition("=")[0] not in known:
             raise NoSuchOptionError(f"{module} does not know {argument}")

@@ -58,11 +58,17 @@ class DirectConfig(SupervisedConfig, AlignmentConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
+        found += self.reward.mixture_faults(self.regularizer) if self.reward else []
         if self.regularizer.is_flat:
             found.append(
                 f"regularizer: the marginal of {self._spelled_regularizer} does not change with "
                 "small changes of π, so that comparisons have no gradient; any other one has, and "
                 "scripts/step3_rlhf.sh trains with this one"
+            )
+        if self.regularizer.response_classes is not None:
+            found.append(
+                "regularizer.classes: a class's share under the reference changes the reward, and "
+                "comparisons say nothing about it; scripts/step3_rlhf.sh learns classes"
             )
         if self.lora is not None and self.lora.lora_dropout > 0:
             found.append(

@@ -24,9 +24,11 @@ EXACT_FIGURES = (
     "tv_to_reward",
     "tv_to_population",
     "tv_to_optimum",
+    "tv_to_choice",
     "kl_to_reward",
     "kl_to_population",
     "kl_to_optimum",
+    "kl_to_choice",
     "outside_mass",
     "natural_mass",
 )
@@ -83,13 +85,25 @@ def measure_set(
     logp = token_logps(models.policy, rollout, config).sum(-1)
     ref_logp = token_logps(models.reference, rollout, config)
     rewards = models.reward(rollout).double().cpu() if models.reward else None
+    class_logp = models.class_logp(rollout)
     policy = logp.log_softmax(0)
-    targets = {} if rewards is None else {"reward": (rewards / temperature).log_softmax(0)}
+    targets = {}
+    if rewards is not None:
+        groups = rewards.view(count, -1)  # one, or those of a mixture
+        shares = torch.tensor(config.group_shares or (1.0,), dtype=torch.float64)
+        targets["reward"] = mixed((groups / temperature).log_softmax(0), shares)
+        optima = [
+            optimum_on(rollout, column, ref_logp, regularizer, class_logp) for column in groups.T
+        ]
+        known = [optimum for optimum in optima if optimum is not None]
+        if len(known) == len(optima):
+            targets["optimum"] = mixed(torch.stack(known, dim=-1), shares)
     if finite.population is not None:
         targets["population"] = torch.tensor(finite.population).double().log()
-    best = optimum_on(rollout, rewards, ref_logp, regularizer)
-    if best is not None:
-        targets["optimum"] = best
+    if rewards is not None and regularizer and not config.group_shares:
+        choice = regularizer.log_choice(rewards)
+        if choice is not None:
+            targets["choice"] = choice
     entry: dict[str, Any] = {
         "prompt": finite.prompt,
         "topic": finite.topic,
@@ -100,8 +114,12 @@ def measure_set(
     }
     if rewards is not None:
         entry["rewards"] = rewards.tolist()
+        if config.group_shares:
+            # The one reward whose softmax(r/T) on the set is the mixture of the groups'.
+            entry["rewards"] = (temperature * targets["reward"]).tolist()
+            entry["group_rewards"] = rewards.T.tolist()
     inside = rollout.response_mask.cpu()
-    natural = regularizer.natural(ref_logp, inside) if regularizer else None
+    natural = regularizer.natural(ref_logp, inside, class_logp) if regularizer else None
     if natural is not None:
         entry["natural"] = natural.tolist()
         entry["natural_mass"] = logp.exp()[natural].sum().item()
@@ -112,14 +130,24 @@ def measure_set(
     return entry
 
 
+def mixed(log_p: Tensor, shares: Tensor) -> Tensor:
+    """[K] log Σ_k ρ_k p_k, the mixture of the groups' distributions [K, G]; of one, itself."""
+    return log_p[:, 0] if len(shares) == 1 else (log_p + shares.log()).logsumexp(-1)
+
+
 def optimum_on(
-    rollout: Rollout, rewards: Tensor | None, ref_logp: Tensor, regularizer: Regularizer | None
+    rollout: Rollout,
+    rewards: Tensor,
+    ref_logp: Tensor,
+    regularizer: Regularizer | None,
+    class_logp: Tensor | None = None,
 ) -> Tensor | None:
-    """[K] log π* on the set; None without regularizer or reward, or if there is no optimum."""
-    if regularizer is None or rewards is None:
+    """[K] log π* on the set; None without a regularizer or if it has no optimum there."""
+    if regularizer is None:
         return None
     tokens = rollout.input_ids[:, rollout.prompt_length :].cpu()
-    responses = ResponseSet(tokens, ref_logp, rollout.response_mask.cpu(), rewards)
+    mask = rollout.response_mask.cpu()
+    responses = ResponseSet(tokens, ref_logp, mask, rewards, class_logp)
     try:
         return optimum(regularizer, responses)
     except NoOptimumError:

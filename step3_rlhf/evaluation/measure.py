@@ -6,6 +6,7 @@ from typing import Any
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.exact import exact_metrics
 from step3_rlhf.evaluation.held_out import HeldOut
+from step3_rlhf.evaluation.responses import under_one_reward
 from step3_rlhf.evaluation.resume import FinishedBlocks
 from step3_rlhf.evaluation.sampled import held_out_perplexity, respond, sampled_metrics
 from step3_rlhf.evaluation.scoring import Models
@@ -69,6 +70,11 @@ def evaluate(
         reference = [
             respond(models, held_out, config, draw, finished, from_reference=True) for draw in draws
         ]
+    if config.group_shares:
+        beta = regularizer.coefficient if regularizer else temperature
+        is_own = reference is responses
+        responses, reference = under_one_reward(responses, reference, config.group_shares, beta)
+        reference = responses if is_own else reference
     figures, instances = sampled_metrics(
         held_out.prompt_texts, responses, reference, temperature, regularizer, held_out.groups
     )

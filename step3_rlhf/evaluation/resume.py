@@ -91,6 +91,10 @@ def fingerprint(config: EvaluationConfig, held_out: HeldOut) -> dict[str, Any]:
     paths += [member.model_name_or_path for member in reward.weighted_models] if reward else []
     if reward and reward.function:
         paths.append(module_file(reward.function))
+    classes = config.regularizer.response_classes if config.regularizer else None
+    if classes:
+        own = classes.answer_key or (classes.function and module_file(classes.function))
+        paths.append(own)
     settings = config.model_dump(mode="json", exclude={"output_dir": True, "data": {"cache_dir"}})
     return {
         "config": absolute_paths(settings),

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from step3_rlhf.checks import check_models, readable_records
+from step3_rlhf.classes.shares import class_shares
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.evaluation.held_out import HeldOut, load_held_out
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
@@ -62,4 +63,6 @@ def load_models(config: EvaluationConfig, roles: Roles) -> Models:
             roles.reference, roles.policy.tokenizer, config, same_ends_as=policy
         )
     reward = load_reward(config, roles) if config.reward else None
-    return Models(policy, reference, reward, roles.policy.tokenizer)
+    tokenizer = roles.policy.tokenizer
+    classes = class_shares(config.regularizer, reference, tokenizer, config)
+    return Models(policy, reference, reward, tokenizer, classes)

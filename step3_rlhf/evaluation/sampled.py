@@ -207,9 +207,12 @@ def respond(
         credit = natural = None
         if regularizer is not None:
             mask = rollout.response_mask.cpu()
+            class_logp = models.class_logp(rollout)
             if rewards is not None:
-                credit = rewards + regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1)
-            natural = regularizer.natural(ref_logp, mask)
+                marginal = regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1)
+                effective = regularizer.effective_reward(rewards, class_logp)
+                credit = effective + marginal.view(-1, *[1] * (rewards.dim() - 1))
+            natural = regularizer.natural(ref_logp, mask, class_logp)
         columns += [credit, natural]
         if not from_reference:
             columns += full_vocabulary_sums(models, rollout, config.sampling.response_length)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from step3_rlhf.classes.shares import ClassShares
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout
@@ -16,12 +17,20 @@ Model = nn.Module | WithoutAdapter
 
 @dataclass(frozen=True)
 class Models:
-    """Policy, reference and reward, if there is one; the tokenizer of policy and reference."""
+    """Policy, reference and reward, if there is one; the tokenizer of policy and reference.
+
+    `classes` finds the class shares that the regularizer needs; None where it needs none.
+    """
 
     policy: nn.Module
     reference: Model
     reward: RewardSource | None
     tokenizer: PreTrainedTokenizerBase
+    classes: ClassShares | None = None
+
+    def class_logp(self, rollout: Rollout) -> Tensor | None:
+        """[B] float64 log π_ref(c(y)|x) on the CPU, nats; None where responses have no classes."""
+        return self.classes(rollout).cpu() if self.classes else None
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from step3_rlhf.regularizers.classes import ClassSettings
 from training.config import Positive, StrictModel
 from training.deferred import Tensor, torch
 from training.errors import UserError
@@ -52,15 +53,48 @@ class Regularizer(StrictModel, ABC):
     def marginal(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Marginal:
         """R + πR' (eq. 3.6) on each token, in units of reward: what PPO adds to the reward."""
 
+    def effective_reward(self, rewards: Tensor, class_logp: Tensor | None = None) -> Tensor:
+        """The reward that is maximized together with R, in units of reward: r(x, y) itself, unless
+        the regularizer says otherwise.
+
+        Args:
+            rewards: [batch] r(x, y), as the reward source gave them.
+            class_logp: [batch] log π_ref(c(y)|x), nats, of each response's class; −inf outside
+                every class. None: responses have no classes.
+        """
+        return rewards
+
+    @property
+    def effective_reward_name(self) -> str:
+        """What a message calls the effective rewards."""
+        return "rewards"
+
+    def log_choice(self, rewards: Tensor) -> Tensor | None:
+        """[K] log-probabilities of the generalized choice model that the regularizer names.
+
+        None where it names none, so that people choose by softmax(r/T).
+
+        Args:
+            rewards: [K] float64 r(x, y) of all the responses that there are.
+        """
+        return None
+
     def log_optimum(self, responses: ResponseSet) -> Tensor:
         """[K] float64 log-probabilities (nats) of the optimum on a finite set; see optimum.py."""
         raise NoOptimumError(f"{self.name}: {type(self).__name__} does not state its optimum")
 
-    def natural(self, ref_logp: Tensor, mask: Tensor) -> Tensor | None:
+    def natural(
+        self, ref_logp: Tensor, mask: Tensor, class_logp: Tensor | None = None
+    ) -> Tensor | None:
         """[batch] bool: the responses in M(x), among which preferences are matched.
 
-        None where the regularizer has no such set.
+        None where the regularizer has no such set. `class_logp` is that of `effective_reward`.
         """
+        return None
+
+    @property
+    def response_classes(self) -> ClassSettings | None:
+        """What decides the class c(y) of a response; None where it makes no difference."""
         return None
 
     @property
@@ -70,7 +104,8 @@ class Regularizer(StrictModel, ABC):
 
     @property
     def levels_credit(self) -> bool:
-        """Whether r + R + πR′ is the same for all responses that the optimum gives.
+        """Whether r + R + πR′, r being the effective reward, is the same for all responses that the
+        optimum gives.
 
         The first-order condition of every regularizer that is a function of π(y|x) says so.
         """
@@ -83,7 +118,7 @@ class Regularizer(StrictModel, ABC):
 
     @property
     def is_log_linear(self) -> bool:
-        """Whether the optimum is ∝ w·e^{r/β}, with a weight w that does not depend on r."""
+        """Whether the optimum is ∝ w·e^{r/β}, r the effective reward, and w independent of it."""
         return False
 
     @property
@@ -121,10 +156,12 @@ class NoOptimumError(UserError):
 class ResponseSet:
     """The K responses to one prompt over which an optimum is sought, right-padded to T tokens.
 
-    tokens    [K, T] int64    token ids; anything where mask is false
-    ref_logp  [K, T] float64  log π_ref(token | prefix), nats; anything where mask is false
-    mask      [K, T] bool     true on the response's tokens, end-of-sequence included
-    rewards   [K]    float64  r(x, y)
+    tokens      [K, T] int64    token ids; anything where mask is false
+    ref_logp    [K, T] float64  log π_ref(token | prefix), nats; anything where mask is false
+    mask        [K, T] bool     true on the response's tokens, end-of-sequence included
+    rewards     [K]    float64  r(x, y)
+    class_logp  [K]    float64  log π_ref(c(y)|x) of each response's class, nats, −inf outside every
+                                class; None where responses have no classes
 
     Example with two responses of one token: tokens [[7], [9]], ref_logp [[-0.1], [-2.4]],
     mask [[True], [True]], rewards [0.0, 1.0].
@@ -134,6 +171,7 @@ class ResponseSet:
     ref_logp: Tensor
     mask: Tensor
     rewards: Tensor
+    class_logp: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.rewards)

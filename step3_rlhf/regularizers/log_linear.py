@@ -18,6 +18,7 @@ from step3_rlhf.regularizers.base import (
     response_sum,
     unbound,
 )
+from step3_rlhf.regularizers.classes import ClassSettings
 from training.config import Fraction, NonNegative, Positive
 from training.deferred import Tensor, torch
 
@@ -55,7 +56,8 @@ class LogLinear(Regularizer):
 
     def log_optimum(self, responses: ResponseSet) -> Tensor:
         log_w = self.log_weights(responses.ref_logp, responses.mask).sum(-1)
-        return torch.log_softmax(log_w + responses.rewards / self.coefficient, 0)
+        rewards = self.effective_reward(responses.rewards, responses.class_logp)
+        return torch.log_softmax(log_w + rewards / self.coefficient, 0)
 
 
 class KL(LogLinear):
@@ -134,42 +136,68 @@ class ConditionalPM(LogLinear):
     level "sequence" (Def. 4.1, Theorem 4): M(x) = {y: π_ref(y|x) ≥ α}; w = 1 on M(x), and outside
     it w = π_ref(y|x) or the fixed ε of eq. (4.1). Preferences are matched within M(x). log w is
     placed on the last token, at which the whole response is known.
-    α → 0 is pm; α > 1 is kl (unless ε is given).
+    level "class": opinions rather than strings (classes.py). M(x) is the responses whose class has
+    π_ref(c(y)|x) ≥ α; w = π_ref(y|x)/π_ref(c(y)|x) on M(x), and π_ref(y|x) outside it and outside
+    every class. Natural classes have shares ∝ E_{π_ref(·|x,c)} e^{r/β}, and within a class it is
+    kl. The tokens get log π_ref,t, as in kl; −β log π_ref(c(y)|x) is part of the effective reward.
+    α → 0 is pm, except of classes; α > 1 is kl (unless ε is given).
     """
 
     name: Literal["conditional_pm"] = "conditional_pm"
-    level: Literal["token", "sequence"] = "token"
-    """Whether each token or the whole response is compared with the threshold."""
+    level: Literal["token", "sequence", "class"] = "token"
+    """Whether each token, the whole response or the response's class is compared with the
+    threshold."""
     alpha: NonNegative | None = None
-    """Threshold on the reference's probability of a token, or of the whole response."""
+    """Threshold on the reference's probability of a token, of the whole response, or of its class,
+    where null is none."""
     log_alpha: float | None = None
-    """Sequence level: the same threshold as a logarithm in nats, for long responses."""
+    """Sequence and class level: the same threshold as a logarithm in nats, for long responses."""
     alpha_per_token: NonNegative | None = None
     """Sequence level: threshold on the geometric mean of the tokens' probabilities."""
     epsilon: Positive | None = None
     """Sequence level: weight of every response outside M(x), eq. (4.1); null is π_ref(y|x)."""
     log_epsilon: float | None = None
     """The same weight as a logarithm in nats."""
+    classes: ClassSettings | None = None
+    """Class level: what makes two responses the same opinion."""
 
     @model_validator(mode="after")
     def _one_threshold(self) -> "ConditionalPM":
         thresholds = (self.alpha, self.log_alpha, self.alpha_per_token)
-        if sum(threshold is not None for threshold in thresholds) != 1:
+        given = sum(threshold is not None for threshold in thresholds)
+        if given != 1 and not (self.level == "class" and given == 0):
             raise ValueError("give exactly one of alpha, log_alpha and alpha_per_token")
         if self.epsilon is not None and self.log_epsilon is not None:
             raise ValueError("give one of epsilon and log_epsilon, not both")
-        if self.level == "token":
-            for field in ("log_alpha", "alpha_per_token", "epsilon", "log_epsilon"):
-                if getattr(self, field) is not None:
-                    raise ValueError(f'{field}: only with "level": "sequence"')
+        for field in ("alpha_per_token", "epsilon", "log_epsilon"):
+            if self.level != "sequence" and getattr(self, field) is not None:
+                raise ValueError(f'{field}: only with "level": "sequence"')
+        if self.level == "token" and self.log_alpha is not None:
+            raise ValueError('log_alpha: only with "level": "sequence" or "class"')
+        if (self.level == "class") != (self.classes is not None):
+            raise ValueError('classes: "level": "class" needs them, and no other has them')
         return self
+
+    @property
+    def response_classes(self) -> ClassSettings | None:
+        return self.classes
 
     @property
     def weighs_tokens(self) -> bool:
         return self.level == "token"
 
+    def effective_reward(self, rewards: Tensor, class_logp: Tensor | None = None) -> Tensor:
+        """Class level: r − β log π_ref(c(y)|x) on M(x)."""
+        if self.level != "class":
+            return rewards
+        class_logp = _known(class_logp)
+        inside = self._is_natural_class(class_logp)
+        return rewards - self.beta * torch.where(inside, class_logp, 0.0).to(rewards)
+
     def log_weights(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
         ref_logp = torch.where(mask, ref_logp, 0.0)
+        if self.level == "class":
+            return ref_logp
         if self.level == "token":
             return torch.where(mask & (ref_logp < self._log_threshold), ref_logp, 0.0)
         log_w, inside = ref_logp.sum(-1), self.natural(ref_logp, mask)
@@ -179,13 +207,19 @@ class ConditionalPM(LogLinear):
             log_w = torch.full_like(log_w, math.log(self.epsilon))
         return on_last_token(torch.where(inside, 0.0, log_w), mask)
 
-    def natural(self, ref_logp: Tensor, mask: Tensor) -> Tensor:
-        """Token level: all tokens reach the threshold. Sequence level: the response does."""
+    def natural(self, ref_logp: Tensor, mask: Tensor, class_logp: Tensor | None = None) -> Tensor:
+        """Token level: all tokens reach the threshold; otherwise the response or its class does."""
+        if self.level == "class":
+            return self._is_natural_class(_known(class_logp))
         ref_logp = torch.where(mask, ref_logp, 0.0)
         if self.level == "token":
             return (~mask | (ref_logp >= self._log_threshold)).all(-1)
         length = mask.sum(-1).clamp(min=1) if self.alpha_per_token is not None else 1
         return ref_logp.sum(-1) / length >= self._log_threshold
+
+    def _is_natural_class(self, class_logp: Tensor) -> Tensor:
+        """[batch] bool; a response outside every class, with −inf, has no natural one."""
+        return (class_logp >= self._log_threshold) & (class_logp > -math.inf)
 
     @property
     def _log_threshold(self) -> float:
@@ -193,6 +227,12 @@ class ConditionalPM(LogLinear):
             return self.log_alpha
         alpha = self.alpha if self.alpha is not None else self.alpha_per_token
         return math.log(alpha) if alpha else -math.inf
+
+
+def _known(class_logp: Tensor | None) -> Tensor:
+    if class_logp is None:
+        raise ValueError("conditional_pm of classes needs class_logp, log π_ref(c(y)|x)")
+    return class_logp
 
 
 class KLInterpolation(LogLinear):

@@ -1,4 +1,4 @@
-"""Sources of rewards: reward models, weighted sums of them, or a Python function."""
+"""Sources of rewards: reward models, weighted sums or mixtures of them, or a Python function."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ RewardFunction = Callable[[list[str], list[str]], list[float]]
 
 class RewardSource(Protocol):
     def __call__(self, rollout: Rollout) -> Tensor:
-        """[B] rewards r(x, y), float32."""
+        """[B] rewards r(x, y), float32; of a mixture [B, G], those of each group."""
         ...
 
 
@@ -68,13 +68,23 @@ class FunctionReward:
 
 
 class WeightedSum:
-    """Σ weight · reward over several sources."""
+    """Σ weight · reward over several sources: of groups of people, the geometric pool."""
 
     def __init__(self, sources: list[tuple[float, RewardSource]]) -> None:
         self.sources = sources
 
     def __call__(self, rollout: Rollout) -> Tensor:
         return torch.stack([weight * source(rollout) for weight, source in self.sources]).sum(0)
+
+
+class ByGroup:
+    """The rewards of each group of a mixture; mixture.py makes one reward of them."""
+
+    def __init__(self, sources: list[RewardSource]) -> None:
+        self.sources = sources
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        return torch.stack([source(rollout) for source in self.sources], dim=-1)
 
 
 def import_function(path: str) -> RewardFunction:
@@ -119,6 +129,8 @@ def load_reward(config: AlignmentConfig, roles: Roles) -> RewardSource:
         (weight, load_model_reward(reward, roles.policy.tokenizer, config))
         for weight, reward in roles.rewards
     ]
+    if config.reward.mixture:
+        return ByGroup([source for _, source in sources])
     return sources[0][1] if len(sources) == 1 and sources[0][0] == 1.0 else WeightedSum(sources)
 
 

@@ -254,7 +254,8 @@ def test_a_script_starts_its_stage_with_arguments_that_every_parser_knows(
         assert (options.config, options.overrides) == (given[0], given[1:])
 
 
-PHASES = "sft reward kl pm conditional_pm maximum_entropy js_divergence forward_kl chi_squared"
+PHASES = "sft reward kl pm conditional_pm maximum_entropy js_divergence forward_kl chi_squared "
+PHASES += "rloo classes dpo direct"
 
 
 @pytest.mark.parametrize("phase", [*PHASES.split(), "sft_evaluation"])
@@ -265,7 +266,8 @@ def test_every_phase_of_the_quickstart_starts_with_a_config_that_loads(
     for name in ("world/base", "sft/model", "reward/model"):
         (directory / name).mkdir(parents=True)
         (directory / name / "config.json").write_text("{}")
-    for name in ("texts", "texts_eval", "comparisons", "comparisons_eval", "response_sets"):
+    files = "texts texts_eval comparisons comparisons_eval response_sets answer_key"
+    for name in files.split():
         (directory / "world" / f"{name}.jsonl").touch()
     if phase in ("sft", "reward"):  # --only removes the phase's own results first
         (directory / phase / "model").rename(tmp_path / "model")
@@ -278,12 +280,15 @@ def test_every_phase_of_the_quickstart_starts_with_a_config_that_loads(
         assert config.model_name_or_path == str(directory / "sft" / "model")
     else:
         options = stage_parser(StrictModel).parse_args(launcher.user_args)
-        config_class = CLASSES[launcher.user_script.removesuffix(".main")]
+        package = launcher.user_script.removesuffix(".main")
+        config_class = CLASSES[package.replace("rlhf.direct", "direct")]
         config = load_config(config_class, str(ROOT / options.config), options.overrides)
         assert Path(config.output_dir) == directory / phase
-        if config_class is PPOConfig:
-            names = {"f_divergence", "maximum_entropy", phase}
+        if config_class in (PPOConfig, DirectConfig):
+            of_method = {"rloo": "conditional_pm", "classes": "conditional_pm", "dpo": "kl"}
+            names = {"f_divergence", phase, of_method.get(phase), "conditional_pm"}
             assert config.regularizer.name in names
+            assert config.reward.model_name_or_path == str(directory / "reward" / "model")
     assert config.seed == 7
 
 

@@ -113,6 +113,27 @@ def test_every_shipped_config_passes_offline(
     assert not (tmp_path / "out").exists()
 
 
+def test_every_reward_model_of_a_mixture_takes_memory(
+    dry_run: DryRun, model_directory: Callable[[str, str], str], tmp_path: Path
+) -> None:
+    """Also if all of their directories are named `model`, as stage 2 names them."""
+    policy, reward = model_directory("opt-1.3b", "policy"), model_directory("opt-1.3b", "reward")
+    groups = [{"model_name_or_path": reward, "share": share} for share in (0.4, 0.6)]
+    printed = dry_run(
+        "step3_rlhf",
+        ROOT / "step3_rlhf" / "configs" / "opt-1.3b-rloo.json",
+        f"model_name_or_path={policy}",
+        f"output_dir={tmp_path / 'out'}",
+        f"reward={json.dumps({'mixture': groups})}",
+        "reward_centering=none",
+        "--processes=4",
+        "--gpu-memory=80",
+    )
+    assert printed.count("frozen") == 3  # the reference and two reward models
+    assert "reward 1" in printed
+    assert "reward 2" in printed
+
+
 def test_later_stages_can_be_checked_before_the_earlier_ones_have_run(
     dry_run: DryRun,
     model_directory: Callable[[str, str], str],

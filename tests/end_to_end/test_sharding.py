@@ -38,6 +38,7 @@ STAGE = {
     "sft_lora": "sft",
     "ppo_lora": "ppo",
     "rloo": "ppo",
+    "mixture": "ppo",
 }
 KINDS = tuple(STAGE)
 # A loss of PPO is a mean of terms of both signs; differences are relative to the terms' size.
@@ -89,8 +90,8 @@ OF_RLOO = [WHOLE, Division(1, 4, 0), Division(2, 1, 1), Division(2, 4, 2, packed
 
 
 def divisions(kind: str) -> list[Division]:
-    """With LoRA and RLOO most of the code is the same as without: there some are left out."""
-    if kind == "rloo":
+    """With LoRA, RLOO and mixtures most of the code is as without: there some are left out."""
+    if kind in ("rloo", "mixture"):
         return OF_RLOO
     return [d for d in DIVISIONS if d.accumulation == 1 or "lora" not in kind]
 
@@ -139,6 +140,11 @@ class Matrix:
                 given["frozen_deepspeed"] = given["deepspeed"]
             if kind == "rloo":
                 given |= RLOO | {"critic": None, "ptx_data": settings("sft")["data"]}
+            if kind == "mixture":
+                groups = [self.output(group, WHOLE) for group in ("btl", "plackett_luce")]
+                models = [{"model_name_or_path": str(group / "model")} for group in groups]
+                given["reward"] = {"mixture": [model | {"share": 0.5} for model in models]}
+                given["num_generations"] = 2
         else:
             given |= {"adam_epsilon": 1e-3, "max_steps": 3}
             # Two whole batches and 7 rows: the last one is not the same for all ranks.

@@ -29,8 +29,12 @@ def test_every_metric_is_defined(stage_settings: Callable[[str], dict[str, Any]]
 
     text = README.read_text(encoding="utf-8")
     evaluation, rest = text.split("and in addition:")
-    training = rest.split("## Calibration")[0]
+    training = rest.split("## Can one")[0]
     assert first_column(evaluation) == report.keys()
+    test = rest.split("## Can one")[1].split("## Calibration")[0]
+    assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]+)\|", test, re.M)))) >= (
+        report["btl_fit"].keys()
+    )
     assert all(f"`{name}`" in evaluation for name in report["reliability"][0])
     splits = re.findall(r"\| `SPLIT/([^`]+)` \|", evaluation)
     names = {f"{split}/{name}" for split in ("validation", "test") for name in splits}

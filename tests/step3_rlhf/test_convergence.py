@@ -9,6 +9,8 @@ import itertools
 import json
 import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +67,15 @@ SLOW = {
     # optimum 0.02 away from pm's. Of this one pm is 0.4 away, and what R in place of R + πR' leads
     # to 0.14.
     "generalized_pl-power": {"name": "generalized_pl", "g": "power", "exponent": 2.0, "beta": 4.0},
-}
+    # pm's reward is r, here it is log g(r): its optimum is 0.2 away from pm's.
+    "generalized_pl-luce": {"name": "generalized_pl", "g": "sigmoid", "target": "luce"},
+    # Two classes, up to two tokens and three; their shares are estimated from draws.
+    "conditional_pm-lengths": {
+        "name": "conditional_pm", "level": "class", "classes": {"lengths": [2]},
+    },
+}  # fmt: skip
+OPINIONS = {"yes": ["a", "a a"], "no": ["b", "b b", "b a", "a b"]}
+"""An answer key of every prompt; the empty response and those that are cut have no class."""
 CLOSE_TO_PM = {"pm", "generalized_pl-softplus"}
 SEED = int(os.environ.get("CONVERGENCE_SEED", "0"))
 """Another one proves the same of another reference, other rewards and other draws."""
@@ -122,7 +132,7 @@ def llama_config() -> LlamaConfig:
 
 def trainer_for(
     regularizer: dict[str, object],
-    reward: TableReward,
+    source: "TableReward | TwoGroups",
     seed: int,
     iterations: int,
     **changes: object,
@@ -164,7 +174,7 @@ def trainer_for(
         engine.TrainedModule(Policy(language_model(seed)), config, config.actor, steps),
         critic,
         engine.frozen(Policy(language_model(seed)), {}, torch.float32),
-        reward,
+        source,
         Prompts(data, config),
         tiny_tokenizer(),
     )
@@ -178,7 +188,7 @@ def log_policies(trainer: PPOTrainer, policy: nn.Module) -> list[tuple[Tensor, R
         rollout = assemble(
             [prompt] * len(RESPONSES),
             RESPONSES,
-            [""] * len(RESPONSES),
+            [f"p{number}"] * len(RESPONSES),
             trainer.tokenizer,
             torch.device("cpu"),
         )
@@ -190,6 +200,7 @@ def log_policies(trainer: PPOTrainer, policy: nn.Module) -> list[tuple[Tensor, R
             rollout.response_part(trainer.reference(*views)[0]).double(),
             rollout.response_mask,
             trainer.reward.table[number].double(),
+            trainer.classes(rollout) if trainer.classes else None,
         )
         found.append((logp, responses))
     return found
@@ -244,6 +255,58 @@ def test_ppo_reaches_the_optimum(name: str) -> None:
     check(name, QUICK[name])
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("process_group")
+def test_ppo_reaches_the_optimum_of_opinions(tmp_path: Path) -> None:
+    lines = ({"prompt": f"p{number}", "classes": OPINIONS} for number in range(len(PROMPTS)))
+    (tmp_path / "key.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    classes = {"answer_key": str(tmp_path / "key.jsonl")}
+    regularizer = {"name": "conditional_pm", "level": "class", "classes": classes}
+    check("conditional_pm-class", regularizer, largest=0.05)
+
+
+class TwoGroups:
+    """The rewards [B, 2] of two groups of people with independent tastes, twice as strong."""
+
+    def __init__(self, seed: int) -> None:
+        self.groups = [TableReward(seed), TableReward(seed + 100)]
+        for group in self.groups:
+            group.table *= 2
+        self.table = 0.3 * self.groups[0].table + 0.7 * self.groups[1].table  # the weighted sum's
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        return torch.stack([group(rollout) for group in self.groups], dim=-1)
+
+
+def check_mixture(iterations: int, **changes: object) -> None:
+    """A policy under conditional PM ends at the mixture of what two groups want."""
+    groups = [{"model_name_or_path": f"owner/{k}", "share": s} for k, s in (("a", 0.3), ("b", 0.7))]
+    reward, regularizer = TwoGroups(SEED), QUICK["conditional_pm-token"]
+    changes = {"num_generations": 4, "reward": {"mixture": groups}} | changes
+    trainer = trainer_for(regularizer, reward, SEED, iterations, **changes)
+    for number in range(iterations):
+        trainer.iteration(number)
+    found = []
+    for number, (logp, responses) in enumerate(log_policies(trainer, trainer.actor.module)):
+        tables = [group.table[number].double() for group in reward.groups]
+        optima = [optimum(trainer.regularizer, replace(responses, rewards=own)) for own in tables]
+        target = (0.3 * optima[0].exp() + 0.7 * optima[1].exp()).log()
+        found.append(total_variation(logp, target))
+    distance = torch.stack(found).mean()
+    pooled = distances(trainer, trainer.actor.module).mean()
+    print(
+        f"{trainer.config.algorithm}: TV to the mixture {distance:.3f}, to the sum's {pooled:.3f}"
+    )
+    assert distance <= LARGEST_TV
+    assert pooled > 1.5 * LARGEST_TV
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("process_group")
+def test_ppo_reaches_the_mixture_of_two_groups() -> None:
+    check_mixture(ITERATIONS)
+
+
 RLOO: dict[str, object] = {"advantage_estimator": "rloo", "critic": None, "num_generations": 8}
 
 
@@ -259,6 +322,12 @@ def test_rloo_reaches_the_optimum(name: str) -> None:
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_rloo_reaches_the_optimum_slow(name: str) -> None:
     check(name, (QUICK | SLOW)[name], MORE_ITERATIONS, largest=0.05, **RLOO)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+def test_rloo_reaches_the_mixture_of_two_groups() -> None:
+    check_mixture(MORE_ITERATIONS, **RLOO)
 
 
 @pytest.mark.slow

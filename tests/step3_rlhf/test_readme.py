@@ -115,7 +115,10 @@ def test_every_figure_of_an_evaluation_is_defined_and_no_other(
     top |= {f"held_out_text.{key}" for key in figures["held_out_text"]}
     assert defined(section(EVALUATION, "evaluation.json")) == top
     assert defined(section(EVALUATION, "exact")) == figures["exact"].keys()
-    of_a_prompt = {key for entry in figures["exact"]["per_prompt"] for key in entry}
+    softplus = parse_regularizer({"name": "generalized_pl", "g": "softplus"})  # has a `choice`
+    others, _ = evaluate(models_of(trainer), held_out, softplus, config)
+    entries = figures["exact"]["per_prompt"] + others["exact"]["per_prompt"]
+    of_a_prompt = {key for entry in entries for key in entry}
     assert defined(section(EVALUATION, "per_prompt")) == of_a_prompt
     (instance, *_) = instances
     keys = instance.keys() | {f"responses.{key}" for key in instance["responses"][0]}

@@ -21,6 +21,7 @@ from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.main import means_of, train
 from step3_rlhf.ptx import PtxTexts
 from step3_rlhf.regularizers.registry import parse_regularizer
+from step3_rlhf.rewards.sources import ByGroup, FunctionReward
 from step3_rlhf.roles import training_roles_of
 from step3_rlhf.rollout import sample
 from step3_rlhf.trainer import PPOTrainer
@@ -609,6 +610,95 @@ def test_a_run_that_has_arrived_ends_and_a_resumed_one_stays_there(build: Build)
     assert train(again, 10, nothing, evaluation) == (2, 3)  # two of the three in a row were before
     for name, value in weights(trainer).items():
         assert torch.equal(value, weights(again)[name]), name
+
+
+# Several groups
+
+
+@pytest.fixture
+def build_mixed(build: Build) -> Build:
+    """A trainer for two groups: one likes long responses, the other certain first letters."""
+    groups = [
+        {"model_name_or_path": "owner/a", "share": 0.3},
+        {"model_name_or_path": "owner/b", "share": 0.7},
+    ]
+
+    def trainer(**changes: Any) -> PPOTrainer:
+        built = build(**{"reward": {"mixture": groups}, "num_generations": 2} | changes)
+        letters = FunctionReward(
+            lambda p, texts: [ord((t or "m")[0]) % 7 / 7 for t in texts], "m:g"
+        )
+        built.reward = ByGroup([built.reward, letters])
+        return built
+
+    return trainer
+
+
+def test_a_mixtures_first_rewards_by_hand(build_mixed: Build) -> None:
+    """kl, β = ½: log Z_k is a_k/β of the other response to the prompt."""
+    trainer = build_mixed()
+    rollout = sample(
+        trainer.actor.engine,
+        trainer.tokenizer,
+        *trainer.prompts.of_iteration(0),
+        trainer.config.sampling,
+    )
+    by_group = trainer.reward(rollout)
+    assert by_group.shape == (8, 2)
+    (part,) = trainer.micro_batches(rollout, by_group, trainer.reference_logp(rollout))
+    (placed,) = trainer.with_advantages([part], [trainer.old_scores(part)])
+    mask = part.rollout.response_mask
+    kl = ((placed.old.logp - part.ref_logp) * mask).sum(-1).double()
+    for row in range(8):
+        other = row ^ 1
+        log_z = [by_group[other, k].item() / 0.5 - kl[other].item() for k in (0, 1)]
+        level = 0.3 * log_z[0] + 0.7 * log_z[1]
+        terms = (
+            share * math.exp(by_group[row, k].item() / 0.5 - log_z[k] + level)
+            for k, share in enumerate((0.3, 0.7))
+        )
+        expected = 0.5 * math.log(sum(terms))
+        assert placed.rewards[row].item() == pytest.approx(expected, abs=1e-4)
+    metrics = trainer.iteration(0)
+    mean = (by_group @ torch.tensor([0.3, 0.7])).mean().item()
+    assert metrics["objective/scores"] == pytest.approx(mean, abs=1e-5)
+    assert len(trainer.mixture.log_sums) == 4
+
+
+def test_neither_passes_nor_accumulation_change_a_mixture(
+    build_mixed: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for fused, micro, accumulation in ((True, 8, 1), (True, 2, 4), (False, 4, 2)):
+        monkeypatch.setattr(PPOConfig, "uses_rollout_once", property(lambda self, f=fused: f))
+        trainer = build_mixed(
+            per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation
+        )
+        start = weights(trainer)
+        metrics = trainer.iteration(0)
+        found.append((weights(trainer), metrics, trainer.mixture.log_sums))
+    for after, metrics, sums in found[1:]:
+        assert_same_update(after, found[0][0], start)
+        assert metrics == pytest.approx(found[0][1], rel=1e-3, abs=1e-4, nan_ok=True)
+        for key, values in sums.items():
+            assert values == pytest.approx(found[0][2][key], abs=1e-3)
+
+
+def test_a_mixtures_sums_survive_a_stop(build_mixed: Build) -> None:
+    changes: dict[str, Any] = {"save_steps": 1, "total_episodes": 24}
+    trainer = build_mixed(**changes)
+    output = Path(trainer.config.output_dir)
+    output.mkdir()
+    (output / "config.json").write_text(json.dumps(trainer.config.model_dump(mode="json")))
+    nothing, evaluation = HeldOut([], [], [], []), EvaluationConfig.of(trainer.config)
+    train(trainer, 3, nothing, evaluation)
+    shutil.rmtree(output / "checkpoints" / "step-00000003")
+    resumed = build_mixed(**changes, resume_from_checkpoint="latest")
+    assert resumed.mixture.log_sums == {}
+    assert train(resumed, 3, nothing, evaluation) == (2, 3)
+    assert resumed.mixture.log_sums == trainer.mixture.log_sums != {}
+    for name, value in weights(trainer).items():
+        assert torch.equal(value, weights(resumed)[name]), name
 
 
 # Cut responses

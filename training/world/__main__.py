@@ -14,6 +14,7 @@ writes ordinary data files, which are read by the same loaders as a user's own d
                              the population and of the writers
                              (every line also has "group", the topic; every file of held-out prompts
                              is divided by prompt into validation and test when it is read)
+    answer_key.jsonl         for each prompt its answers by the opinion that they express
     base/                    a sentencepiece tokenizer and a tiny Llama with random weights
 
 The population's utilities r* are the logarithms of its shares, so its Plackett-Luce shares are
@@ -46,6 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     write_world(output_dir, seed, sizes)
+    if sizes.groups > 1:
+        print(f"{len(TOPICS)} topics, on which two groups disagree, written to {output_dir}")
+        return
     bias = np.mean([kl_bias(topic) for topic in TOPICS])
     print(f"{len(TOPICS)} topics written to {output_dir}; KL's bias (mean TV): {bias:.3f}")
 

@@ -1,11 +1,14 @@
 """The exact preferences of the bundled world."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from training.world.topics import Topic
+
+TASTE_SPREAD = np.log(90.0)
+"""r* of a group's favourite less that of its least liked answer, if there are two groups."""
 
 
 def population_shares(topic: Topic) -> np.ndarray:
@@ -25,8 +28,30 @@ def utilities(topic: Topic) -> np.ndarray:
 
 def preference_probability(topic: Topic, first: int, second: int) -> float:
     """P(first is preferred to second) = sigmoid(r*_first - r*_second)."""
-    gap = utilities(topic)[first] - utilities(topic)[second]
-    return float(1 / (1 + np.exp(-gap)))
+    return preference([population_shares(topic)], first, second)
+
+
+def preference(groups: Sequence[np.ndarray], first: int, second: int) -> float:
+    """P(first is preferred to second) by a member of one of the equally large groups.
+
+    Args:
+        groups: the shares [n_answers] of each group, which are softmax(r*) of its utilities.
+    """
+    gaps = [np.log(shares)[first] - np.log(shares)[second] for shares in groups]
+    return float(np.mean([1 / (1 + np.exp(-gap)) for gap in gaps]))
+
+
+def group_shares(topic: Topic, groups: int) -> list[np.ndarray]:
+    """The shares [n_answers] of each of the equally large groups that the population consists of.
+
+    One group is the population itself. Two have opposite tastes: the first likes the answers in
+    their order, the utilities falling evenly by `TASTE_SPREAD` from the first to the last, and the
+    second in reverse. The population's shares are then the mean of theirs, a mixture.
+    """
+    if groups == 1:
+        return [population_shares(topic)]
+    liked = np.exp(-np.linspace(0, TASTE_SPREAD, len(topic.answers)))
+    return [liked / liked.sum(), liked[::-1] / liked.sum()]
 
 
 def kl_bias(topic: Topic) -> float:

@@ -102,7 +102,7 @@ class Grid:
 
 
 def regularizer_of(cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The cell's regularizer; conditional PM keeps what the config says of its level and ε.
+    """The cell's regularizer; conditional PM keeps the level, the ε and the classes of the config.
 
     Args:
         given: the config's own regularizer, of any kind.
@@ -112,7 +112,8 @@ def regularizer_of(cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
     threshold = "alpha"
     kept: dict[str, Any] = {}
     if given.get("name") == "conditional_pm":
-        kept = {name: given[name] for name in ("level", "epsilon", "log_epsilon") if name in given}
+        parameters = ("level", "epsilon", "log_epsilon", "classes")
+        kept = {name: given[name] for name in parameters if name in given}
         if given.get("alpha_per_token") is not None:
             threshold = "alpha_per_token"
     return {"name": "conditional_pm", **kept, threshold: cell.alpha, "beta": cell.beta}

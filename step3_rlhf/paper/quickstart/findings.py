@@ -32,6 +32,8 @@ class Run:
     """As in its config.json; None for SFT, which has no regularized objective."""
     evaluation: dict[str, Any]
     instances: list[dict[str, Any]]
+    method: str = ""
+    """How it was trained: PPO, RLOO or "direct"; empty for SFT."""
 
     @property
     def kind(self) -> str:
@@ -215,13 +217,24 @@ def of_test(lines: list[dict[str, Any]], data: dict[str, Any]) -> list[dict[str,
 
 def read_run(directory: Path) -> Run:
     """An evaluated policy of stage 1 or 3."""
-    config = directory / "config.json"
+    path = directory / "config.json"
+    config = read_json(path) if path.is_file() else {}
     return Run(
         directory.name,
-        read_json(config).get("regularizer") if config.is_file() else None,
+        config.get("regularizer"),
         read_json(directory / "evaluation.json"),
         read_lines(directory / "instances.jsonl"),
+        method_of(config),
     )
+
+
+def method_of(config: dict[str, Any]) -> str:
+    """How the run with this config.json was trained; empty for stage 1."""
+    if not config.get("regularizer"):
+        return ""
+    if "anchor" in config:
+        return "direct"
+    return "RLOO" if config.get("advantage_estimator") == "rloo" else "PPO"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -146,11 +146,13 @@ def policy_of(run: Run) -> Policy:
     if run.regularizer is None:
         return Policy(run, "SFT", "", colour)
     label = NAMES.get(run.regularizer.get("divergence", run.kind), run.name)
+    if run.method != "PPO":
+        label += f", {run.method}"
     return Policy(run, label, parameters(run.regularizer), colour)
 
 
 def parameters(regularizer: dict[str, Any]) -> str:
-    hidden = ("name", "divergence", "max_marginal", "c2")
+    hidden = ("name", "divergence", "max_marginal", "c2", "classes")
     return ", ".join(
         f"{SYMBOLS.get(key, key.replace('_', ' '))} {shown(value)}"
         for key, value in sorted(regularizer.items())

@@ -36,6 +36,12 @@ def test_a_flat_marginal_is_refused(
         config(regularizer=regularizer)
 
 
+def test_classes_are_refused(config: Callable[..., DirectConfig]) -> None:
+    classes = {"name": "conditional_pm", "level": "class", "classes": {"lengths": [4, 8]}}
+    with pytest.raises(UserError, match=r"regularizer\.classes: a class's share"):
+        config(regularizer=classes)
+
+
 @pytest.mark.parametrize("reward", [None, {"function": "operator:add"}])
 def test_a_calibrated_beta_is_refused_with_its_reason(
     config: Callable[..., DirectConfig], reward: dict[str, Any] | None

@@ -14,14 +14,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
-from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.classes.shares import class_shares
+from step3_rlhf.config import EvaluationConfig, PPOConfig, RewardSettings
 from step3_rlhf.evaluation import shared_work as module
 from step3_rlhf.evaluation.__main__ import main
 from step3_rlhf.evaluation.exact import EXACT_FIGURES, measure_set
 from step3_rlhf.evaluation.held_out import HeldOut
 from step3_rlhf.evaluation.measure import evaluate, summary, write_evaluation
 from step3_rlhf.evaluation.metrics import pm_divergence
-from step3_rlhf.evaluation.responses import Responses
+from step3_rlhf.evaluation.responses import Responses, under_one_reward
 from step3_rlhf.evaluation.sampled import held_out_perplexity, respond, sampled_metrics
 from step3_rlhf.evaluation.scoring import Models
 from step3_rlhf.evaluation.settings import run_settings
@@ -29,7 +30,7 @@ from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
-from step3_rlhf.rewards.sources import FunctionReward
+from step3_rlhf.rewards.sources import ByGroup, FunctionReward
 from step3_rlhf.rollout import encode_prompt_texts, sample
 from training.config import check_config
 from training.data import encode_responses
@@ -320,6 +321,96 @@ def test_exact_figures_by_the_models_own_logits(models: Models, config) -> None:
         assert found[f"kl_to_{name}"] == pytest.approx(expected, abs=1e-5)
 
 
+# Several groups
+
+
+def of_two_groups(models: Models, config: EvaluationConfig) -> tuple[Models, EvaluationConfig]:
+    """One group likes long texts; the other, of three quarters of the people, short ones."""
+    like = FunctionReward(lambda prompts, texts: [len(text) / 10 for text in texts], "m:f")
+    dislike = FunctionReward(lambda prompts, texts: [-len(text) / 5 for text in texts], "m:g")
+    groups = [
+        {"model_name_or_path": "owner/like", "share": 0.25},
+        {"model_name_or_path": "owner/dislike", "share": 0.75},
+    ]
+    settings = RewardSettings.model_validate({"mixture": groups})
+    own = Models(models.policy, models.reference, ByGroup([like, dislike]), models.tokenizer)
+    return own, config.model_copy(update={"reward": settings})
+
+
+def test_the_exact_target_of_a_mixture_is_the_mixture(models: Models, config) -> None:
+    own, mixed = of_two_groups(models, config)
+    kl = parse_regularizer({"name": "kl", "beta": 0.5})
+    found = measure_set(own, SET, kl, 0.5, mixed)
+    ref_logp = tensor(
+        *(own_logp(models.reference, models.tokenizer, SET.prompt, r) for r in SET.responses)
+    )
+    groups = [tensor(0.3, 0.6, 1.6), tensor(-0.6, -1.2, -3.2)]
+    reward = 0.25 * (groups[0] / 0.5).softmax(0) + 0.75 * (groups[1] / 0.5).softmax(0)
+    optimum = sum(
+        share * (ref_logp + rewards / 0.5).softmax(0)
+        for share, rewards in zip((0.25, 0.75), groups, strict=True)
+    )
+    assert found["reward"] == pytest.approx(reward.tolist(), abs=1e-6)
+    assert found["optimum"] == pytest.approx(optimum.tolist(), abs=1e-6)
+    policy = tensor(*found["policy"])
+    for name, target in (("reward", reward), ("optimum", optimum)):
+        expected = (policy - target).abs().sum().item() / 2
+        assert found[f"tv_to_{name}"] == pytest.approx(expected, abs=1e-6)
+    assert found["group_rewards"] == [pytest.approx(rewards.tolist()) for rewards in groups]
+    assert (tensor(*found["rewards"]) / 0.5).softmax(0).tolist() == pytest.approx(found["reward"])
+    # The weighted sum of the rewards has another target.
+    pooled = ((0.25 * groups[0] + 0.75 * groups[1]) / 0.5).softmax(0)
+    assert (pooled - reward).abs().sum() > 0.1
+
+
+def test_draws_under_a_mixture_by_hand() -> None:
+    """β = 2, two draws: Z_k of the policy's own is that of the other one; of others, of both."""
+
+    def draw(logp: float, rewards: list[float], credit: list[float] | None) -> Responses:
+        one = tensor(1.0)
+        return Responses(
+            ["a"], tensor(logp), tensor(-1.0), tensor(*rewards)[None], one, one,
+            None if credit is None else tensor(*credit)[None],
+        )  # fmt: skip
+
+    own = [draw(-1.0, [2.0, 0.0], [5.0, 3.0]), draw(-2.0, [0.0, 4.0], [1.0, 5.0])]
+    reference = [draw(-0.5, [1.0, 1.0], None)]
+    shares = (0.25, 0.75)
+
+    def reward(rewards: list[float], z: list[float]) -> float:
+        level = math.exp(sum(share * math.log(part) for share, part in zip(shares, z, strict=True)))
+        terms = (
+            share * math.exp(r / 2) * level / part
+            for share, r, part in zip(shares, rewards, z, strict=True)
+        )
+        return 2 * math.log(sum(terms))
+
+    z = [[math.exp(2.5), math.exp(1.5)], [math.exp(0.5), math.exp(2.5)]]
+    both = [z[0][k] + z[1][k] for k in (0, 1)]
+    found, others = under_one_reward(own, reference, shares, 2.0)
+    expected = [reward([2.0, 0.0], z[1]), reward([0.0, 4.0], z[0])]
+    assert [y.rewards.item() for y in found] == pytest.approx(expected, abs=1e-12)
+    credits = [expected[0] + 3.0, expected[1] + 1.0]  # the marginals are 3 and 1
+    assert [y.credit.item() for y in found] == pytest.approx(credits, abs=1e-12)
+    assert others[0].rewards.item() == pytest.approx(reward([1.0, 1.0], both), abs=1e-12)
+    # Without a regularizer w is 1: e^{a/β} = e^{r/β}/π.
+    bare = [replace(y, credit=None) for y in own]
+    z = [[math.exp(1.0 + 1.0), math.exp(1.0)], [math.exp(2.0), math.exp(2.0 + 2.0)]]
+    expected = [reward([2.0, 0.0], z[1]), reward([0.0, 4.0], z[0])]
+    found, _ = under_one_reward(bare, bare, shares, 2.0)
+    assert [y.rewards.item() for y in found] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_whole_evaluation_of_a_mixture(models: Models, held_out: HeldOut, config) -> None:
+    own, mixed = of_two_groups(models, config)
+    for regularizer in (parse_regularizer({"name": "kl", "beta": 0.5}), None):
+        figures, instances = evaluate(own, replace(held_out, sets=[SET]), regularizer, mixed)
+        assert math.isfinite(figures["reward"]["mean"])
+        assert (figures["optimum_gap"] is None) == (regularizer is None)
+        assert all(math.isfinite(y["reward"]) for entry in instances for y in entry["responses"])
+        assert figures["exact"]["tv_to_reward"]["mean"] > 0
+
+
 def test_pms_optimum_is_the_rewards_softmax_and_kls_at_constant_reward_the_reference(
     models: Models, config
 ) -> None:
@@ -413,6 +504,45 @@ def test_the_natural_mass_is_that_of_the_references_natural_responses(
         drawn = respond(models, held_out, config, 0, regularizer=regularizer)
         assert drawn.natural.mean() == mass
     assert respond(models, held_out, config, 0).natural is None
+
+
+def test_a_generalized_choice_is_a_target_of_its_own(models: Models, config) -> None:
+    """g/Σg, for the printed Theorem 3 as well as for Luce, whose optimum it is."""
+    rewards = tensor(0.3, 0.6, 1.6)  # a tenth of the texts' lengths
+    choice = (1.0 + rewards.exp()).log() / (1.0 + rewards.exp()).log().sum()
+    for target, same in (("shifted", False), ("luce", True)):
+        regularizer = {"name": "generalized_pl", "g": "softplus", "target": target}
+        found = measure_set(models, SET, parse_regularizer(regularizer), 1.0, config)
+        assert found["choice"] == pytest.approx(choice.tolist(), abs=1e-6)
+        distance = (tensor(*found["policy"]) - choice).abs().sum().item() / 2
+        assert found["tv_to_choice"] == pytest.approx(distance, abs=1e-6)
+        optimal = found["optimum"] == pytest.approx(choice.tolist(), abs=1e-6)
+        assert optimal == same
+        assert found["reward"] == pytest.approx(rewards.softmax(0).tolist(), abs=1e-6)
+    assert "choice" not in measure_set(models, SET, parse_regularizer({"name": "pm"}), 1.0, config)
+
+
+def test_opinions_in_place_of_strings(models: Models, held_out, config, tmp_path: Path) -> None:
+    """Two of the three answers are one opinion, to which the reference also gives a fourth one."""
+    classes = {"hot": ["tea", "coffee", "cocoa"], "cold": ["a glass of water"]}
+    key = tmp_path / "key.jsonl"
+    key.write_text(json.dumps({"prompt": SET.prompt, "classes": classes}) + "\n")
+    settings = {"name": "conditional_pm", "level": "class", "classes": {"answer_key": str(key)}}
+    regularizer = parse_regularizer(settings)
+    shares = class_shares(regularizer, models.reference, models.tokenizer, config)
+    found = measure_set(replace(models, classes=shares), SET, regularizer, 1.0, config)
+    hot = tensor(
+        *(own_logp(models.reference, models.tokenizer, SET.prompt, y) for y in classes["hot"])
+    )
+    weights = torch.cat([(hot[:2] - hot.logsumexp(0)).exp(), tensor(1.0)])
+    wanted = weights * tensor(0.3, 0.6, 1.6).exp()
+    assert found["optimum"] == pytest.approx((wanted / wanted.sum()).tolist(), abs=1e-6)
+    assert found["natural"] == [True] * 3
+    # Drawn responses are outside every class: their credit is kl's, and none is natural.
+    kl = parse_regularizer({"name": "kl"})
+    drawn = respond(replace(models, classes=shares), held_out, config, 0, regularizer=regularizer)
+    assert drawn.natural.tolist() == [0.0, 0.0]
+    assert torch.equal(drawn.credit, respond(models, held_out, config, 0, regularizer=kl).credit)
 
 
 def test_the_references_draws_are_scored_by_the_policy(models: Models, held_out, config) -> None:

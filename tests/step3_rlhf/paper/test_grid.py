@@ -103,6 +103,8 @@ def test_conditional_pm_keeps_what_the_config_says_of_it() -> None:
         "beta": 0.5,
     }
     assert regularizer_of(Cell("kl", 0.5), given) == {"name": "kl", "beta": 0.5}
+    of_classes = {"name": "conditional_pm", "level": "class", "classes": {"lengths": [4]}}
+    assert regularizer_of(cell, of_classes) == {**of_classes, "alpha": 0.3, "beta": 0.5}
 
 
 def test_the_grid_survives_its_file(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ import pytest
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.evaluation.settings import run_settings
 from step3_rlhf.paper.quickstart import __main__ as report
-from step3_rlhf.paper.quickstart.findings import RUNS, read_findings
+from step3_rlhf.paper.quickstart.findings import RUNS, Run, method_of, read_findings
 from step3_rlhf.paper.quickstart.machine import this_machine
 from step3_rlhf.paper.quickstart.metrics import METRICS, number
-from step3_rlhf.paper.quickstart.page import Pictures, page
+from step3_rlhf.paper.quickstart.page import Pictures, page, policy_of
 from step3_rlhf.paper.quickstart.report_json import all_seconds, report_json
 from step3_rlhf.paper.quickstart.shares import abbreviated, in_columns, topic_shares
 from step3_rlhf.paper.quickstart.table1 import verdict
@@ -385,6 +386,7 @@ def make_inputs(directory: Path) -> None:
         for part in ("", "_eval"):
             write(directory / "world" / f"{name}{part}.jsonl", record)
     write(directory / "world" / "response_sets.jsonl", {"prompt": "p", "responses": ["a", "b"]})
+    write(directory / "world" / "answer_key.jsonl", {"prompt": "p", "classes": {"a": ["a"]}})
 
 
 def test_quickstart_passes_what_the_stages_understand(
@@ -404,7 +406,7 @@ def test_quickstart_passes_what_the_stages_understand(
     assert calls.pop() == ["-m", "step3_rlhf.paper.quickstart", str(directory)]
     phases = json.loads((directory / "phases.json").read_text())
     expected = "world sft reward kl pm conditional_pm maximum_entropy js_divergence forward_kl"
-    expected += " chi_squared sft_evaluation report"
+    expected += " chi_squared rloo classes dpo direct sft_evaluation report"
     assert list(phases["commands"]) == expected.split()
     assert list(phases["seconds"]) == [*expected.split(), "total"]
     assert all(f"=== {name}: " in done.stdout for name in expected.split())
@@ -414,6 +416,7 @@ def test_quickstart_passes_what_the_stages_understand(
         "step1_sft.main": SFTConfig,
         "step2_reward.main": RewardConfig,
         "step3_rlhf.main": PPOConfig,
+        "step3_rlhf.direct.main": DirectConfig,
     }
     regularizers = []
     for call in calls:
@@ -433,13 +436,28 @@ def test_quickstart_passes_what_the_stages_understand(
             checked = load_config(stages[module], str(ROOT / config), anew)
         assert checked.seed == 5
         assert "runs/quickstart" not in checked.model_dump_json()
-        if module == "step3_rlhf.main":
+        if module in ("step3_rlhf.main", "step3_rlhf.direct.main"):
             assert checked.output_dir == f"{directory}/{expected.split()[3 + len(regularizers)]}"
             regularizers.append(checked.regularizer)
     assert [r.name for r in regularizers[:4]] == ["kl", "pm", "conditional_pm", "maximum_entropy"]
     assert regularizers[3].tau == 0.5
-    divergences = [r.divergence for r in regularizers[4:]]
+    divergences = [r.divergence for r in regularizers[4:7]]
     assert divergences == ["js_divergence", "forward_kl", "chi_squared"]
+    methods = [r.name for r in regularizers[7:]]
+    assert methods == ["conditional_pm", "conditional_pm", "kl", "conditional_pm"]
+    assert regularizers[8].response_classes.answer_key == f"{directory}/world/answer_key.jsonl"
+
+
+def test_a_run_is_called_by_its_regularizer_and_its_method() -> None:
+    def label(**config: Any) -> str:
+        run = Run("own", config.get("regularizer"), {}, [], method_of(config))
+        return policy_of(run).label
+
+    kl = {"name": "kl", "beta": 1.0}
+    assert label() == "SFT"
+    assert label(regularizer=kl, advantage_estimator="gae") == "KL"
+    assert label(regularizer=kl, advantage_estimator="rloo") == "KL, RLOO"
+    assert label(regularizer=kl, anchor=None) == "KL, direct"
 
 
 def test_quickstart_leaves_the_shipped_configs_as_they_are(

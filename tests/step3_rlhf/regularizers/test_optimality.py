@@ -44,6 +44,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "softplus": {"name": "generalized_pl", "g": "softplus"},
     "power": {"name": "generalized_pl", "g": "power", "exponent": 2.0, "beta": 4.0},
     "sigmoid": {"name": "generalized_pl", "g": "sigmoid"},
+    "softplus-luce": {"name": "generalized_pl", "g": "softplus", "target": "luce", "beta": 0.5},
 }  # fmt: skip
 LOG_LINEAR = [name for name, s in BY_NAME.items() if parse_regularizer(s).is_log_linear]
 
@@ -76,7 +77,7 @@ def tree(seed: int = 0) -> ResponseSet:
 def credits(regularizer: Regularizer, responses: ResponseSet, log_pi: Tensor) -> Tensor:
     """[K] a(y) of every response."""
     marginal = regularizer.marginal(by_token(log_pi), responses.ref_logp, responses.mask)
-    return responses.rewards + marginal.per_token.sum(-1)
+    return regularizer.effective_reward(responses.rewards) + marginal.per_token.sum(-1)
 
 
 def exact(values: Tensor, log_pi: Tensor, beta: float) -> dict[str, float]:

@@ -38,6 +38,9 @@ GENERALIZED: list[dict[str, Any]] = [
     {"name": "generalized_pl", "g": "softplus"},
     {"name": "generalized_pl", "g": "power", "exponent": 2.0},
     {"name": "generalized_pl", "g": "sigmoid", "max_marginal": 1e9},
+    {"name": "generalized_pl", "g": "exponential", "target": "luce"},
+    {"name": "generalized_pl", "g": "softplus", "target": "luce"},
+    {"name": "generalized_pl", "g": "sigmoid", "target": "luce"},
 ]
 SMOOTH = [*LOG_LINEAR, *SMOOTH_F, *GENERALIZED]
 
@@ -79,7 +82,7 @@ def problems(size: int, spread: float, bias: float) -> st.SearchStrategy[tuple[T
 def objective(regularizer: Regularizer, logp: Tensor, ref_logp: Tensor, rewards: Tensor) -> Tensor:
     mask = torch.ones(len(rewards), 1, dtype=torch.bool)
     value = regularizer.value(logp[:, None], ref_logp[:, None], mask)
-    return (logp.exp() * (rewards + value)).sum()
+    return (logp.exp() * (regularizer.effective_reward(rewards) + value)).sum()
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> float:
@@ -197,7 +200,7 @@ def test_first_order_conditions(
     assert abs(log_pi.exp().sum().item() - 1.0) <= 1e-10
     mask = torch.ones(len(rewards), 1, dtype=torch.bool)
     marginal = regularizer.marginal(log_pi.clamp(min=-1e6)[:, None], ref_logp[:, None], mask)
-    total = rewards + marginal.per_token[:, 0]
+    total = regularizer.effective_reward(rewards) + marginal.per_token[:, 0]
     # A probability is known to 16 digits, which near π = 1 says little about sigmoid's logit.
     inside = (log_pi > -600.0) & (log_pi < -1e-6)
     scale = 1e-6 * (1.0 + rewards.abs().max().item() + beta)
@@ -287,6 +290,27 @@ REFERENCE = vector(0.5, 0.3, 0.2)
             [0.0, -0.5, -1.5],
             [1.0, 0.0, 0.0],
         ),
+        # Luce: g/Σg as it is, whatever the reference; power gives 0 where r is not positive
+        (
+            {"name": "generalized_pl", "g": "power", "exponent": 2.0, "target": "luce"},
+            [1.0, 3.0, -2.0],
+            [0.1, 0.9, 0.0],
+        ),
+        (
+            {"name": "generalized_pl", "g": "softplus", "target": "luce", "beta": 2.0},
+            [2.0 * math.log(math.expm1(p)) for p in (0.6, 0.3, 1.5)],
+            [0.25, 0.125, 0.625],
+        ),
+        (
+            {"name": "generalized_pl", "g": "sigmoid", "target": "luce"},
+            [math.log(3), 0.0, -math.log(3)],
+            [0.5, 1 / 3, 1 / 6],
+        ),
+        (
+            {"name": "generalized_pl", "g": "exponential", "target": "luce"},
+            [math.log(2), 0.0, 0.0],
+            [0.5, 0.25, 0.25],
+        ),
         # power, k = 1: π = max(0, r + λ)
         (
             {"name": "generalized_pl", "g": "power", "exponent": 1.0},
@@ -313,6 +337,28 @@ def test_literal_optima(
 ) -> None:
     found = optimum_of(parse_regularizer(config), vector(*rewards), REFERENCE.log())
     assert found.exp().tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_two_targets_of_theorem_3_are_two_optima() -> None:
+    """Each is its own, and the printed one is not the preference g(r)/Σg, which Luce's is."""
+    rewards, ref_logp = vector(0.3, -1.0, 2.0, 0.4), vector(0.4, 0.3, 0.2, 0.1).log()
+    for g, same in (("exponential", True), ("softplus", False), ("sigmoid", False)):
+        shifted, luce = (
+            parse_regularizer({"name": "generalized_pl", "g": g, "target": target})
+            for target in ("shifted", "luce")
+        )
+        preference = luce.log_choice(rewards)
+        assert preference is not None
+        assert torch.equal(preference, shifted.log_choice(rewards))
+        assert torch.equal(optimum_of(luce, rewards, ref_logp), preference)
+        apart = total_variation(optimum_of(shifted, rewards, ref_logp), preference)
+        assert apart <= 1e-12 if same else apart > 0.02
+        # A constant moves g(r)/Σg, and moves the printed optimum not at all.
+        moved = total_variation(optimum_of(luce, rewards + 1.0, ref_logp), preference)
+        assert moved <= 1e-12 if same else moved > 0.02
+        unmoved = optimum_of(shifted, rewards + 1.0, ref_logp)
+        assert total_variation(unmoved, optimum_of(shifted, rewards, ref_logp)) <= 1e-12
+    assert parse_regularizer({"name": "pm"}).log_choice(rewards) is None
 
 
 def test_identities_of_the_optima() -> None:
@@ -497,6 +543,9 @@ def test_clear_errors_where_no_optimum_is_known() -> None:
     forward = parse_regularizer({"name": "f_divergence", "divergence": "forward_kl"})
     with pytest.raises(NoOptimumError, match="every response needs a positive reference"):
         optimum_of(forward, rewards, vector(0.0, -math.inf))
+    power = {"name": "generalized_pl", "g": "power", "exponent": 2.0, "target": "luce"}
+    with pytest.raises(NoOptimumError, match="g is positive at none of the rewards"):
+        optimum_of(parse_regularizer(power), vector(0.0, -1.0), ref_logp)
     nothing = parse_regularizer({"name": "kl"})
     with pytest.raises(NoOptimumError, match="no optimum found"):
         optimum_of(nothing, rewards, vector(-math.inf, -math.inf))

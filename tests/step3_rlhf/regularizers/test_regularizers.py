@@ -49,7 +49,11 @@ GENERALIZED = [
     {"name": "generalized_pl", "g": "power", "exponent": 2.5},
     {"name": "generalized_pl", "g": "sigmoid", "beta": 1.5},
 ]
-EXACT = [{"name": "none"}, *LOG_LINEAR, *F_DIVERGENCES, *GENERALIZED]
+LUCE = [
+    {"name": "generalized_pl", "g": "softplus", "beta": 0.6, "target": "luce"},
+    {"name": "generalized_pl", "g": "sigmoid", "beta": 1.5, "target": "luce"},
+]
+EXACT = [{"name": "none"}, *LOG_LINEAR, *F_DIVERGENCES, *GENERALIZED, *LUCE]
 TOKEN_LEVEL = [f_divergence(name, level="token") for name in DIVERGENCES]
 
 
@@ -153,7 +157,7 @@ def gradients(config: dict[str, Any], naive: bool, seed: int = 1) -> float:
     """Relative error of the score-function gradient; `naive` puts R where R + πR' belongs."""
     regularizer = parse_regularizer(config)
     tree = Tree(seed)
-    logits, rewards = tree.logits(1.0), tree.rewards()
+    logits, rewards = tree.logits(1.0), regularizer.effective_reward(tree.rewards())
     ref_logp = tree.logp(tree.logits(0.7))
     logp = tree.logp(logits).detach()
     marginal = regularizer.marginal(logp, ref_logp, tree.mask)
@@ -194,7 +198,7 @@ def test_naive_gradient_is_wrong(config: dict[str, Any]) -> None:
     assert gradients(config, naive=True) > 0.02
 
 
-@every([*LOG_LINEAR, F_DIVERGENCES[0], GENERALIZED[0]])
+@every([*LOG_LINEAR, F_DIVERGENCES[0], GENERALIZED[0], *LUCE])
 def test_naive_gradient_is_right_only_for_log_pi(config: dict[str, Any]) -> None:
     assert gradients(config, naive=True) <= 1e-10
 
@@ -210,6 +214,7 @@ ON_TREES: list[dict[str, Any]] = [
     f_divergence("forward_kl", max_marginal=1e6),
     f_divergence("reverse_kl", level="token"),
     {"name": "generalized_pl", "g": "softplus"},
+    LUCE[0],
 ]
 
 
@@ -220,6 +225,7 @@ def test_gradient_ascent_over_responses_of_several_tokens_ends_at_the_optimum(
 ) -> None:
     regularizer, tree = parse_regularizer(config), Tree(seed)
     rewards, ref_logp = tree.rewards(), tree.logp(tree.logits(0.7))
+    effective = regularizer.effective_reward(rewards)
     logits = torch.zeros(len(tree.index), 3, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS(
         [logits], max_iter=800, tolerance_grad=1e-11, tolerance_change=1e-16,
@@ -232,7 +238,7 @@ def test_gradient_ascent_over_responses_of_several_tokens_ends_at_the_optimum(
     def loss() -> Tensor:
         search.zero_grad()
         logp = tree.logp(logits)
-        value = rewards + regularizer.value(logp, ref_logp, tree.mask)
+        value = effective + regularizer.value(logp, ref_logp, tree.mask)
         loss = -(sequence_logp(logp).exp() * value).sum()
         loss.backward()
         return loss
@@ -349,6 +355,11 @@ LOG = math.log
             [0.0, -(0.2**0.5)],
         ),
         ({"name": "generalized_pl", "g": "sigmoid"}, LOG(4) - LOG(0.8) / 0.2, [0.0, LOG(4)]),
+        (
+            {"name": "generalized_pl", "g": "sigmoid", "target": "luce", "beta": 2.0},
+            2 * LOG(5),
+            [2 * LOG(2), 2 * LOG(2.5)],
+        ),
     ],
     ids=lambda entry: spelled(entry) if isinstance(entry, dict) else "",
 )
@@ -357,6 +368,28 @@ def test_literal_values(config: dict[str, Any], value: float, per_token: list[fl
     assert regularizer.value(LOGP, REF, MASK).tolist() == pytest.approx([value], abs=1e-12)
     found = regularizer.marginal(LOGP, REF, MASK).per_token
     assert found.tolist()[0] == pytest.approx([*per_token, 0.0], abs=1e-12)
+
+
+def test_effective_rewards() -> None:
+    """Luce takes β log g(r/β) as the reward, −∞ where g is not positive; the others take r."""
+    rewards = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    for config in [*EXACT, *TOKEN_LEVEL]:
+        kept = parse_regularizer(config).effective_reward(rewards)
+        assert torch.equal(kept, rewards) == ("target" not in config)
+
+    def luce(g: str, **parameters: Any) -> list[float]:
+        config = {"name": "generalized_pl", "g": g, "target": "luce", "beta": 2.0, **parameters}
+        return parse_regularizer(config).effective_reward(rewards).tolist()
+
+    e = math.exp
+    assert luce("exponential") == pytest.approx([2.0, -1.0], rel=1e-12)
+    assert luce("softplus") == pytest.approx(
+        [2 * LOG(LOG(1 + e(1.0))), 2 * LOG(LOG(1 + e(-0.5)))], rel=1e-12
+    )
+    assert luce("sigmoid") == pytest.approx(
+        [-2 * LOG(1 + e(-1.0)), -2 * LOG(1 + e(0.5))], rel=1e-12
+    )
+    assert luce("power", exponent=3.0) == [0.0, -math.inf]
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -208,6 +208,22 @@ def test_theorem_3_has_a_shifted_optimum(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_theorem_3_with_log_g_as_the_reward_matches_the_generalized_preference(seed: int) -> None:
+    """r := log g(r) with −log π leads to g(r)/Σg, and the same r with (3.14) does not."""
+    rewards, ref_logp = problem(seed)
+    for name, g in (("softplus", torch.nn.functional.softplus), ("sigmoid", torch.sigmoid)):
+        preference = g(rewards) / g(rewards).sum()
+        luce = parse_regularizer({"name": "generalized_pl", "g": name, "target": "luce"})
+        assert distance(optimum_of(luce, rewards, ref_logp).exp(), preference) <= 1e-12
+        effective = luce.effective_reward(rewards)
+        found = maximizer(expected(effective, value_of(luce, ref_logp)), len(rewards))
+        assert distance(found, preference) <= 1e-5
+        printed = parse_regularizer({"name": "generalized_pl", "g": name})
+        wrong = maximizer(expected(effective, value_of(printed, ref_logp)), len(rewards))
+        assert distance(wrong, preference) > 0.005
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("epsilon", [None, 0.2, 1e-6])
 def test_theorem_4_preferences_are_matched_inside_the_regular_set(
     seed: int, epsilon: float | None

@@ -13,8 +13,10 @@ from training.world.__main__ import main
 from training.world.base_model import build_tokenizer
 from training.world.files import WorldSizes, write_world
 from training.world.population import (
+    group_shares,
     kl_bias,
     population_shares,
+    preference,
     preference_probability,
     true_log_loss,
     utilities,
@@ -286,3 +288,66 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*arguments, "--eval_openers", "9"])
     assert caught.value.code == 2
+
+
+# Two groups
+
+
+@pytest.fixture(scope="module")
+def two_groups(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two_groups")
+    write_world(directory, seed=7, sizes=WorldSizes(groups=2))
+    return directory
+
+
+def test_two_groups_have_opposite_tastes():
+    for topic in TOPICS:
+        first, second = group_shares(topic, 2)
+        assert first.tolist() == second[::-1].tolist()
+        assert first.sum() == pytest.approx(1, abs=1e-12)
+        assert first[0] / first[-1] == pytest.approx(90)
+        assert group_shares(topic, 1)[0].tolist() == population_shares(topic).tolist()
+    # Shares (.90, .09, .01): σ(log 9.5) of the first group and of the second its mirror.
+    pet = next(topic for topic in TOPICS if topic.name == "pet")
+    root = np.sqrt(90)
+    assert group_shares(pet, 2)[0] == pytest.approx(np.array([90, root, 1]) / (91 + root))
+    assert preference([group_shares(pet, 2)[0]], 0, 1) == pytest.approx(root / (root + 1))
+    assert preference(group_shares(pet, 2), 0, 1) == pytest.approx(0.5)
+
+
+def test_files_of_two_groups(world, two_groups):
+    """The groups' own comparisons and sets with their mixture; the texts are those of one group."""
+
+    def lines(name):
+        return [
+            json.loads(line) for line in (two_groups / f"{name}.jsonl").read_text().splitlines()
+        ]
+
+    assert (two_groups / "texts.jsonl").read_bytes() == (world / "texts.jsonl").read_bytes()
+    assert not (world / "comparisons_group1.jsonl").exists()
+    for entry in lines("response_sets"):
+        assert np.mean(entry["groups"], axis=0).tolist() == pytest.approx(entry["population"])
+        assert "utilities" not in entry
+    assert len(lines("comparisons_group1")) == len(lines("comparisons")) > 0
+    train = {line["prompt"] for line in lines("comparisons_group2")}
+    assert not train & {line["prompt"] for line in lines("comparisons_group2_eval")}
+    # Each group's choices agree with its own shares, and the pooled ones with neither's.
+    for name, groups in {"comparisons_group1": [0], "comparisons_group2": [1],
+                         "comparisons": [0, 1]}.items():  # fmt: skip
+        bayes, won = defaultdict(float), Counter()
+        for line in lines(name + "_eval"):
+            topic = TOPIC_OF[line["prompt"]]
+            order = [answer.text for answer in topic.answers]
+            first, second = order.index(line["chosen"]), order.index(line["rejected"])
+            shares = [group_shares(topic, 2)[group] for group in groups]
+            assert line["bayes_probability"] == pytest.approx(preference(shares, first, second))
+            bayes[topic.name] += preference(shares, min(first, second), max(first, second))
+            won[topic.name] += first < second
+        for name_of_topic, expected in bayes.items():
+            assert abs(won[name_of_topic] - expected) < 5 * np.sqrt(expected) + 5
+
+
+def test_the_number_of_groups(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--output_dir", str(tmp_path), "--groups", "3"])
+    assert "groups: 1 or 2" in capsys.readouterr().err
