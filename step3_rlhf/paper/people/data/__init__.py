@@ -1,0 +1,1 @@
+"""ProtoQA's questions as the project's ordinary records."""

@@ -1,0 +1,1 @@
+"""The experiment's report: report.html, report.json and its pictures."""
