@@ -17,13 +17,13 @@ from training.cli import prepare_output, run_stage
 from training.data import SequenceBatch, Split, collate_texts
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations, logits
-from training.models.card import PAPER, Card, figures_of, supervised_training, write_card
 from training.models.checks import check_positions
 from training.models.export import export
 from training.models.loading import load_policy
 from training.models.options import LoadOptions, precision
 from training.runtime import ranks
 from training.runtime.engine import TrainedModule
+from training.runtime.model_card import PAPER, Card, figures_of, supervised_training, write_card
 from training.runtime.signals import stop_requests
 from training.runtime.tracking import say
 

@@ -25,7 +25,6 @@ from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, Split, collate_groups, response_end
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations
-from training.models.card import PAPER, Card, figures_of, supervised_training, write_card
 from training.models.checks import check_positions
 from training.models.export import export
 from training.models.loading import load_scalar_model
@@ -36,6 +35,7 @@ from training.runtime import ranks
 from training.runtime.disk import recover
 from training.runtime.engine import TrainedModule
 from training.runtime.json_text import json_text
+from training.runtime.model_card import PAPER, Card, figures_of, supervised_training, write_card
 from training.runtime.signals import stop_requests
 from training.runtime.tracking import say
 from training.statistics import numbered

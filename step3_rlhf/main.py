@@ -33,7 +33,6 @@ from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
 from training.errors import Stopped, UserError
 from training.fitting import announce_resume, require_evaluation
-from training.models.card import write_card
 from training.models.export import export
 from training.models.loading import load_policy, load_scalar_model
 from training.models.lora import WithoutAdapter
@@ -41,6 +40,7 @@ from training.models.options import LoadOptions
 from training.runtime import ranks
 from training.runtime.checkpoint import Checkpoints
 from training.runtime.engine import TrainedModule
+from training.runtime.model_card import write_card
 from training.runtime.signals import stop_requests
 from training.runtime.tracking import Tracker, peak_memory, say
 

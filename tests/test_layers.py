@@ -52,9 +52,9 @@ training.models.checks training.models.scalar training.stage_config training.wor
 step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.paper.people.data.convert
 step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.log_linear
 step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality step3_rlhf.regularizers.optimum
-step3_rlhf.regularizers.solvers training.data.records training.data.templates training.models.card
-training.models.lora training.models.options training.runtime.engine training.runtime.resume
-training.world.__main__
+step3_rlhf.regularizers.solvers training.data.records training.data.templates training.models.lora
+training.models.options training.runtime.engine training.runtime.model_card
+training.runtime.resume training.world.__main__
 
 step3_rlhf.paper.people.report.findings step3_rlhf.paper.quickstart.table1
 step3_rlhf.regularizers.divergences step3_rlhf.regularizers.links

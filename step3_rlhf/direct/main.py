@@ -23,13 +23,13 @@ from step3_rlhf.evaluation.settings import settings_of_run
 from step3_rlhf.roles import roles_of
 from training import fitting
 from training.cli import prepare_output, run_stage
-from training.models.card import write_card
 from training.models.export import export
 from training.models.loading import load_policy
 from training.models.options import LoadOptions
 from training.runtime import ranks
 from training.runtime.disk import recover
 from training.runtime.engine import TrainedModule
+from training.runtime.model_card import write_card
 from training.runtime.signals import stop_requests
 from training.runtime.tracking import say
 

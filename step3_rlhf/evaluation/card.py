@@ -8,7 +8,7 @@ from step3_rlhf.config import AlignmentConfig
 from step3_rlhf.evaluation.measure import EXACT_SUMMARY, SUMMARY
 from step3_rlhf.regularizers import Regularizer
 from step3_rlhf.regularizers.registry import dump_regularizer
-from training.models.card import PAPER, Card, figures_of, sources_of
+from training.runtime.model_card import PAPER, Card, figures_of, sources_of
 
 
 def policy_card(

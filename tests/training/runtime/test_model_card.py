@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from training.models.card import Card, Figure, figures_of, is_hub_name, write_card
+from training.runtime.model_card import Card, Figure, figures_of, is_hub_name, write_card
 
 
 def card(base_model: str) -> Card:
