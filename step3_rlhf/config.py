@@ -354,8 +354,10 @@ class PPOConfig(StageConfig, AlignmentConfig):
             found += self._rloo_faults()
         if (self.ptx_coef > 0) != (self.ptx_data is not None):
             found.append("ptx_coef: above 0 it needs ptx_data, and ptx_data needs it")
-        offload = (self.deepspeed.get("zero_optimization") or {}).get("offload_param") or {}
-        if self.ema_decay is not None and offload.get("device") == "nvme":
+        zero = self.deepspeed.get("zero_optimization")
+        offload = zero.get("offload_param") if isinstance(zero, dict) else None
+        to_disk = isinstance(offload, dict) and offload.get("device") == "nvme"
+        if self.ema_decay is not None and to_disk:
             found.append("ema_decay: weights that are offloaded to NVMe cannot be averaged")
         if self.lora is not None and self.lora.lora_dropout > 0:
             found.append(

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig
-from step3_rlhf.evaluation.__main__ import load_models
+from step3_rlhf.evaluation.run import load_models
 from step3_rlhf.main import build
 from step3_rlhf.prompts import Prompts
 from step3_rlhf.roles import roles_of, training_roles_of

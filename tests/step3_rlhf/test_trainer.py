@@ -546,6 +546,9 @@ def test_what_texts_and_averages_need(configured) -> None:
         configured(ptx_coef=0.5)
     with pytest.raises(UserError, match="ema_decay"):
         configured(ema_decay=1.0)
+    to_disk = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/local"}}
+    with pytest.raises(UserError, match="ema_decay: weights that are offloaded to NVMe"):
+        configured(ema_decay=0.9, deepspeed={"zero_optimization": to_disk})
     data = configured().data.model_dump(mode="json")
     (warning,) = configured(ptx_coef=0.5, ptx_data=data).warnings()
     assert warning == "ptx_coef=0.5: moves the optimum towards the texts of ptx_data"

@@ -271,8 +271,8 @@ def _without_lone_surrogates(value: Any) -> tuple[Any, bool]:
         parts = [_without_lone_surrogates(part) for part in value]
         return [part for part, _ in parts], any(changed for _, changed in parts)
     if isinstance(value, dict):
-        pairs = {key: _without_lone_surrogates(part) for key, part in value.items()}
-        return {key: part for key, (part, _) in pairs.items()}, any(c for _, c in pairs.values())
+        pairs = _without_lone_surrogates([[key, part] for key, part in value.items()])
+        return dict(pairs[0]), pairs[1]
     return value, False
 
 

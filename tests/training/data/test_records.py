@@ -379,3 +379,14 @@ def test_a_records_group_is_kept_in_every_format_and_stage(tmp_path):
     path.write_text(json.dumps(lines[0] | {"group": 7}) + "\n")
     with pytest.raises(UserError, match=r"grouped.jsonl:1: 'group' is int, a text was expected"):
         read(path, "reward")
+
+
+def test_half_a_character_in_a_name_is_replaced_like_one_in_a_text(tmp_path):
+    """Tool calls carry objects with any names; tokenizers and Arrow take valid Unicode only."""
+    call = {"function": {"name": "look", "arguments": {"\ud800": ["\udc00"]}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    messages = [user("a"), turn, {"role": "tool", "content": "1"}, assistant("b")]
+    found = read(write(tmp_path / "tools.jsonl", {"messages": messages}), "sft")
+    assert "\ud800" not in str(found.train)
+    assert "'\ufffd': ['\ufffd']" in str(found.train)
+    assert any("invalid Unicode" in line for line in found.tally.lines())
