@@ -14,20 +14,9 @@
 #                  (from draws and the reward model's rewards)
 #   --only-report  write the report again from what is there
 set -euo pipefail
-called_from="$PWD"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
 directory=runs/people data="" model="" seed=42 prior=people form=listed method=direct more=()
-
-usage() { # MESSAGE: a mistake in the arguments
-    echo "$1; bash scripts/people.sh --help explains" >&2
-    exit 2
-}
-
-# PATH: absolute, if it is one outside the repository's root, where the user stands.
-from_there() {
-    if [[ -z "$1" || "$1" == /* || "$called_from" == "$PWD" ]]; then echo "$1"; else echo "$called_from/$1"; fi
-}
 
 while (($#)); do
     case "$1" in

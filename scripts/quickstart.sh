@@ -10,22 +10,11 @@
 #                 world sft reward kl pm conditional_pm sft_evaluation report
 #                 maximum_entropy js_divergence forward_kl chi_squared rloo classes dpo direct
 set -euo pipefail
-called_from="$PWD"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
 PHASES=(world sft reward kl pm conditional_pm)
 FURTHER=(maximum_entropy js_divergence forward_kl chi_squared rloo classes dpo direct)
 directory=runs/quickstart seed=42 full=false overwrite=false only=""
-
-usage() { # MESSAGE: a mistake in the arguments
-    echo "$1; bash scripts/quickstart.sh --help explains" >&2
-    exit 2
-}
-
-# PATH: absolute, if it is one outside the repository's root, where the user stands.
-from_there() {
-    if [[ -z "$1" || "$1" == /* || "$called_from" == "$PWD" ]]; then echo "$1"; else echo "$called_from/$1"; fi
-}
 
 while (($#)); do
     case "$1" in

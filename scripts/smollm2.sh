@@ -6,20 +6,9 @@
 #   --output DIR  folder for everything (runs/smollm2); what is finished there is not run again
 #   --seed N      seed of every stage (42)
 set -euo pipefail
-called_from="$PWD"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
 directory=runs/smollm2 data="" seed=42
-
-usage() { # MESSAGE: a mistake in the arguments
-    echo "$1; bash scripts/smollm2.sh --help explains" >&2
-    exit 2
-}
-
-# PATH: absolute, if it is one outside the repository's root, where the user stands.
-from_there() {
-    if [[ -z "$1" || "$1" == /* || "$called_from" == "$PWD" ]]; then echo "$1"; else echo "$called_from/$1"; fi
-}
 
 while (($#)); do
     case "$1" in

@@ -4,13 +4,11 @@ A line is {"prompt": str, "responses": [str, ...]}, optionally with "topic": str
 [share, ...], the shares in which people prefer the responses; they add up to 1.
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from training.errors import UserError
+from training.data.json_lines import parsed_lines
 
 
 @dataclass(frozen=True)
@@ -29,23 +27,7 @@ def read_response_sets(path: str | None) -> list[FiniteSet]:
     Raises:
         UserError: lists every faulty line with its number.
     """
-    if path is None:
-        return []
-    sets, faults = [], []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            sets.append(_parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            faults.append(f"{path}:{number}: {error}")
-    if faults:
-        raise UserError(faults, f"{len(faults)} faulty lines:")
-    return sets
+    return [] if path is None else parsed_lines(path, _parse)
 
 
 def _parse(entry: Any) -> FiniteSet:

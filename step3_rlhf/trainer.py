@@ -121,7 +121,7 @@ class PPOTrainer:
                     old = [self.old_scores(part) for part in parts]
                 # 7. and 8. Token rewards; advantages and returns.
                 experiences = self.with_advantages(parts, old)
-                # 9. Losses, and optimizer steps of actor and critic.
+                # 9. Losses, and optimizer steps of the actor and, if there is one, the critic.
                 for _ in range(config.num_ppo_epochs):
                     self.take_steps(experiences, self.losses, metrics)
         if self.mixture:

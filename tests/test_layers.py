@@ -31,8 +31,8 @@ training.runtime.weights training.statistics training.world training.world.topic
 
 step2_reward.calibrate.temperature step2_reward.losses step3_rlhf.benchmark.measure
 step3_rlhf.chat.shares step3_rlhf.direct.loss step3_rlhf.paper.people.data.questions
-step3_rlhf.paper.people.measure step3_rlhf.ppo step3_rlhf.response_sets training.config
-training.data.chat_template training.data.fields training.deepspeed_section training.launch.gpus
+step3_rlhf.paper.people.measure step3_rlhf.ppo training.config training.data.chat_template
+training.data.fields training.data.json_lines training.deepspeed_section training.launch.gpus
 training.launch.launcher training.launch.lock training.memory training.models.families.noise
 training.models.packing training.plotting training.plugins training.runtime.ranks
 training.world.population training.world.prompts
@@ -40,10 +40,11 @@ training.world.population training.world.prompts
 step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments step3_rlhf.chat.bars
 step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
 step3_rlhf.paper.people.reward_model step3_rlhf.paper.quickstart.shares
-step3_rlhf.regularizers.classes step3_rlhf.rewards.calibration step3_rlhf.rewards.mixture
-training.data.messages training.data.settings training.models.hidden_states
-training.models.pretrained training.runtime.faults training.runtime.signals
-training.runtime.tracking training.settings_reference training.world.base_model
+step3_rlhf.regularizers.classes step3_rlhf.response_sets step3_rlhf.rewards.calibration
+step3_rlhf.rewards.mixture training.data.messages training.data.settings
+training.models.hidden_states training.models.pretrained training.runtime.faults
+training.runtime.signals training.runtime.tracking training.settings_reference
+training.world.base_model
 
 step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.base
 training.data.cutting training.data.files training.data.formats training.data.split

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-from training.errors import did_you_mean
+from training.errors import UserError, did_you_mean
 
 
 def import_object(path: str, form: str = "package.module:name") -> Any:
@@ -32,6 +32,21 @@ def import_object(path: str, form: str = "package.module:name") -> Any:
     if found is None:
         known = [name for name, value in vars(module).items() if callable(value)]
         raise ValueError(f"{module_name} has no {attribute}{did_you_mean(attribute, known)}")
+    return found
+
+
+def import_callable(path: str, setting: str) -> Any:
+    """Import the callable that `module:callable`, the value of `setting`, names.
+
+    Raises:
+        UserError: it cannot be imported, or is not callable.
+    """
+    try:
+        found = import_object(path, form="module:callable")
+    except ValueError as error:
+        raise UserError(f"{setting}: {path} cannot be imported: {error}") from error
+    if not callable(found):
+        raise UserError(f"{setting}: {path} is not callable")
     return found
 
 

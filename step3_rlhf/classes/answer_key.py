@@ -4,11 +4,10 @@ A line is {"prompt": str, "classes": {name: [response, ...], ...}}; other fields
 that a file of records or of response sets can be its own answer key.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 from training.data import as_dialogue, dialogue_text
+from training.data.json_lines import parsed_lines
 from training.errors import UserError
 
 AnswerKey = dict[str, dict[str, str]]
@@ -22,22 +21,13 @@ def read_answer_key(path: str) -> AnswerKey:
         UserError: lists every faulty line with its number.
     """
     key: AnswerKey = {}
-    faults = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt, classes = _parse(json.loads(line))
-            if key.setdefault(prompt, classes) != classes:
-                raise ValueError(f"other classes than in an earlier line for the prompt {prompt!r}")
-        except (ValueError, RecursionError) as error:
-            faults.append(f"{path}:{number}: {error}")
-    if faults:
-        raise UserError(faults, f"{len(faults)} faulty lines:")
+
+    def add(entry: Any) -> None:
+        prompt, classes = _parse(entry)
+        if key.setdefault(prompt, classes) != classes:
+            raise ValueError(f"other classes than in an earlier line for the prompt {prompt!r}")
+
+    parsed_lines(path, add)
     if not key:
         raise UserError(f"{path}: an answer key without a line")
     return key

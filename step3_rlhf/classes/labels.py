@@ -6,7 +6,7 @@ from collections.abc import Callable
 from step3_rlhf.regularizers.classes import ClassSettings
 from step3_rlhf.rollout import Rollout
 from training.errors import UserError
-from training.plugins import import_object
+from training.plugins import import_callable
 from training.runtime import ranks
 
 Labels = list[str | None]
@@ -25,20 +25,8 @@ def labels_of(classes: ClassSettings) -> Callable[[Rollout], Labels]:
 
 
 def import_labels(path: str) -> LabelFunction:
-    """Import the callable that `module:callable` names.
-
-    Raises:
-        UserError: it cannot be imported, or is not callable.
-    """
-    try:
-        found = import_object(path, form="module:callable")
-    except ValueError as error:
-        raise UserError(
-            f"regularizer.classes.function: {path} cannot be imported: {error}"
-        ) from error
-    if not callable(found):
-        raise UserError(f"regularizer.classes.function: {path} is not callable")
-    function: LabelFunction = found
+    """The function that the config names; see import_callable."""
+    function: LabelFunction = import_callable(path, "regularizer.classes.function")
     return function
 
 

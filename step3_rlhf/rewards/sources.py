@@ -18,7 +18,7 @@ from training.models.checks import check_scalar
 from training.models.loading import load_reward_model
 from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained
-from training.plugins import import_object
+from training.plugins import import_callable
 from training.runtime import engine, ranks
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]
@@ -88,18 +88,8 @@ class ByGroup:
 
 
 def import_function(path: str) -> RewardFunction:
-    """Import the callable that `module:callable` names.
-
-    Raises:
-        UserError: it cannot be imported, or is not callable.
-    """
-    try:
-        found = import_object(path, form="module:callable")
-    except ValueError as error:
-        raise UserError(f"reward.function: {path} cannot be imported: {error}") from error
-    if not callable(found):
-        raise UserError(f"reward.function: {path} is not callable")
-    function: RewardFunction = found
+    """The function that the config names; see import_callable."""
+    function: RewardFunction = import_callable(path, "reward.function")
     return function
 
 
