@@ -234,7 +234,7 @@ def test_a_mistake_that_rank_0_finds_first_ends_with_its_message(configured: Con
     settings = data | {"max_prompt_length": 1, "overlong_prompts": "drop"}
     run = Launched("sft", configured("sft", "dropped", data=settings), 2)
     printed = run.end(2, within=120)
-    assert "No training records are left for 'sft'" in printed
+    assert "No training records are left for the stage 'sft' in" in printed
     assert "Traceback" not in printed
     assert "return code" not in printed
     assert not run.ranks()

@@ -98,7 +98,10 @@ def tokenize(
         raise UserError([*mistakes.lines(), WHAT_HELPS], "The data cannot be used:")
     for name, content in (("training", records.train), ("evaluation", records.eval)):
         if content and not len(parts[name]):
-            raise UserError(tally.lines(), f"No {name} records are left for {stage!r}:")
+            files = ", ".join(dict.fromkeys(record.origin.rpartition(":")[0] for record in content))
+            raise UserError(
+                tally.lines(), f"No {name} records are left for the stage {stage!r} in {files}:"
+            )
     return TokenizedData(parts["training"], parts["evaluation"], tally)
 
 

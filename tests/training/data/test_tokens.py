@@ -91,7 +91,7 @@ def test_overlong_prompts_are_dropped(tokenizer, settings):
     assert found.tally.count("dropped: a prompt longer than max_prompt_length") == 2
     with pytest.raises(UserError) as caught:
         tokenize(stage_records(LONG), tokenizer, options, "reward")
-    assert caught.value.heading == "No training records are left for 'reward':"
+    assert caught.value.heading == "No training records are left for the stage 'reward' in a:"
     assert caught.value.faults == ["training: 1 dropped: a prompt longer than max_prompt_length"]
 
 
