@@ -134,7 +134,7 @@ def sample(
             part = slice(start, start + settings.rollout_batch_size)
             ids, mask = pad_prompts(prompt_ids[part], pad)
             draws = uniforms(seeds[part], settings.response_length)
-            drawn = generator(module, ids.to(device), mask.to(device), draws, settings, ends, pad)
+            drawn = generator(module, ids, mask, draws, settings, ends, pad)
             responses += drawn.tokens
             logps.append(drawn.logp)
     rollout = assemble(prompt_ids, responses, prompts, tokenizer, device, ends)

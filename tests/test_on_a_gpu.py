@@ -229,7 +229,7 @@ def test_stage_3(trainer: Callable[..., PPOTrainer], name: str) -> None:
             metrics = run.iteration(0)
     assert metrics["response/length"] > 0
     assert syncs.of("iteration_metrics.py") == 1
-    drawing = syncs.of("rollout.py") + syncs.of("step3_rlhf/generation")
+    drawing = sum(syncs.of(place) for place in ("rollout.py", "/generation", "/decoding"))
     assert syncs.total - drawing <= BEYOND_DRAWING.get(name, 21), syncs
 
 
@@ -238,9 +238,10 @@ def test_a_decode_step_waits_for_nothing(trainer: Callable[..., PPOTrainer]) -> 
     with pretend_gpu():
         policy = trainer().actor.module.eval()
         assert policy.decodes
-        ids = torch.full((3, 5), 7, device=GPU)
+        ids = torch.full((3, 5), 7)
         settings = SamplingSettings(response_length=12, temperature=0.7, top_k=9, top_p=0.9)
-        draws = Draws(torch.rand(3, 12).double(), settings, (2, 5), 0, ids.device)
+        draws = Draws(torch.rand(3, 12).double(), settings, (2, 5), 0, GPU)
+        decoder = Decoder(policy, ids, torch.ones_like(ids), 12)
         inside = []
 
         def choose(logits: torch.Tensor) -> torch.Tensor:
@@ -248,7 +249,7 @@ def test_a_decode_step_waits_for_nothing(trainer: Callable[..., PPOTrainer]) -> 
             return draws.choose(logits)
 
         with counted() as syncs:
-            Decoder(policy, ids, torch.ones_like(ids), 12).run(choose, lambda: draws.ended)
+            decoder.run(choose, lambda: draws.ended)
             assert inside == [0] * 12, syncs
             assert syncs.total == 0, syncs
             draws.tokens.tolist()

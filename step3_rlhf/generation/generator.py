@@ -43,7 +43,7 @@ class Generator(Protocol):
     ) -> Drawn:
         """
         Args:
-            ids, mask: [B, P] prompts, padded on the left.
+            ids, mask: [B, P] prompts, padded on the left, on the host.
             uniforms: [B, R] float64 in [0, 1), from which the tokens are drawn.
             ends: the ids that end a response.
             pad: the padding id.
@@ -66,7 +66,7 @@ def decode(
     pad: int,
 ) -> Drawn:
     """A Generator: `Decoder` runs the policy, `Draws` draws from its logits."""
-    draws = Draws(uniforms, settings, ends, pad, ids.device)
+    draws = Draws(uniforms, settings, ends, pad, policy.model.device)
     Decoder(policy, ids, mask, steps=uniforms.shape[1]).run(draws.choose, lambda: draws.ended)
     return Drawn(draws.tokens.tolist(), draws.logp)
 

@@ -37,12 +37,12 @@ def stream(
     Returns:
         At most R token ids; what follows the first end is to be ignored, here and in `watch`.
     """
-    ids = torch.tensor([prompt_ids], device=policy.model.device)
+    ids = torch.tensor([prompt_ids])
     mask = torch.ones_like(ids)
     if not policy.decodes:
         watching = [_Watching(watch, len(prompt_ids))]
         return generate(policy, ids, mask, uniforms, settings, ends, pad, watching)[0]
-    draws = Draws(uniforms, settings, ends, pad, ids.device)
+    draws = Draws(uniforms, settings, ends, pad, policy.model.device)
     drawn = 1  # the first token comes with the prompt's own pass
 
     def finished() -> Tensor:

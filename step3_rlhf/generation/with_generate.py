@@ -32,15 +32,16 @@ def generate(
     Args:
         stopping: is asked after every token whether a row needs no more.
     """
+    device = policy.model.device
     processors = LogitsProcessorList()
     if policy.absent is not None:
         processors.append(Existing(policy.absent))
     processors += warpers(settings)
-    processors.append(SeededSampler(uniforms.to(ids.device), ids.shape[1]))
+    processors.append(SeededSampler(uniforms.to(device), ids.shape[1]))
     with plain_generation(policy.model) as model:
         output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList(stopping),
             max_new_tokens=settings.response_length,

@@ -33,6 +33,26 @@ def test_the_decoder_draws_what_generate_draws(
     assert theirs.logp is None
 
 
+@pytest.mark.parametrize("part", [12, 5])
+def test_a_shared_prompt_gives_the_tokens_that_a_row_of_its_own_gives(
+    any_model: PreTrainedModel, part: int
+) -> None:
+    """Four responses to each of three prompts, in batches that may end within a prompt's rows."""
+    settings = SamplingSettings(response_length=20)
+    policy = Policy(any_model).eval()
+    ids, mask = PROMPTS.repeat_interleave(4, 0), MASK.repeat_interleave(4, 0)
+    points = uniforms([(1, row) for row in range(12)], settings.response_length)
+
+    def drawn(size: int, points: torch.Tensor) -> list[list[int]]:
+        rows = zip(ids.split(size), mask.split(size), points.split(size), strict=True)
+        batches = [decode(policy, *row, settings, (END,), PAD).tokens for row in rows]
+        return [until_end(row) for batch in batches for row in batch]
+
+    assert drawn(part, points) == drawn(1, points)
+    assert len({tuple(row) for row in drawn(part, points)}) == 12
+    assert drawn(part, points) != drawn(part, points.roll(1, dims=0))
+
+
 def test_the_decoder_knows_the_probabilities_of_what_it_draws(any_model: PreTrainedModel) -> None:
     """Under the policy itself, whatever the temperature of drawing."""
     settings = SamplingSettings(response_length=12, temperature=0.5)

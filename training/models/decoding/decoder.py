@@ -1,5 +1,7 @@
 """Decodes with a policy: a prompt in one pass, then one token of every row per step.
 
+Consecutive rows with the same prompt share its pass: each begins with a copy of its cache.
+
 Nothing in a step waits for the device. On a GPU the step is captured once as a CUDA graph and then
 replayed: a step of a model with 24 layers launches about 440 kernels, and launching them one by one
 takes longer than they run.
@@ -55,19 +57,27 @@ class Decoder:
     ) -> None:
         """
         Args:
-            ids, mask: [rows, prompt columns], padded on the left.
+            ids, mask: [rows, prompt columns], padded on the left. If they are on the host, nothing
+                waits for the device.
             steps: the most tokens that are drawn for each row.
             fixed_shapes: every step has the same shapes, as a CUDA graph needs; always so on a GPU.
         """
         self.policy = policy
         self.model = decoder_of(policy.model)
-        self.ids, self.prompt_mask, self.steps = ids, mask.bool(), steps
+        self.steps = steps
         rows, prompt = ids.shape
-        on_gpu = ids.device.type == "cuda"
+        device = policy.model.device
+        distinct, prompt_of = torch.unique_consecutive(
+            torch.stack([ids, mask.long()]), dim=1, return_inverse=True
+        )
+        self.prompt_of = prompt_of.to(device)
+        self.ids, prompt_mask = distinct.to(device)
+        self.prompt_mask = prompt_mask.bool()
+        on_gpu = device.type == "cuda"
         self.captures = on_gpu and torch.cuda.is_available()
         self.fixed_shapes = fixed_shapes or on_gpu
         config = policy.model.config.get_text_config()
-        self.columns = Columns(prompt + steps - 1, ids.device, reads_all=self.fixed_shapes)
+        self.columns = Columns(prompt + steps - 1, self.prompt_of, reads_all=self.fixed_shapes)
         layers = [PreallocatedLayer(self.columns) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=list(layers))
         additive = config._attn_implementation == "eager"
@@ -76,11 +86,11 @@ class Decoder:
         self.hidden = torch.finfo(dtype).min if additive else False
         # What the next token of each row attends to, [rows, 1, 1, columns].
         self.mask = torch.full(
-            (rows, 1, 1, self.columns.capacity), self.hidden, dtype=dtype, device=ids.device
+            (rows, 1, 1, self.columns.capacity), self.hidden, dtype=dtype, device=device
         )
-        self.mask[:, 0, 0, :prompt].masked_fill_(self.prompt_mask, self.seen)
-        positions = position_ids(mask)
-        self.prompt_positions, self.position = positions, positions[:, -1:].clone()
+        self.mask[:, 0, 0, :prompt].masked_fill_(self.prompt_mask[self.prompt_of], self.seen)
+        self.prompt_positions = position_ids(prompt_mask)
+        self.position = self.prompt_positions[self.prompt_of, -1:]
         self.token = torch.zeros_like(self.position)
 
     @torch.no_grad()
@@ -113,11 +123,9 @@ class Decoder:
         columns, prompt = self.prompt_mask.shape[1], self.prompt_mask
         causal = torch.ones(columns, columns, dtype=torch.bool, device=self.ids.device).tril()
         itself = torch.eye(columns, dtype=torch.bool, device=self.ids.device)  # padding's only one
-        read = self.columns.capacity if self.fixed_shapes else columns
-        visible = self.mask.new_full((len(prompt), 1, columns, read), self.hidden)
-        attended = causal & (prompt[:, None] | itself)
-        visible[:, 0, :, :columns].masked_fill_(attended, self.seen)
-        return self._logits(self.ids, visible, self.prompt_positions)
+        visible = self.mask.new_full((len(prompt), 1, columns, columns), self.hidden)
+        visible[:, 0].masked_fill_(causal & (prompt[:, None] | itself), self.seen)
+        return self._logits(self.ids, visible, self.prompt_positions)[self.prompt_of]
 
     def _eager(self, choose: Chooser) -> Callable[[], None]:
         def advance() -> None:

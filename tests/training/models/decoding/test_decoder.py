@@ -39,25 +39,31 @@ PROMPTS = torch.tensor([[3, 3, 5, 9, 21], [7, 8, 30, 40, 11], [3, 3, 3, 3, 50]])
 MASK = (PROMPTS != 3).long()
 GIVEN = torch.tensor([[9, 4, 33, 6, 8, 12], [5, 5, 60, 61, 62, 63], [10, 20, 30, 40, 50, 4]])
 
+REPEATED = torch.tensor([0, 0, 1, 2, 2, 2, 0])
+"""The prompt of each of seven rows; the last repeats one that is not beside it."""
+GIVEN_TO_REPEATED = torch.arange(4, 4 + 7 * STEPS).view(7, STEPS) % 60 + 4
 
-def decoded(policy: Policy, **options: bool) -> Tensor:
-    """[3, STEPS, V] logits from which GIVEN would have been drawn."""
+
+def decoded(decoder: Decoder, given: Tensor = GIVEN) -> Tensor:
+    """[rows, STEPS, V] logits from which the given tokens would have been drawn."""
     seen: list[Tensor] = []
 
     def choose(logits: Tensor) -> Tensor:
         seen.append(logits)
-        return GIVEN[:, len(seen) - 1]
+        return given[:, len(seen) - 1]
 
-    Decoder(policy, PROMPTS, MASK, STEPS, **options).run(choose, lambda: torch.zeros(3).bool())
+    decoder.run(choose, lambda: torch.zeros(len(given)).bool())
     return torch.stack(seen, 1)
 
 
 @torch.no_grad()
-def expected(policy: Policy) -> Tensor:
+def expected(
+    policy: Policy, prompts: Tensor = PROMPTS, mask: Tensor = MASK, given: Tensor = GIVEN
+) -> Tensor:
     """The same from the model's own forward, one text without padding at a time."""
     rows = []
-    for prompt, mask, given in zip(PROMPTS, MASK.bool(), GIVEN, strict=True):
-        text = torch.cat([prompt[mask], given])
+    for prompt, own, drawn in zip(prompts, mask.bool(), given, strict=True):
+        text = torch.cat([prompt[own], drawn])
         rows.append(policy.model(input_ids=text[None]).logits[0, -STEPS - 1 : -1])
     return torch.stack(rows)
 
@@ -70,10 +76,36 @@ def test_the_logits_of_each_step_are_those_of_the_whole_text(
 ) -> None:
     policy = tiny(family, attention)
     assert has_decoder(policy)
-    found = decoded(policy, fixed_shapes=fixed_shapes)
+    found = decoded(Decoder(policy, PROMPTS, MASK, STEPS, fixed_shapes=fixed_shapes))
     torch.testing.assert_close(found, expected(policy), rtol=0, atol=1e-5)
     shifted = expected(policy).roll(1, dims=1)
     assert (found - shifted).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_with_the_same_prompt_share_its_pass(
+    family: str, attention: str, fixed_shapes: bool
+) -> None:
+    policy = tiny(family, attention)
+    rows = PROMPTS[REPEATED], MASK[REPEATED]
+    decoder = Decoder(policy, *rows, STEPS, fixed_shapes=fixed_shapes)
+    assert torch.equal(decoder.ids, PROMPTS[[0, 1, 2, 0]])
+    found = decoded(decoder, GIVEN_TO_REPEATED)
+    wanted = expected(policy, *rows, GIVEN_TO_REPEATED)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    of_others = expected(policy, *(part.roll(1, dims=0) for part in rows), GIVEN_TO_REPEATED)
+    assert (found - of_others).abs().max() > 0.1
+
+
+def test_prompts_that_differ_in_their_padding_alone_are_not_the_same() -> None:
+    """The padding's id can be a token of the prompt too."""
+    policy, ids = tiny("llama"), PROMPTS[:1].expand(2, -1)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+    found = decoded(Decoder(policy, ids, mask, STEPS), GIVEN[:2])
+    wanted = expected(policy, ids, mask, GIVEN[:2])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_families_that_need_more_than_a_full_cache_have_no_decoder() -> None:
@@ -104,17 +136,19 @@ def test_rows_that_are_finished_end_the_decoding_at_the_next_check() -> None:
 
 
 def test_a_layer_keeps_the_states_in_their_columns() -> None:
-    columns = Columns(capacity=4, device=torch.device("cpu"), reads_all=False)
+    prompt_of = torch.tensor([0, 0, 1])
+    columns = Columns(capacity=4, prompt_of=prompt_of, reads_all=False)
     layer = PreallocatedLayer(columns)
-    first = torch.arange(12.0).view(1, 2, 2, 3)
+    first = torch.arange(24.0).view(2, 2, 2, 3)
     keys, _ = layer.update(first, -first)
-    assert keys.shape == (1, 2, 2, 3)
+    assert torch.equal(keys, first)
     columns.advance(2)
     before = layer.keys
-    keys, values = layer.update(torch.ones(1, 2, 1, 3), torch.zeros(1, 2, 1, 3))
+    keys, values = layer.update(torch.ones(3, 2, 1, 3), torch.zeros(3, 2, 1, 3))
     assert layer.keys is before  # not allocated again
-    assert torch.equal(keys, torch.cat([first, torch.ones(1, 2, 1, 3)], 2))
-    assert torch.equal(values, torch.cat([-first, torch.zeros(1, 2, 1, 3)], 2))
+    of_rows = first[prompt_of]
+    assert torch.equal(keys, torch.cat([of_rows, torch.ones(3, 2, 1, 3)], 2))
+    assert torch.equal(values, torch.cat([-of_rows, torch.zeros(3, 2, 1, 3)], 2))
     assert layer.get_mask_sizes(1) == (3, 0)
 
 
