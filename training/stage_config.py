@@ -71,8 +71,8 @@ class RunConfig(StrictModel):
     fp16: bool = False
     """Compute in float16 with a dynamic loss scale, on GPUs that have no bfloat16."""
     packing: bool = False
-    """Compute several short sequences of a micro-batch in one row: less work on padding, the same
-    losses."""
+    """Compute several short sequences of a micro-batch in one row, and what they have in common
+    (the prompt of several responses) once: less work, the same losses."""
     per_device_eval_batch_size: Count = 8
     """Sequences (stage 2: comparisons or rankings) in one forward pass of one process that takes no
     gradients."""

@@ -33,34 +33,64 @@ def padded(rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
 def test_the_documented_example() -> None:
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0], [0, 0, 0, 9]])
     packed = pack(ids, (ids != PAD).long())
-    assert packed.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 0]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
-    assert packed.rows.tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert packed.columns.tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert packed.attention_mask[1, 0].tolist() == [
-        [True, False, False, False],
-        [True, True, False, False],
-        [False, False, True, False],  # 9 does not see 5 and 6
-        [False, False, False, True],
-    ]
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8], [9, 0, 0, 0]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
+    assert packed.rows.tolist() == [0, 0, 0, 0, 0, 0, 1]
+    assert packed.columns.tolist() == [0, 1, 2, 3, 0, 1, 0]
     back = packed.unpacked(packed.input_ids[..., None].float())
     assert back[..., 0].tolist() == ids.tolist()
 
 
+def test_responses_see_their_prompt_and_not_one_another() -> None:
+    """Two prompts, 5 6 and 7 8 9, with two responses each: one row of each, and their masks."""
+    ids, mask = padded([[5, 6, 1], [5, 6, 2, 3], [7, 8, 9, 1], [7, 8, 9, 2]], "left")
+    packed = pack(ids, mask)
+    assert packed.input_ids.tolist() == [[5, 6, 1, 2, 3], [7, 8, 9, 1, 2]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 2, 3], [0, 1, 2, 3, 3]]
+    assert packed.attention_mask[:, 0].int().tolist() == [
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]],
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]],
+    ]
+
+
+def test_only_what_is_worth_it_is_shared() -> None:
+    """A begin-of-sequence token alone, 1, is computed for each; a row is at most four widths."""
+    alone = [[1, *range(10 * s, 10 * s + 9)] for s in range(1, 4)]
+    packed = pack(*padded(alone, "right"))
+    assert packed.input_ids.shape == (3, 10)
+    prompt = list(range(100, 110))
+    many = [[*prompt, *range(10 * s, 10 * s + 10)] for s in range(1, 10)]
+    packed = pack(*padded(many, "right"))  # 10 + 7 · 10 tokens fit into 4 · 20
+    assert packed.input_ids.shape == (2, 80)
+    assert (packed.input_ids == 100).sum() == 2
+
+
+WORDS = st.lists(st.integers(1, 3), min_size=1, max_size=9)
+
+
 @settings(deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.sampled_from(["left", "right"]))
-def test_every_token_keeps_its_place_and_its_past(lengths: list[int], side: str) -> None:
-    rows = [[100 * (s + 1) + t for t in range(length)] for s, length in enumerate(lengths)]
+@given(
+    st.lists(WORDS, min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 3), WORDS), min_size=1, max_size=12),
+    st.sampled_from(["left", "right"]),
+)
+def test_every_token_keeps_its_place_and_its_past(
+    prompts: list[list[int]], responses: list[tuple[int, list[int]]], side: str
+) -> None:
+    rows = [prompts[number % len(prompts)] + response for number, response in responses]
     ids, mask = padded(rows, side)
     packed = pack(ids, mask)
     assert len(packed.input_ids) <= len(rows)
-    assert packed.input_ids.shape[1] == ids.shape[1]
+    assert ids.shape[1] <= packed.input_ids.shape[1] <= 4 * ids.shape[1]
     assert torch.equal(packed.unpacked(packed.input_ids[..., None])[..., 0], ids)
-    for row, column in zip(packed.rows, packed.columns, strict=True):
-        token = int(packed.input_ids[row, column])
+    places = zip(packed.from_rows, packed.rows, packed.columns, strict=True)
+    depth = dict.fromkeys(range(len(rows)), 0)
+    for sequence, row, column in places:
+        place = depth[int(sequence)]
+        depth[int(sequence)] += 1
         seen = packed.input_ids[row][packed.attention_mask[row, 0, column]].tolist()
-        assert seen == list(range(token // 100 * 100, token + 1))
-        assert packed.position_ids[row, column] == token % 100
+        assert seen == rows[int(sequence)][: place + 1]
+        assert packed.position_ids[row, column] == place
     assert packed.attention_mask.any(-1).all()  # a token that sees nothing would give NaN
 
 
@@ -92,7 +122,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny
 
 
-ROWS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15], [16]]
+ROWS = [[5, 6, 7, 8, 9, 10], [11, 12], [5, 6, 7, 9], [13, 14, 15], [16], [5, 6, 7, 8, 9]]
 
 
 def logps(policy: Policy, side: str) -> Tensor:
