@@ -3,7 +3,8 @@
     python -m step3_rlhf.paper.quickstart runs/quickstart
 
 reads the finished runs in that folder (world, reward, sft, kl, pm, conditional_pm and any other
-stage-3 run) and writes report.json, report.html (self-contained) and shares.png into it.
+stage-3 run) and writes report.json, report.html (self-contained), shares.png and, if the runs with
+two groups of people are there, groups.png into it.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from step3_rlhf.paper import analytic_figures
 from step3_rlhf.paper.pages import svg_uri
 from step3_rlhf.paper.quickstart.findings import Run, read_findings
+from step3_rlhf.paper.quickstart.groups import draw_groups, group_shares
 from step3_rlhf.paper.quickstart.machine import this_machine
 from step3_rlhf.paper.quickstart.metrics import METRICS, number
 from step3_rlhf.paper.quickstart.page import Pictures, page
@@ -31,12 +33,17 @@ def write_report(directory: Path) -> str:
     reward_model = findings.reward_model
     shares = draw_shares(topic_shares({name: run.sets for name, run in findings.runs.items()}))
     shares.savefig(directory / "shares.png", dpi=150)
+    of_groups = group_shares(findings.runs)
+    groups = draw_groups(of_groups) if of_groups else None
+    if groups:
+        groups.savefig(directory / "groups.png", dpi=150)
     pictures = Pictures(
         shares=svg_uri(shares),
         reliability=svg_uri(reliability_diagram(reward_model.reliability, reward_model.ece)),
         figure2=svg_uri(analytic_figures.figure2()),
         figure2_f_divergences=svg_uri(analytic_figures.figure2_f_divergences()),
         figure9=svg_uri(analytic_figures.figure9()),
+        groups=svg_uri(groups) if groups else None,
     )
     machine = this_machine()
     seconds = all_seconds(findings.seconds, time.perf_counter() - started)

@@ -23,6 +23,10 @@ SPLIT_BY = ("validation_share", "split_seed")
 EVALUATION_FILES = ("evaluation.json", "instances.jsonl")
 
 
+AVERAGES = {"ema_average": "ema"}
+"""Folders in which the averaged weights of a run are measured, and the run."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One evaluated policy."""
@@ -34,6 +38,10 @@ class Run:
     instances: list[dict[str, Any]]
     method: str = ""
     """How it was trained: PPO, RLOO or "direct"; empty for SFT."""
+    seconds: float | None = None
+    """All optimizer steps took, with what they are made from; None where nothing was trained."""
+    peak_gib: float | None = None
+    """The most memory that training took."""
 
     @property
     def kind(self) -> str:
@@ -166,10 +174,8 @@ def require_complete(directory: Path) -> None:
 
 def is_finished_run(directory: Path) -> bool:
     """Whether `directory` holds an evaluated run of stage 3."""
-    files = ("config.json", *EVALUATION_FILES)
-    return all((directory / name).is_file() for name in files) and bool(
-        read_json(directory / "config.json").get("regularizer")
-    )
+    files = all((directory / name).is_file() for name in EVALUATION_FILES)
+    return files and bool(read_config(directory).get("regularizer"))
 
 
 def read_reward_model(directory: Path) -> RewardModel:
@@ -217,15 +223,35 @@ def of_test(lines: list[dict[str, Any]], data: dict[str, Any]) -> list[dict[str,
 
 def read_run(directory: Path) -> Run:
     """An evaluated policy of stage 1 or 3."""
-    path = directory / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_config(directory)
     return Run(
         directory.name,
         config.get("regularizer"),
         read_json(directory / "evaluation.json"),
         read_lines(directory / "instances.jsonl"),
         method_of(config),
+        *training_costs(directory / "metrics.jsonl"),
     )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config of the run that is measured in `directory`; {} if it has none."""
+    path = directory.with_name(AVERAGES.get(directory.name, directory.name)) / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def training_costs(metrics: Path) -> tuple[float | None, float | None]:
+    """Seconds of all optimizer steps, and the peak of memory in GiB; None without metrics."""
+    lines = read_lines(metrics) if metrics.is_file() else []
+    timed = [line for line in lines if "memory/peak_gib" in line]
+    if not timed:
+        return None, None
+    seconds, done = 0.0, 0
+    for line in timed:  # of the steps since the line before
+        phases = sum(value for name, value in line.items() if name.startswith("time/"))
+        seconds += (line["step"] - done) * line.get("time/iteration", phases)
+        done = line["step"]
+    return seconds, max(line["memory/peak_gib"] for line in timed)
 
 
 def method_of(config: dict[str, Any]) -> str:

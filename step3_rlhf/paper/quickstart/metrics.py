@@ -126,6 +126,14 @@ METRICS = (
 )
 
 
+DISTANCES = tuple(
+    metric
+    for metric in METRICS
+    if metric.name in ("tv_to_optimum", "tv_to_population", "outside_mass")
+)
+"""The columns by which methods are compared."""
+
+
 def number(value: float | None) -> str:
     """Three decimals where they mean something, in at most eight characters; a dash for None."""
     if value is None:

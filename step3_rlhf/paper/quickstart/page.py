@@ -6,7 +6,8 @@ from typing import Any
 from step3_rlhf.paper.pages import TEMPLATES, Sample, samples_of
 from step3_rlhf.paper.quickstart.findings import Findings, Run
 from step3_rlhf.paper.quickstart.machine import Machine
-from step3_rlhf.paper.quickstart.metrics import METRICS, Metric, number
+from step3_rlhf.paper.quickstart.methods import METHODS, Method, runs_of_methods
+from step3_rlhf.paper.quickstart.metrics import DISTANCES, METRICS, Metric, number
 from step3_rlhf.paper.quickstart.shares import DISTRIBUTIONS
 from step3_rlhf.paper.quickstart.table1 import (
     PAPER,
@@ -92,6 +93,8 @@ class Pictures:
     figure2: str
     figure2_f_divergences: str
     figure9: str
+    groups: str | None = None
+    """Of two groups of people; None where those runs are missing."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,14 @@ class Page:
     """By the name of their run."""
     headline: list[Policy]
     metrics: tuple[Metric, ...]
+    distances: tuple[Metric, ...]
+    """The metrics by which methods are compared."""
     table1: list[Table1Row]
     thresholds: Thresholds
     perplexity_limit: float | None
     samples: Samples
+    methods: list[tuple[Policy, Method]]
+    """The further methods, after what they are compared with; empty where none was run."""
     pictures: Pictures
     seconds: dict[str, float]
     machine: Machine
@@ -127,6 +134,7 @@ def page(
         policies,
         [policies[name] for name in HEADLINE],
         METRICS,
+        DISTANCES,
         [
             Table1Row(policies[run.name], verdict(run, sft), PAPER.get(run.kind, Statement()))
             for run in in_papers_order(list(runs.values()))
@@ -134,6 +142,7 @@ def page(
         THRESHOLDS,
         perplexity_limit(sft),
         samples(policies),
+        [(policies[run.name], METHODS[run.name]) for run in runs_of_methods(runs)],
         pictures,
         seconds,
         machine,
@@ -148,6 +157,8 @@ def policy_of(run: Run) -> Policy:
     label = NAMES.get(run.regularizer.get("divergence", run.kind), run.name)
     if run.method != "PPO":
         label += f", {run.method}"
+    if run.name in METHODS and METHODS[run.name].called:
+        label += f", {METHODS[run.name].called}"
     return Policy(run, label, parameters(run.regularizer), colour)
 
 

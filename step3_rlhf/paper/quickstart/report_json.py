@@ -6,8 +6,9 @@ from typing import Any
 from step3_rlhf.evaluation.sampled import ESTIMAND
 from step3_rlhf.paper.quickstart.findings import RUNS, Findings, Run
 from step3_rlhf.paper.quickstart.machine import Machine
+from step3_rlhf.paper.quickstart.methods import runs_of_methods
 from step3_rlhf.paper.quickstart.metrics import METRICS
-from step3_rlhf.paper.quickstart.table1 import THRESHOLDS, verdict
+from step3_rlhf.paper.quickstart.table1 import THRESHOLDS, in_papers_order, verdict
 
 
 def report_json(findings: Findings, seconds: dict[str, float], machine: Machine) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def report_json(findings: Findings, seconds: dict[str, float], machine: Machine)
         "ci95": {key: {m.name: run.ci95(m.name) for m in METRICS} for key, run in runs.items()},
         "table1": {
             "thresholds": asdict(THRESHOLDS),
-            "rows": {name: table1_row(run, sft) for name, run in runs.items() if name != "sft"},
+            "rows": {run.name: table1_row(run, sft) for run in in_papers_order([*runs.values()])},
         },
         "estimand": ESTIMAND,
         "pm_convergence": {**asdict(findings.pm), "converged": findings.pm.converged},
@@ -37,7 +38,12 @@ def report_json(findings: Findings, seconds: dict[str, float], machine: Machine)
         "seed": findings.seed,
     }
     others = {name: means[name] for name in runs if name not in RUNS}
-    return report | ({"further_runs": others} if others else {})
+    costs = {
+        run.name: {"training_seconds": run.seconds, "peak_gib": run.peak_gib}
+        for run in runs_of_methods(runs)
+    }
+    report |= {"further_runs": others} if others else {}
+    return report | ({"methods": costs} if costs else {})
 
 
 def table1_row(run: Run, sft: Run) -> dict[str, Any]:

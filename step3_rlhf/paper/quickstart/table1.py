@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from step3_rlhf.paper.quickstart.findings import Run
+from step3_rlhf.paper.quickstart.methods import is_further
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ ORDER = ("kl", "f_divergence", "kl_interpolation", "generalized_pl", "none", "ma
 
 
 def in_papers_order(runs: list[Run]) -> list[Run]:
-    """The trained runs, in the order of Table 1's rows."""
+    """The trained runs that Table 1 is about, in the order of its rows."""
     last = {"pm": len(ORDER) + 1, "conditional_pm": len(ORDER) + 2}
 
     def place(run: Run) -> int:
         return ORDER.index(run.kind) if run.kind in ORDER else last.get(run.kind, len(ORDER))
 
-    return sorted((run for run in runs if run.regularizer), key=place)
+    return sorted((run for run in runs if run.regularizer and not is_further(run)), key=place)
