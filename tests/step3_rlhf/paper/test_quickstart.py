@@ -379,13 +379,17 @@ def run_quickstart(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedPr
 
 def make_inputs(directory: Path) -> None:
     """What the phases of a finished quickstart find on disk."""
-    for name in ("world/base", "sft", "sft/model", "reward", "reward/model"):
+    trained = ("sft", "reward", "reward_group1", "reward_group2", "reward_pooled")
+    for name in ("world/base", *trained, *(f"{name}/model" for name in trained)):
         write(directory / name / "config.json", {})
     record = {"prompt": "p", "chosen": "a", "rejected": "b", "response": "a"}
-    for name in ("texts", "comparisons"):
+    groups = [f"two_groups/comparisons{group}" for group in ("", "_group1", "_group2")]
+    for name in ("world/texts", "world/comparisons", *groups):
         for part in ("", "_eval"):
-            write(directory / "world" / f"{name}{part}.jsonl", record)
-    write(directory / "world" / "response_sets.jsonl", {"prompt": "p", "responses": ["a", "b"]})
+            write(directory / f"{name}{part}.jsonl", record)
+    for world in ("world", "two_groups"):
+        sets = {"prompt": "p", "responses": ["a", "b"]}
+        write(directory / world / "response_sets.jsonl", sets)
     write(directory / "world" / "answer_key.jsonl", {"prompt": "p", "classes": {"a": ["a"]}})
 
 
@@ -406,7 +410,9 @@ def test_quickstart_passes_what_the_stages_understand(
     assert calls.pop() == ["-m", "step3_rlhf.paper.quickstart", str(directory)]
     phases = json.loads((directory / "phases.json").read_text())
     expected = "world sft reward kl pm conditional_pm maximum_entropy js_divergence forward_kl"
-    expected += " chi_squared rloo classes dpo direct sft_evaluation report"
+    expected += " chi_squared rloo classes luce ptx ema ema_average dpo direct two_groups"
+    expected += " reward_group1 reward_group2 reward_pooled weighted_sum pooled mixture"
+    expected += " sft_evaluation report"
     assert list(phases["commands"]) == expected.split()
     assert list(phases["seconds"]) == [*expected.split(), "total"]
     assert all(f"=== {name}: " in done.stdout for name in expected.split())
@@ -418,34 +424,58 @@ def test_quickstart_passes_what_the_stages_understand(
         "step3_rlhf.main": PPOConfig,
         "step3_rlhf.direct.main": DirectConfig,
     }
-    regularizers = []
-    for call in calls:
+    found: dict[str, Any] = {}
+    for phase, call in zip(expected.split()[1:-1], calls, strict=True):
+        if phase == "two_groups":
+            made = ["-m", "training.world", "--output_dir", f"{directory}/two_groups"]
+            assert call == [*made, "--seed", "5", "--groups", "2"]
+            continue
         module, config, *overrides = call[call.index("--module") + 1 :]
         if module == "step3_rlhf.evaluation":
-            overrides.remove("--overwrite")
+            if phase == "ema_average":
+                write(directory / "ema" / "config.json", found["ema"].model_dump(mode="json"))
+                for model in ("actor", "actor_ema"):
+                    write(directory / "ema" / model / "config.json", {})
             settings = run_settings(config)
-            faults = apply_overrides(settings, overrides)
-            checked: Any = check_config(EvaluationConfig, settings, "faults:", faults)
-            shipped = json.loads((ROOT / "step3_rlhf/configs/quickstart.json").read_text())
-            assert checked.model_name_or_path == f"{directory}/sft/model"
-            assert checked.output_dir == f"{directory}/sft"
-            assert checked.response_length == shipped["response_length"]
-            assert checked.regularizer is None
+            faults = apply_overrides(settings, [o for o in overrides if o != "--overwrite"])
+            found[phase] = check_config(EvaluationConfig, settings, "faults:", faults)
         else:
             anew = [*overrides, "overwrite_output_dir=true"]
-            checked = load_config(stages[module], str(ROOT / config), anew)
-        assert checked.seed == 5
-        assert "runs/quickstart" not in checked.model_dump_json()
-        if module in ("step3_rlhf.main", "step3_rlhf.direct.main"):
-            assert checked.output_dir == f"{directory}/{expected.split()[3 + len(regularizers)]}"
-            regularizers.append(checked.regularizer)
-    assert [r.name for r in regularizers[:4]] == ["kl", "pm", "conditional_pm", "maximum_entropy"]
-    assert regularizers[3].tau == 0.5
-    divergences = [r.divergence for r in regularizers[4:7]]
-    assert divergences == ["js_divergence", "forward_kl", "chi_squared"]
-    methods = [r.name for r in regularizers[7:]]
-    assert methods == ["conditional_pm", "conditional_pm", "kl", "conditional_pm"]
-    assert regularizers[8].response_classes.answer_key == f"{directory}/world/answer_key.jsonl"
+            found[phase] = load_config(stages[module], str(ROOT / config), anew)
+            assert found[phase].output_dir == f"{directory}/{phase}"
+        assert found[phase].seed == 5
+        assert "runs/quickstart" not in found[phase].model_dump_json()
+
+    shipped = json.loads((ROOT / "step3_rlhf/configs/quickstart.json").read_text())
+    sft, average = found["sft_evaluation"], found["ema_average"]
+    assert (sft.model_name_or_path, sft.output_dir) == (
+        f"{directory}/sft/model",
+        f"{directory}/sft",
+    )
+    assert sft.response_length == shipped["response_length"]
+    assert sft.regularizer is None
+    assert average.model_name_or_path == f"{directory}/ema/actor_ema"
+    assert average.output_dir == f"{directory}/ema_average"
+    assert average.regularizer == found["conditional_pm"].regularizer
+    assert found["maximum_entropy"].regularizer.tau == 0.5
+    for name in ("js_divergence", "forward_kl", "chi_squared"):
+        assert found[name].regularizer.divergence == name
+    named = {"kl": "kl", "pm": "pm", "dpo": "kl", "luce": "generalized_pl"}
+    for name in ("conditional_pm", "rloo", "classes", "ptx", "ema", "direct", "mixture"):
+        named[name] = "conditional_pm"
+    assert {name: found[name].regularizer.name for name in named} == named
+    key = found["classes"].regularizer.response_classes.answer_key
+    assert key == f"{directory}/world/answer_key.jsonl"
+    assert found["ptx"].ptx_data.sources[0].path == f"{directory}/world/texts.jsonl"
+    assert (
+        found["reward_group2"].data.sources[0].path.endswith("two_groups/comparisons_group2.jsonl")
+    )
+    of_groups = [f"{directory}/reward_group{group}/model" for group in (1, 2)]
+    rewards = {name: found[name].reward for name in ("weighted_sum", "pooled", "mixture")}
+    assert [m.model_name_or_path for m in rewards["weighted_sum"].models] == of_groups
+    assert [m.model_name_or_path for m in rewards["mixture"].mixture] == of_groups
+    assert rewards["mixture"].shares == (0.5, 0.5)
+    assert rewards["pooled"].model_name_or_path == f"{directory}/reward_pooled/model"
 
 
 def test_a_run_is_called_by_its_regularizer_and_its_method() -> None:
