@@ -38,17 +38,17 @@ training.models.packing training.plotting training.plugins training.runtime.rank
 training.world.population training.world.prompts
 
 step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments step3_rlhf.chat.bars
-step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
-step3_rlhf.paper.people.reward_model step3_rlhf.paper.quickstart.shares
-step3_rlhf.regularizers.classes step3_rlhf.response_sets step3_rlhf.rewards.calibration
-step3_rlhf.rewards.mixture training.data.messages training.data.settings
-training.models.hidden_states training.models.pretrained training.runtime.faults
-training.runtime.signals training.runtime.tracking training.settings_reference
-training.world.base_model
+step3_rlhf.paper.bars step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
+step3_rlhf.paper.people.reward_model step3_rlhf.regularizers.classes step3_rlhf.response_sets
+step3_rlhf.rewards.calibration step3_rlhf.rewards.mixture training.data.messages
+training.data.settings training.models.hidden_states training.models.pretrained
+training.runtime.faults training.runtime.signals training.runtime.tracking
+training.settings_reference training.world.base_model
 
-step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.base
-training.data.cutting training.data.files training.data.formats training.data.split
-training.models.checks training.models.scalar training.stage_config training.world.files
+step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.paper.quickstart.shares
+step3_rlhf.regularizers.base training.data.cutting training.data.files training.data.formats
+training.data.split training.models.checks training.models.scalar training.stage_config
+training.world.files
 
 step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.paper.people.data.convert
 step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.log_linear
