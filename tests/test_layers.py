@@ -20,9 +20,9 @@ step3_rlhf.generation step3_rlhf.paper step3_rlhf.paper.grid step3_rlhf.paper.gr
 step3_rlhf.paper.pages step3_rlhf.paper.people step3_rlhf.paper.people.boards
 step3_rlhf.paper.people.data step3_rlhf.paper.people.data.phrasing step3_rlhf.paper.people.report
 step3_rlhf.paper.people.report.word_list step3_rlhf.paper.quickstart
-step3_rlhf.paper.quickstart.machine step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards
-training training.data.batches training.data.tally training.deferred training.errors
-training.launch training.launch.process training.models training.models.decoding
+step3_rlhf.paper.quickstart.machine step3_rlhf.paper.quickstart.metrics step3_rlhf.reference
+step3_rlhf.rewards training training.data.batches training.data.tally training.deferred
+training.errors training.launch training.launch.process training.models training.models.decoding
 training.models.decoding.cache training.models.decoding.few_rows training.models.families
 training.models.families.generation training.models.families.own_head training.models.logprobs
 training.models.plackett_luce training.runtime training.runtime.averaging training.runtime.disk
@@ -38,17 +38,17 @@ training.models.packing training.plotting training.plugins training.runtime.rank
 training.world.population training.world.prompts
 
 step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments step3_rlhf.chat.bars
-step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
-step3_rlhf.paper.people.reward_model step3_rlhf.paper.quickstart.shares
-step3_rlhf.regularizers.classes step3_rlhf.response_sets step3_rlhf.rewards.calibration
-step3_rlhf.rewards.mixture training.data.messages training.data.settings
-training.models.hidden_states training.models.pretrained training.runtime.faults
-training.runtime.signals training.runtime.tracking training.settings_reference
-training.world.base_model
+step3_rlhf.paper.bars step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
+step3_rlhf.paper.people.reward_model step3_rlhf.regularizers.classes step3_rlhf.response_sets
+step3_rlhf.rewards.calibration step3_rlhf.rewards.mixture training.data.messages
+training.data.settings training.models.hidden_states training.models.pretrained
+training.runtime.faults training.runtime.signals training.runtime.tracking
+training.settings_reference training.world.base_model
 
-step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.base
-training.data.cutting training.data.files training.data.formats training.data.split
-training.models.checks training.models.scalar training.stage_config training.world.files
+step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.paper.quickstart.shares
+step3_rlhf.regularizers.base training.data.cutting training.data.files training.data.formats
+training.data.split training.models.checks training.models.scalar training.stage_config
+training.world.files
 
 step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.paper.people.data.convert
 step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.log_linear
@@ -95,7 +95,8 @@ step3_rlhf.evaluation.shared_work step3_rlhf.paper.grid.page step3_rlhf.paper.pe
 step3_rlhf.rollout
 
 step3_rlhf.chat.speakers step3_rlhf.classes.labels step3_rlhf.experience
-step3_rlhf.paper.grid.report step3_rlhf.paper.people.__main__ step3_rlhf.rewards.readings
+step3_rlhf.paper.grid.report step3_rlhf.paper.people.__main__ step3_rlhf.reference.centering
+step3_rlhf.reference.cuts step3_rlhf.rewards.readings
 
 step3_rlhf.chat.session step3_rlhf.classes.shares step3_rlhf.iteration_metrics
 step3_rlhf.paper.grid.__main__ step3_rlhf.rewards.model
