@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("training", "step1_sft", "step2_reward", "step3_rlhf")
 
 LAYERS = """
-step1_sft step2_reward step2_reward.btl_fit step2_reward.calibrate step3_rlhf step3_rlhf.benchmark
+step1_sft step2_reward step2_reward.calibrate step3_rlhf step3_rlhf.benchmark
 step3_rlhf.benchmark.shapes step3_rlhf.benchmark.table step3_rlhf.benchmark.trl_ppo
 step3_rlhf.chat step3_rlhf.chat.settings step3_rlhf.classes step3_rlhf.direct
 step3_rlhf.evaluation step3_rlhf.evaluation.metrics step3_rlhf.generation step3_rlhf.gpu_check
@@ -36,17 +36,17 @@ step3_rlhf.chat.shares step3_rlhf.direct.loss step3_rlhf.paper.people.data.quest
 step3_rlhf.paper.people.measure step3_rlhf.ppo training.config training.data.chat_template
 training.data.fields training.data.json_lines training.deepspeed_section training.launch.gpus
 training.launch.launcher training.launch.lock training.memory training.models.families.noise
-training.models.packing training.plotting training.plugins training.runtime.ranks
-training.world.population training.world.prompts
+training.models.links training.models.packing training.plotting training.plugins
+training.runtime.ranks training.world.population training.world.prompts
 
-step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments step3_rlhf.chat.bars
-step3_rlhf.gpu_check.measurements step3_rlhf.paper.bars step3_rlhf.paper.people.alpha
-step3_rlhf.paper.people.data.records step3_rlhf.paper.people.reward_model
-step3_rlhf.regularizers.classes step3_rlhf.response_sets step3_rlhf.rewards.calibration
-step3_rlhf.rewards.mixture training.data.messages training.data.settings
-training.models.hidden_states training.models.pretrained training.runtime.faults
-training.runtime.signals training.runtime.tracking training.settings_reference
-training.world.base_model
+step2_reward.btl_fit step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments
+step3_rlhf.chat.bars step3_rlhf.gpu_check.measurements step3_rlhf.paper.bars
+step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
+step3_rlhf.paper.people.reward_model step3_rlhf.regularizers.classes step3_rlhf.response_sets
+step3_rlhf.rewards.calibration step3_rlhf.rewards.mixture training.data.messages
+training.data.settings training.models.hidden_states training.models.pretrained
+training.runtime.faults training.runtime.signals training.runtime.tracking
+training.settings_reference training.world.base_model
 
 step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.paper.quickstart.shares
 step3_rlhf.regularizers.base training.data.cutting training.data.files training.data.formats
@@ -56,9 +56,10 @@ training.world.files
 step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.gpu_check.stages
 step3_rlhf.paper.people.data.convert step3_rlhf.paper.quickstart.findings
 step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality
-step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers training.data.records
-training.data.templates training.models.lora training.models.options training.runtime.engine
-training.runtime.model_card training.runtime.resume training.world.__main__
+step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers step3_rlhf.rewards.links
+training.data.records training.data.templates training.models.lora training.models.options
+training.runtime.engine training.runtime.model_card training.runtime.resume
+training.world.__main__
 
 step3_rlhf.paper.people.report.findings step3_rlhf.paper.quickstart.groups
 step3_rlhf.paper.quickstart.methods step3_rlhf.regularizers.divergences
