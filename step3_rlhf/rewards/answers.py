@@ -12,7 +12,7 @@ from training.errors import UserError
 from training.runtime import ranks
 
 NAMES = ("rewards", "reward", "scores", "score")
-"""Where the numbers are in an answer that is an object, as OpenRLHF's servers and functions give it;
+"""Where the numbers are in an answer that is an object, as OpenRLHF's servers and functions give;
 the first of these names that is there counts."""
 
 

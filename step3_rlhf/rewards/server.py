@@ -113,6 +113,7 @@ def post(url: str, content: dict[str, Any], timeout: float, retries: int) -> Any
         data=json.dumps(content).encode(),
         headers={"Content-Type": "application/json", "Accept": "application/json"},
     )
+    fault = ""
     for attempt in range(retries + 1):
         if attempt:
             wait = min(2.0 ** (attempt - 1), LONGEST_WAIT)

@@ -174,7 +174,7 @@ def test_passing_faults_are_tried_again(
 
 def test_lasting_faults_end_the_run(stand_in: StandIn, rollout: Rollout, world_tokenizer) -> None:
     stand_in.script = [(500, b"no memory")] * 3
-    with pytest.raises(UserError, match="answered 500 .*: no memory, 3 times"):
+    with pytest.raises(UserError, match=r"answered 500 .*: no memory, 3 times"):
         reward_of(stand_in.url, world_tokenizer, retries=2)(rollout)
     assert len(stand_in.requests) == 3
 
