@@ -101,10 +101,11 @@ step3_rlhf.rollout
 
 step3_rlhf.chat.speakers step3_rlhf.classes.labels step3_rlhf.experience
 step3_rlhf.paper.grid.report step3_rlhf.paper.people.__main__ step3_rlhf.reference.centering
-step3_rlhf.reference.cuts step3_rlhf.rewards.readings
+step3_rlhf.reference.cuts step3_rlhf.rewards.answers step3_rlhf.rewards.readings
 
 step3_rlhf.chat.session step3_rlhf.classes.shares step3_rlhf.iteration_metrics
-step3_rlhf.paper.grid.__main__ step3_rlhf.rewards.model
+step3_rlhf.paper.grid.__main__ step3_rlhf.rewards.functions step3_rlhf.rewards.model
+step3_rlhf.rewards.server
 
 step3_rlhf.chat.plain step3_rlhf.chat.screen step3_rlhf.rewards.sources
 
