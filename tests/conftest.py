@@ -157,15 +157,15 @@ def process_group() -> Iterator[None]:
         ranks.disconnect()
 
 
-@pytest.fixture
-def stage_settings(tiny_world: Path, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
-    """The JSON of a sound config of each stage, on the tiny world."""
+@pytest.fixture(scope="session")
+def settings_in(tiny_world: Path) -> Callable[[str, Path], dict[str, Any]]:
+    """The JSON of a sound config of each stage, on the tiny world, that writes into a directory."""
 
-    def settings(stage: str) -> dict[str, Any]:
+    def settings(stage: str, directory: Path) -> dict[str, Any]:
         kind = "texts" if stage == "sft" else "comparisons"
         common: dict[str, Any] = {
             "model_name_or_path": str(tiny_world / "base"),
-            "output_dir": str(tmp_path / stage),
+            "output_dir": str(directory / stage),
             "per_device_train_batch_size": 4,
             "data": {
                 "sources": [str(tiny_world / f"{kind}.jsonl")],
@@ -173,7 +173,7 @@ def stage_settings(tiny_world: Path, tmp_path: Path) -> Callable[[str], dict[str
                 "max_eval_samples": 8,
                 "max_prompt_length": 48,
                 "max_response_length": 16,
-                "cache_dir": str(tmp_path / "token_ids"),
+                "cache_dir": str(directory / "token_ids"),
             },
         }
         evaluated = {
@@ -200,3 +200,11 @@ def stage_settings(tiny_world: Path, tmp_path: Path) -> Callable[[str], dict[str
         )
 
     return settings
+
+
+@pytest.fixture
+def stage_settings(
+    settings_in: Callable[[str, Path], dict[str, Any]], tmp_path: Path
+) -> Callable[[str], dict[str, Any]]:
+    """The same for the test's own directory."""
+    return lambda stage: settings_in(stage, tmp_path)

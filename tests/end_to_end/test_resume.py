@@ -27,7 +27,7 @@ from training.errors import RunError, UserError
 from training.runtime.checkpoint import Checkpoints
 from training.runtime.resume import STATE, complete_checkpoints
 
-pytestmark = pytest.mark.usefixtures("process_group")
+pytestmark = [pytest.mark.usefixtures("process_group"), pytest.mark.long]
 
 MEASURED = ("seconds", "time/", "memory/")
 """Metrics that differ between equal runs."""
