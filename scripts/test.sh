@@ -28,8 +28,8 @@ case "${1:-}" in
         ;;
 esac
 workers="${WORKERS:-$(nproc)}"
-# A file's tests stay together: they share what is expensive to make. The order stays that of the
-# files, so that the long end-to-end tests come first and the cores are done at the same time.
+# A file's tests stay together: they share what is expensive to make. tests/conftest.py puts the files
+# that take longest first, so that the cores are done at the same time.
 ((workers == 1)) || selection+=(--numprocesses "$workers" --dist loadfile --no-loadscope-reorder)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the workers share the cores
 

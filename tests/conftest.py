@@ -33,9 +33,32 @@ PAD, BOS, EOS = 3, 1, 2
 STARTS_PROCESSES = {"recorded", "run_quickstart"}
 """Fixtures that run scripts or other processes."""
 VOCABULARY = 64
+TESTS = Path(__file__).parent
+LONGEST = [
+    TESTS / name
+    for name in (
+        "end_to_end/test_sharding.py",
+        "end_to_end/test_fuzz.py",
+        "end_to_end/test_pipeline.py",
+        "step3_rlhf/test_convergence.py",
+        "end_to_end/test_interruptions.py",
+        "end_to_end/test_sweep.py",
+        "end_to_end/test_multinode.py",
+        "step3_rlhf/paper/people/test_experiment.py",
+        "end_to_end/test_resume.py",
+        "end_to_end/test_model_families.py",
+        "training/models/test_lora.py",
+        "test_on_a_gpu.py",
+    )
+]
+"""The files that take longest come first, so that all workers end at the same time. Of two that run
+side by side, at most one keeps several processes busy: on two cores, processes that wait for one
+another by spinning would take turns with the rest."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {path: place for place, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     for item in items:
         if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.launcher)
