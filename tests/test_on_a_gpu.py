@@ -35,7 +35,7 @@ from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained
 from training.runtime.engine import TrainedModule, adamw
 
-pytestmark = pytest.mark.usefixtures("process_group")
+pytestmark = [pytest.mark.usefixtures("process_group"), pytest.mark.long]
 
 Settings = Callable[[str], dict[str, Any]]
 

@@ -158,6 +158,7 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
+@pytest.mark.long
 def test_files_are_written_in_the_agreed_form(
     quickstart: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

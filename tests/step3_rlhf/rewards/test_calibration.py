@@ -1,6 +1,8 @@
 """ "beta": "calibrated", from scripts/calibrate.sh to the config of stage 3."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,27 @@ from training.runtime import ranks
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-@pytest.fixture
-def reward_run(stage_settings, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A calibrated stage-2 run; the test's process group stands in for the launcher's."""
-    settings = stage_settings("reward") | {"max_steps": 60, "learning_rate": 2e-3}
-    settings |= {"per_device_train_batch_size": 16}
+@pytest.fixture(scope="module")
+def trained(
+    settings_in: Callable[[str, Path], dict[str, Any]],
+    process_group: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A stage-2 run that several tests copy."""
+    settings = settings_in("reward", tmp_path_factory.mktemp("trained"))
+    settings |= {"max_steps": 60, "learning_rate": 2e-3, "per_device_train_batch_size": 16}
     settings["data"]["max_eval_samples"] = 60
     config = check_config(RewardConfig, settings, "config:")
     train_reward(config)
+    return Path(config.output_dir)
+
+
+@pytest.fixture
+def reward_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run to calibrate; the test's process group stands in for the launcher's."""
     monkeypatch.setattr(ranks, "connect", lambda: None)
     monkeypatch.setattr(ranks, "disconnect", lambda: None)
-    return Path(config.output_dir)
+    return shutil.copytree(trained, tmp_path / "reward")
 
 
 def settings_with(stage_settings, reward: Any, **regularizer: Any) -> dict[str, Any]:
