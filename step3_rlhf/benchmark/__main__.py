@@ -86,7 +86,9 @@ def of_shape(options: argparse.Namespace) -> dict[str, Any]:
     runs["ours"] = lambda: time_ours(config, [], log)
     if options.bf16:
         runs["ours, bf16"] = lambda: time_ours(config, ["bf16=true"], log)
-    return result(options.shape, in_turn(runs, options.pairs), load_config(PPOConfig, config, []))
+    return result(
+        options.shape, in_turn(runs, options.pairs), load_config(PPOConfig, str(config), [])
+    )
 
 
 def write_shape(shape: Shape, directory: Path, iterations: int) -> Path:
