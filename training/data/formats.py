@@ -136,7 +136,8 @@ def check_usable(record: Record, stage: Stage) -> Record:
     if record.prompt[-1]["role"] not in ("user", "tool"):
         raise Unusable("dropped: the prompt does not end with the user's turn")
     if stage == "ppo":
-        return replace(record, responses=(), score=None)
+        empty = not record.responses and record.score is None
+        return record if empty else replace(record, responses=(), score=None)
     if stage == "sft":
         if not record.responses[0]:
             raise Unusable(EMPTY_RESPONSE)

@@ -47,13 +47,19 @@ class Faults:
             raise kind(faults[:MAX_FAULTS] + more, "The data cannot be used:")
 
 
-def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
+def read_records(settings: DataSettings, stage: Stage, held_out_only: bool = False) -> StageRecords:
     """Read the records of `stage`; training and evaluation share no prompt.
+
+    Args:
+        held_out_only: leave out the records to train on. Where evaluation has sources of its own,
+            the others are not even read.
 
     Raises:
         UserError: files are unreadable, lines malformed or fields missing (each fault with file and
             line), or no records are left.
     """
+    if held_out_only and settings.eval_sources:
+        settings = settings.model_copy(update={"sources": []})
     tally = Tally()
     faults = Faults()
     counts = [tally.under(heading) for heading in headings(settings)]
@@ -87,10 +93,11 @@ def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
         evaluation = _distinct(evaluation, tally.under("evaluation"), set())
     train = _limited(train, settings.max_train_samples, settings, "training", tally)
     evaluation = _limited(evaluation, settings.max_eval_samples, settings, "evaluation", tally)
-    _require(train, "training", stage, settings.sources, tally)
+    if not held_out_only:
+        _require(train, "training", stage, settings.sources, tally)
     if settings.eval_sources:
         _require(evaluation, "evaluation", stage, settings.eval_sources, tally)
-    return StageRecords(train, evaluation, tally)
+    return StageRecords([] if held_out_only else train, evaluation, tally)
 
 
 def headings(settings: DataSettings) -> list[str]:
@@ -135,7 +142,9 @@ def _usable(
                 record = parse_record(
                     raw.value, raw.origin, stage, source.format, settings.train_on
                 )
-                parsed.append(replace(record, group=group_of(raw.value)))
+                if group := group_of(raw.value):
+                    record = replace(record, group=group)
+                parsed.append(record)
             except RecordFault as fault:
                 mistakes.add(raw.origin, str(fault))
             except RecursionError:
