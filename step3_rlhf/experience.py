@@ -3,7 +3,7 @@
 Shapes: B responses, R response tokens. Entries after a response's last token are masked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ class Judged:
     rollout: Rollout
     rewards: Tensor  # [B] r(x, y), after centering, penalty and clipping; of a mixture [B, G]
     ref_logp: Tensor  # [B, R] log π_ref,t, nats
+    by_group: Tensor | None = field(default=None, kw_only=True)
+    """[B, G] a mixture's rewards of each group, once `rewards` are those of the mixture."""
 
 
 @dataclass(frozen=True)

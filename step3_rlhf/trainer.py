@@ -216,7 +216,9 @@ class PPOTrainer:
             advantages, masks, config.advantage_normalization, sum_over_ranks
         )
         return [
-            Experience(part.rollout, part.rewards, part.ref_logp, scores, a, r)
+            Experience(
+                part.rollout, part.rewards, part.ref_logp, scores, a, r, by_group=part.by_group
+            )
             for part, scores, a, r in zip(judged, old, normalized, returns, strict=True)
         ]
 
@@ -225,7 +227,8 @@ class PPOTrainer:
         if self.mixture is None:
             return part
         credit, prompts = marginal.per_token.sum(-1), part.rollout.prompts
-        return replace(part, rewards=self.mixture.rewards(part.rewards, credit, prompts))
+        rewards = self.mixture.rewards(part.rewards, credit, prompts)
+        return replace(part, rewards=rewards, by_group=part.rewards)
 
     def take_steps(
         self,

@@ -50,6 +50,7 @@ def sampled_metrics(
     temperature: float,
     regularizer: Regularizer | None = None,
     groups: Sequence[str] = (),
+    shares: Sequence[float] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of section 6.1 from independent responses to each prompt.
 
@@ -61,8 +62,8 @@ def sampled_metrics(
             prompt's PM divergence is the mean over its pairs.
         reference: an even number of the reference's draws.
         temperature: T of the softmax(r/T) that a preference-matching policy reaches.
-
         regularizer: the distance from its optimum is measured.
+        shares: of the groups of people whose mixture gives the rewards; empty without a mixture.
 
     Returns:
         The figures of evaluation.json and the lines of instances.jsonl.
@@ -117,7 +118,7 @@ def sampled_metrics(
         measured = [value for value in values if value is not None]
         if measured:
             estimates[name] = ratio_estimate(every(measured), lengths, drawn)
-    estimates |= optimum_figures(responses, regularizer, clusters)
+    estimates |= optimum_figures(responses, regularizer, clusters, shares)
     figures: dict[str, Any] = {
         "estimand": ESTIMAND,
         "prompts": len(prompts),
@@ -148,13 +149,16 @@ def sampled_metrics(
 
 
 def optimum_figures(
-    responses: list[Responses], regularizer: Regularizer | None, clusters: Tensor
+    responses: list[Responses],
+    regularizer: Regularizer | None,
+    clusters: Tensor,
+    shares: Sequence[float] = (),
 ) -> dict[str, Estimate | None]:
     """How far the policy is from the regularizer's optimum; None where that cannot be known."""
     found: dict[str, Estimate | None] = dict.fromkeys(OPTIMUM_FIGURES)
     credits = [draw.credit for draw in responses if draw.credit is not None]
     if credits and regularizer is not None:
-        by_prompt = certificate(torch.stack(credits, dim=-1), regularizer)
+        by_prompt = certificate(torch.stack(credits, dim=1), regularizer, shares)
         found |= {
             f"optimum_{name}": estimate(values, clusters) for name, values in by_prompt.items()
         }

@@ -15,6 +15,7 @@ from step3_rlhf.iteration_metrics import EarlyStopping
 from step3_rlhf.regularizers import Regularizer, ResponseSet, parse_regularizer
 from step3_rlhf.regularizers.optimality import certificate, kl_to_optimum, spread
 from step3_rlhf.regularizers.optimum import optimum
+from step3_rlhf.rewards.mixture import log_sums_of_others, mixture_reward
 
 EOS, A, B = 0, 1, 2
 RESPONSES = [
@@ -231,3 +232,52 @@ def test_a_run_ends_after_enough_iterations_in_a_row() -> None:
     never = EarlyStopping(None)
     never.observe({})
     assert not never.has_arrived()
+
+
+# Of a mixture
+
+OPPOSITE = torch.tensor([[0.89, 0.01], [0.10, 0.10], [0.01, 0.89]], dtype=torch.float64).log()
+"""[3, 2]: rewards of two groups, half of the people each; their mixture is (.45, .10, .45)."""
+HALVES = (0.5, 0.5)
+
+
+def averaged(figure: Any, log_pi: Tensor, count: int) -> float:
+    """The mean of a figure of credits [tuples, count, 2] over every tuple of `count` responses."""
+    rows = torch.tensor(list(itertools.product(range(3), repeat=count)))
+    values = OPPOSITE[rows] - log_pi[rows][..., None]
+    return (log_pi[rows].sum(-1).exp() @ figure(values)).item()
+
+
+def test_a_mixture_of_one_group_is_no_mixture() -> None:
+    values = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double()
+    regularizer = parse_regularizer({"name": "pm", "beta": 0.7})
+    plain = certificate(values, regularizer)
+    mixed = certificate(values[..., None], regularizer, (1.0,))
+    alike = certificate(values[..., None].expand(5, 4, 2), regularizer, (0.3, 0.7))
+    for name, expected in plain.items():
+        torch.testing.assert_close(mixed[name], expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(alike[name], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_at_the_optimum_of_a_mixture_it_is_zero_on_average(count: int) -> None:
+    best = torch.tensor([0.45, 0.10, 0.45], dtype=torch.float64).log()
+
+    def under_its_own_rewards(values: Tensor) -> Tensor:
+        """The wrong variant: each response's reward has other normalizers, from the others."""
+        log_z = log_sums_of_others(values)
+        credit = mixture_reward(values, log_z, torch.tensor(HALVES).double(), 1.0)
+        return kl_to_optimum(credit, 1.0)
+
+    found = averaged(lambda values: kl_to_optimum(values, 1.0, HALVES), best, count)
+    wrong = averaged(under_its_own_rewards, best, count)
+    print(
+        f"{count} responses: KL {found:.4f}, with rewards from the others' normalizers {wrong:.4f}"
+    )
+    assert abs(found) < 0.1 * wrong
+    # Elsewhere it is the exact KL.
+    for elsewhere in ([1 / 3] * 3, [0.6, 0.2, 0.2]):
+        log_pi = torch.tensor(elsewhere, dtype=torch.float64).log()
+        exact = kl_divergence(log_pi, best).item()
+        found = averaged(lambda values: kl_to_optimum(values, 1.0, HALVES), log_pi, count)
+        print(f"  at {elsewhere[0]:.2f}: {found:.4f} of {exact:.4f}")
