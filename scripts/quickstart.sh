@@ -7,7 +7,7 @@
 #   --output DIR  folder for everything (runs/quickstart)
 #   --overwrite   replace what an earlier quickstart left in DIR
 #   --only PHASE  run this phase again, on what the others left in DIR; PHASE is one of
-#                 world sft reward kl pm conditional_pm sft_evaluation report
+#                 world sft reward calibration kl pm conditional_pm sft_evaluation report
 #                 maximum_entropy js_divergence forward_kl chi_squared rloo classes dpo direct
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
@@ -36,7 +36,7 @@ done
 [[ "$seed" =~ ^[0-9]+$ ]] || usage "--seed $seed: a whole number was expected"
 [[ -n "$directory" ]] || usage "--output: a directory was expected"
 if [[ -n "$only" ]]; then
-    known=" ${PHASES[*]} ${FURTHER[*]} sft_evaluation report "
+    known=" ${PHASES[*]} ${FURTHER[*]} calibration sft_evaluation report "
     [[ "$known" == *" $only "* ]] || usage "--only $only: no such phase"
     earlier=("$only")
 else
@@ -126,6 +126,7 @@ mapfile -t overrides < <(places sft world/base texts)
 phase sft bash scripts/step1_sft.sh step1_sft/configs/quickstart.json "${overrides[@]}"
 mapfile -t overrides < <(places reward sft/model comparisons)
 phase reward bash scripts/step2_reward.sh step2_reward/configs/quickstart.json "${overrides[@]}"
+phase calibration bash scripts/calibrate.sh "$directory/reward"
 align kl quickstart 'regularizer={"name": "kl", "beta": 1.0}'
 align pm quickstart 'regularizer={"name": "pm", "beta": 1.0}'
 align conditional_pm quickstart

@@ -28,7 +28,7 @@ def write_report(directory: Path) -> str:
     require_matplotlib()
     started = time.perf_counter()
     findings = read_findings(directory)
-    reward_model = findings.reward_model
+    reward_model, calibrated = findings.reward_model, findings.calibration
     shares = draw_shares(topic_shares({name: run.sets for name, run in findings.runs.items()}))
     shares.savefig(directory / "shares.png", dpi=150)
     pictures = Pictures(
@@ -37,6 +37,11 @@ def write_report(directory: Path) -> str:
         figure2=svg_uri(analytic_figures.figure2()),
         figure2_f_divergences=svg_uri(analytic_figures.figure2_f_divergences()),
         figure9=svg_uri(analytic_figures.figure9()),
+        calibrated=(
+            svg_uri(reliability_diagram(calibrated.reliability, calibrated.ece))
+            if calibrated
+            else ""
+        ),
     )
     machine = this_machine()
     seconds = all_seconds(findings.seconds, time.perf_counter() - started)

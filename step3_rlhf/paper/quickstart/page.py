@@ -92,6 +92,8 @@ class Pictures:
     figure2: str
     figure2_f_divergences: str
     figure9: str
+    calibrated: str = ""
+    """Reliability at the calibrated β; empty where that is unknown."""
 
 
 @dataclass(frozen=True)
