@@ -27,6 +27,7 @@ from training.runtime import ranks
 from training.statistics import (
     Estimate,
     estimate,
+    log_estimate,
     log_ratio_estimate,
     numbered,
     ratio_estimate,
@@ -87,7 +88,10 @@ def sampled_metrics(
     ref_losses = every([-y.ref_logp for y in responses])
 
     def mean(value: Callable[[Responses], Tensor]) -> Estimate:
-        return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0), clusters)
+        return estimate(of_prompts(value), clusters)
+
+    def of_prompts(value: Callable[[Responses], Tensor]) -> Tensor:
+        return torch.stack([value(draw).double() for draw in responses]).mean(0)
 
     natural = [draw.natural for draw in responses if draw.natural is not None]
     rewards = [draw.rewards for draw in responses if draw.rewards is not None]
@@ -96,8 +100,12 @@ def sampled_metrics(
         "reward": estimate(torch.stack(rewards).double().mean(0), clusters) if rewards else None,
         "length": mean(lambda y: y.lengths),
         "ended_fraction": mean(lambda y: y.ended),
-        "perplexity": mean(lambda y: response_perplexity(y.logp, y.lengths)),
-        "reference_perplexity": mean(lambda y: response_perplexity(y.ref_logp, y.lengths)),
+        "perplexity": log_estimate(
+            of_prompts(lambda y: response_perplexity(y.logp, y.lengths)), clusters
+        ),
+        "reference_perplexity": log_estimate(
+            of_prompts(lambda y: response_perplexity(y.ref_logp, y.lengths)), clusters
+        ),
         "entropy": mean(lambda y: -y.logp),
         "entropy_per_token": mean(lambda y: -y.logp / y.lengths),
         "kl": mean(lambda y: y.logp - y.ref_logp),

@@ -12,8 +12,8 @@ FILE = "calibration.json"
 COMMAND = "bash scripts/calibrate.sh"
 
 OF_MAXIMUM_ENTROPY = (
-    "maximum_entropy has none, and its tau is chosen freely: with the calibrated temperature as tau "
-    'it is pm, which {"name": "pm", "beta": "calibrated"} gives'
+    "maximum_entropy has none, and its tau is chosen freely: with the calibrated temperature as "
+    'tau it is pm, which {"name": "pm", "beta": "calibrated"} gives'
 )
 
 
