@@ -11,6 +11,11 @@ CALIBRATED = "calibrated"
 FILE = "calibration.json"
 COMMAND = "bash scripts/calibrate.sh"
 
+OF_MAXIMUM_ENTROPY = (
+    "maximum_entropy has none, and its tau is chosen freely: with the calibrated temperature as "
+    'tau it is pm, which {"name": "pm", "beta": "calibrated"} gives'
+)
+
 
 class BetaCalibration(StrictModel):
     """Where β came from; written by the run, not by the user."""
@@ -39,9 +44,13 @@ def with_calibrated_beta(settings: Any) -> tuple[Any, str]:
         The settings, and why there is no such number, with the remedy; empty if there is.
     """
     regularizer = settings.get("regularizer") if isinstance(settings, dict) else None
-    if not isinstance(regularizer, dict) or regularizer.get("beta") != CALIBRATED:
+    if not isinstance(regularizer, dict):
         return settings, ""
-    rest = {name: value for name, value in regularizer.items() if name != "beta"}
+    rest = {name: value for name, value in regularizer.items() if value != CALIBRATED}
+    if regularizer.get("name") == "maximum_entropy" and rest != regularizer:
+        return {**settings, "regularizer": rest}, OF_MAXIMUM_ENTROPY
+    if regularizer.get("beta") != CALIBRATED:
+        return settings, ""
     try:
         found = read_calibration(settings.get("reward"))
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -23,6 +24,7 @@ from training.models.comparison import (
     require_own_log_probs,
     require_own_rewards,
 )
+from training.models.families.float32_logits import Float32Logits
 from training.models.families.vocabulary import absent_ids, ids_needed, named_tokens, response_ends
 from training.models.lora import add_adapter
 from training.models.options import PLAIN, LoadOptions
@@ -250,6 +252,9 @@ def _ready(
         config.pad_token_id = tokenizer.pad_token_id
     # The embedding at padding_idx gets no gradient; in a model with pad = EOS that would be EOS.
     model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.weight.dtype != torch.float32:
+        model.set_output_embeddings(Float32Logits.like(head))
     if isinstance(getattr(model, "score", None), nn.Linear):
         model.score = Float32Head.like(model.score)
     if options.lora is not None:

@@ -118,6 +118,19 @@ def test_what_has_no_calibration_is_refused_with_the_remedy(
     assert "is no calibration" in refused(model)
 
 
+@pytest.mark.parametrize("parameter", ["beta", "tau"])
+def test_maximum_entropy_is_not_calibrated(stage_settings, parameter: str) -> None:
+    """With τ the calibrated temperature, softmax(r/τ) is what pm ends at."""
+    settings = stage_settings("ppo") | {
+        "reward": {"model_name_or_path": "anything"},
+        "regularizer": {"name": "maximum_entropy", parameter: "calibrated"},
+    }
+    with pytest.raises(UserError) as refusal:
+        check_config(PPOConfig, settings, "config:")
+    assert "regularizer.beta: maximum_entropy has none" in str(refusal.value)
+    assert '{"name": "pm", "beta": "calibrated"}' in str(refusal.value)
+
+
 def test_a_directory_that_is_no_run_needs_more(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
