@@ -22,12 +22,13 @@ step3_rlhf.paper.people.data step3_rlhf.paper.people.data.phrasing step3_rlhf.pa
 step3_rlhf.paper.people.report.word_list step3_rlhf.paper.quickstart
 step3_rlhf.paper.quickstart.machine step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards
 training training.data.batches training.data.tally training.deferred training.errors
-training.launch training.launch.process training.models training.models.decoding
-training.models.decoding.cache training.models.decoding.few_rows training.models.families
-training.models.families.generation training.models.families.own_head training.models.logprobs
-training.models.plackett_luce training.runtime training.runtime.averaging training.runtime.disk
-training.runtime.extensions training.runtime.json_text training.runtime.random_states
-training.runtime.weights training.statistics training.world training.world.topics
+training.launch training.launch.process training.models training.models.davidson_luce
+training.models.decoding training.models.decoding.cache training.models.decoding.few_rows
+training.models.families training.models.families.generation training.models.families.own_head
+training.models.logprobs training.models.plackett_luce training.runtime training.runtime.averaging
+training.runtime.disk training.runtime.extensions training.runtime.json_text
+training.runtime.random_states training.runtime.weights training.statistics training.world
+training.world.topics
 
 step2_reward.calibrate.temperature step2_reward.losses step3_rlhf.benchmark.measure
 step3_rlhf.chat.shares step3_rlhf.direct.loss step3_rlhf.paper.people.data.questions
@@ -66,9 +67,9 @@ step3_rlhf.paper.people.report.pictures step3_rlhf.paper.people.report.targets
 step3_rlhf.paper.quickstart.page step3_rlhf.regularizers.f_divergence
 step3_rlhf.regularizers.generalized_pl training.data training.models.export training.models.policy
 
-step3_rlhf.classes.answer_key step3_rlhf.direct.comparisons step3_rlhf.paper.people.report.page
-step3_rlhf.regularizers.registry training.fitting training.models.decoding.decoder
-training.models.families.vocabulary
+step2_reward.ties step3_rlhf.classes.answer_key step3_rlhf.direct.comparisons
+step3_rlhf.paper.people.report.page step3_rlhf.regularizers.registry training.fitting
+training.models.decoding.decoder training.models.families.vocabulary
 
 step3_rlhf.paper.length_figure step3_rlhf.paper.people.report.files step3_rlhf.regularizers
 training.dry_run training.models.comparison

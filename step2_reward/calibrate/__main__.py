@@ -24,6 +24,7 @@ from step2_reward.calibrate.settings import (
 from step2_reward.calibrate.temperature import ESTIMAND, calibrated_temperature, held_out_margins
 from step2_reward.calibration import calibration_figures, draw_reliability
 from step2_reward.main import PreferenceModelling, log_odds
+from step2_reward.ties import require_decided
 from training.cli import errors_end_cleanly, start
 from training.config import apply_overrides, check_config
 from training.data import read_records, tokenize
@@ -55,6 +56,7 @@ def run(config: CalibrationConfig) -> None:
     with ranks.rank_zero_first():
         data = tokenize(replace(records, train=[]), tokenizer, config.data, "reward")
     test = held_out_splits(data.eval, config.data)["test"]
+    require_decided({"test": test})
     options = LoadOptions.frozen(config)
     model = engine.frozen(load_reward_model(pretrained, options), {}, options.dtype)
     task = PreferenceModelling(model, data.train, {"test": test}, config, tokenizer.pad_token_id)
