@@ -70,8 +70,7 @@ class GroupedBatch:
 
     def to(self, device: torch.device | str) -> "GroupedBatch":
         """The same batch on `device`."""
-        groups = (self.group_index, self.group_sizes, self.group_mask)
-        groups += (self.levels, self.unranked, self.largest_tie)
+        groups = [getattr(self, field.name) for field in fields(self) if field.name != "sequences"]
         return GroupedBatch(
             self.sequences.to(device), *(part.to(device, non_blocking=True) for part in groups)
         )
