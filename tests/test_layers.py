@@ -96,7 +96,8 @@ step3_rlhf.evaluation.shared_work step3_rlhf.paper.grid.page step3_rlhf.paper.pe
 step3_rlhf.rollout
 
 step3_rlhf.chat.speakers step3_rlhf.classes.labels step3_rlhf.experience
-step3_rlhf.paper.grid.report step3_rlhf.paper.people.__main__ step3_rlhf.rewards.readings
+step3_rlhf.paper.grid.report step3_rlhf.paper.people.__main__ step3_rlhf.rewards.prompt_centers
+step3_rlhf.rewards.readings
 
 step3_rlhf.chat.session step3_rlhf.classes.shares step3_rlhf.iteration_metrics
 step3_rlhf.paper.grid.__main__ step3_rlhf.rewards.model
