@@ -156,6 +156,18 @@ class PPOTrainer:
         with self.clock.phase("reference"):  # which says how probable each response's class is
             return self.regularizer.effective_reward(rewards, self.classes(rollout))
 
+    def center_prompts(self, number: int) -> None:
+        """Estimate E_{π_ref}[r | x] (Example 2) for each prompt of an iteration."""
+        with self.clock.phase("centering"):
+            self.prompt_centers = centers_of_iteration(
+                number,
+                self.prompts,
+                self.reference,
+                self.tokenizer,
+                lambda drawn: self.effective_rewards(self.reward(drawn), drawn),
+                self.config,
+            )
+
     @torch.no_grad()
     def reference_logp(self, rollout: Rollout) -> Tensor:
         """[B, R] log π_ref of each response token in nats, 0 where masked."""
@@ -346,18 +358,6 @@ class PPOTrainer:
             found[f"{name}/grad_norm"] = model.grad_norm
             found |= model.loss_scaling(name)
         return found
-
-    def center_prompts(self, number: int) -> None:
-        """Estimate E_{π_ref}[r | x] (Example 2) for each prompt of an iteration."""
-        with self.clock.phase("centering"):
-            self.prompt_centers = centers_of_iteration(
-                number,
-                self.prompts,
-                self.reference,
-                self.tokenizer,
-                lambda drawn: self.effective_rewards(self.reward(drawn), drawn),
-                self.config,
-            )
 
     def center_rewards(self) -> None:
         """Estimate E_{π_ref} r (Example 2) from responses of the reference, before iteration 0."""
