@@ -38,8 +38,9 @@ training.launch.launcher training.launch.lock training.memory training.models.fa
 training.models.links training.models.packing training.plotting training.plugins
 training.runtime.ranks training.world.population training.world.prompts
 
-step2_reward.btl_fit step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments
-step3_rlhf.chat.bars step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
+step2_reward.btl_fit step2_reward.calibrate.linked step2_reward.calibration
+step3_rlhf.benchmark.floor step3_rlhf.chat.arguments step3_rlhf.chat.bars
+step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
 step3_rlhf.paper.people.reward_model step3_rlhf.paper.quickstart.shares
 step3_rlhf.regularizers.classes step3_rlhf.response_sets step3_rlhf.rewards.calibration
 step3_rlhf.rewards.mixture training.data.messages training.data.settings
