@@ -6,9 +6,10 @@ They take scores s = log g(r) of the link g (training/models/links.py): rewards,
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from training.models.davidson_luce import davidson_luce_loss
 from training.models.plackett_luce import plackett_luce_loss
 
-__all__ = ["btl_loss", "plackett_luce_loss"]
+__all__ = ["btl_loss", "davidson_luce_loss", "plackett_luce_loss"]
 
 
 def btl_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -318,11 +318,15 @@ class PPOConfig(StageConfig, AlignmentConfig):
     """Share that the moving average of the actor's weights keeps at each optimizer step, as in
     0.992. The average is exported as actor_ema/; null keeps none."""
 
-    reward_centering: Literal["none", "reference_mean"] = "none"
-    """Whether to subtract the mean reward of the reference policy (C_1 of Example 2). The optimum
-    stays."""
+    reward_centering: Literal["none", "reference_mean", "prompt_mean"] = "none"
+    """Whether to subtract the mean reward of the reference policy (Example 2): one number, C_1,
+    with "reference_mean"; one for each prompt, C_{1,x}, with "prompt_mean". The optimum stays."""
     reward_centering_samples: Count = 256
-    """Responses of the reference from which that mean is estimated."""
+    """Responses of the reference from which "reference_mean" is estimated, before the first
+    iteration."""
+    reward_centering_draws: Count = 4
+    """Responses of the reference to each prompt from which "prompt_mean" is estimated, in every
+    iteration."""
     reward_clip: Positive | None = None
     """Bound on the absolute reward; null is none. It moves the optimum wherever it takes effect."""
     missing_eos_penalty: NonNegative | None = None
@@ -436,6 +440,11 @@ class PPOConfig(StageConfig, AlignmentConfig):
             unused = [name for name in of_critic if getattr(self, name) != defaults[name].default]
             if unused:
                 found.append(f"{', '.join(unused)}: without effect, because rloo has no critic")
+        if not self.has_critic and self.reward_centering == "prompt_mean":
+            found.append(
+                "reward_centering=prompt_mean: draws responses for nothing, because the baseline "
+                "of rloo takes every prompt's level out of its rewards already"
+            )
         if self.gamma != 1.0:
             found.append(f"gamma={self.gamma}: token penalties no longer add up to the sequence's")
         if self.reward_clip is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.direct import reference
-from step3_rlhf.direct.comparisons import Comparisons
+from step3_rlhf.direct.comparisons import Comparisons, without_ties
 from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.direct.dry_run import dry_run
 from step3_rlhf.direct.task import DirectOptimization
@@ -62,14 +62,17 @@ def train(config: DirectConfig) -> dict[str, float]:
     evaluation = EvaluationConfig.of(config)
     read_held_out(evaluation, roles_of(evaluation))  # whatever is wrong with it is said now
     roles, tokenizer = roles_of(config), pretrained.tokenizer
-    comparisons = {"train": Comparisons(data.train)}
-    comparisons |= {split: Comparisons(content) for split, content in data.held_out.items()}
+    train_data = without_ties(data.train)
+    comparisons = {"train": Comparisons(train_data)}
+    comparisons |= {
+        split: Comparisons(without_ties(content)) for split, content in data.held_out.items()
+    }
     say(what_is_identified(config, comparisons["train"]))
     ref_logps = reference.reference_logps(config, roles, comparisons)
     policy = load_policy(pretrained, tokenizer, LoadOptions.trained(config))
-    trained = TrainedModule(policy, config, config, fitting.total_steps(config, len(data.train)))
+    trained = TrainedModule(policy, config, config, fitting.total_steps(config, len(train_data)))
     task = DirectOptimization(
-        trained, data.train, comparisons, ref_logps, config, tokenizer.pad_token_id
+        trained, train_data, comparisons, ref_logps, config, tokenizer.pad_token_id
     )
     output = prepare_output(config)
     reference.keep(ref_logps, roles.reference, comparisons, output)

@@ -161,18 +161,22 @@ def _usable(
         for what, number in mistakes.left_out():
             count(what, number)
     records = []
-    for record in _with_rankings(parsed, stage, count):
+    ranked = _with_rankings(parsed, count)
+    largest = max((size for record in ranked for size in record.tie_sizes), default=1)
+    for record in (replace(record, largest_tie=largest) for record in ranked):
         try:
             records.append(check_usable(record, stage))
         except Unusable as reason:
             count(str(reason))
         else:
             count(UNLEARNED_ANSWERS, record.unlearned if stage == "sft" else 0)
-            count("responses left out, with the score of another one", record.ties)
+            tied = sum(size for size in record.tie_sizes if size > 1)
+            count("responses tied with another one of their ranking", tied)
+            count("responses behind the others of their ranking, in unknown order", record.unranked)
     return records
 
 
-def _with_rankings(records: list[Record], stage: Stage, count: CountUp) -> list[Record]:
+def _with_rankings(records: list[Record], count: CountUp) -> list[Record]:
     """The records, in which scored responses to one prompt have become one ranking."""
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -184,11 +188,7 @@ def _with_rankings(records: list[Record], stage: Stage, count: CountUp) -> list[
         scores = [member.score for member in members if member.score is not None]
         responses = [member.responses[0] for member in members]
         count("joined with others of their prompt into a ranking", len(members) - 1)
-        try:
-            ranking = ranked_by_score(first.prompt, responses, scores, stage)
-        except Unusable as reason:
-            count(str(reason))
-            continue
+        ranking = ranked_by_score(first.prompt, responses, scores)
         found.append(replace(ranking, origin=first.origin, group=first.group))
     return found
 

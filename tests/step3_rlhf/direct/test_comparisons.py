@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from step3_rlhf.direct import reference
-from step3_rlhf.direct.comparisons import Comparisons, RefLogps
+from step3_rlhf.direct.comparisons import Comparisons, RefLogps, without_ties
 from training.data import FILLER
 from training.errors import UserError
 from training.models.pretrained import Pretrained
@@ -119,3 +119,19 @@ def test_the_cache_is_read_by_its_own_reference_and_data_alone(
     ):
         with pytest.raises(UserError, match="of another reference or of other data"):
             reference.read(tmp_path / reference.FILE, other)
+
+
+def test_ties_are_left_out() -> None:
+    """The first of each tie and of those of unknown order stays; a tie alone is no comparison."""
+    rows = {
+        "prompt_ids": [[5], [5], [6], [6]],
+        "responses_ids": [[A, B], [C, A, B], [A, B, C], [A, C]],
+        "levels": [[0, 0], [0, 0, 1], [0, 1, 2], [0, 1]],
+        "unranked": [0, 0, 2, 0],
+        "largest_tie": [2, 2, 1, 1],
+    }
+    found = without_ties(Dataset.from_dict(rows))
+    assert found["responses_ids"][:] == [[C, B], [A, B], [A, C]]
+    assert found["prompt_ids"][:] == [[5], [6], [6]]
+    untied = Dataset.from_dict({name: values[3:] for name, values in rows.items()})
+    assert without_ties(untied) is untied

@@ -67,12 +67,15 @@ def test_from_the_command_to_the_config(
         "kl": {},
         "conditional_pm": {"alpha": 0.1},
         "f_divergence": {"divergence": "forward_kl"},
-        "generalized_pl": {"g": "softplus"},
+        "generalized_pl": {"g": "exponential"},
     }
     for name, parameters in others.items():
         settings = settings_with(stage_settings, reward, name=name, **parameters)
         config = check_config(PPOConfig, settings, "config:")
         assert config.regularizer.beta == found["beta"]["mean"]
+    settings = settings_with(stage_settings, reward, name="generalized_pl", g="softplus")
+    with pytest.raises(UserError, match="is of the link exponential, and the regularizer takes"):
+        check_config(PPOConfig, settings, "config:")
     source = config.beta_calibration
     assert source is not None
     assert (source.low, source.high) == (found["beta"]["low"], found["beta"]["high"])
