@@ -57,28 +57,28 @@ step3_rlhf.regularizers.solvers training.data.records training.data.templates tr
 training.models.options training.runtime.engine training.runtime.model_card
 training.runtime.resume training.world.__main__
 
-step3_rlhf.paper.people.report.findings step3_rlhf.paper.quickstart.table1
-step3_rlhf.regularizers.divergences step3_rlhf.regularizers.links
-step3_rlhf.regularizers.truncation training.data.tokens training.models.partitioned
-training.runtime.checkpoint
+step3_rlhf.paper.people.report.findings step3_rlhf.paper.quickstart.groups
+step3_rlhf.paper.quickstart.methods step3_rlhf.regularizers.divergences
+step3_rlhf.regularizers.links step3_rlhf.regularizers.truncation training.data.tokens
+training.models.partitioned training.runtime.checkpoint
 
 step3_rlhf.paper.people.report.pictures step3_rlhf.paper.people.report.targets
-step3_rlhf.paper.quickstart.page step3_rlhf.regularizers.f_divergence
+step3_rlhf.paper.quickstart.table1 step3_rlhf.regularizers.f_divergence
 step3_rlhf.regularizers.generalized_pl training.data training.models.export training.models.policy
 
-step3_rlhf.classes.answer_key step3_rlhf.direct.comparisons step3_rlhf.paper.people.report.page
+step3_rlhf.classes.answer_key step3_rlhf.direct.comparisons step3_rlhf.paper.quickstart.page
 step3_rlhf.regularizers.registry training.fitting training.models.decoding.decoder
 training.models.families.vocabulary
 
-step3_rlhf.paper.length_figure step3_rlhf.paper.people.report.files step3_rlhf.regularizers
+step3_rlhf.paper.length_figure step3_rlhf.paper.people.report.page step3_rlhf.regularizers
 training.dry_run training.models.comparison
 
-training.dry_run_text training.models.loading
+step3_rlhf.paper.people.report.files training.dry_run_text training.models.loading
 
 training.cli
 
 step1_sft.config step2_reward.calibrate.settings step2_reward.config step3_rlhf.config
-step3_rlhf.paper.analytic_figures
+step3_rlhf.paper.analytic_figures step3_rlhf.paper.quickstart.seeds
 
 step1_sft.main step2_reward.main step3_rlhf.direct.config step3_rlhf.evaluation.settings
 step3_rlhf.generation.drawing step3_rlhf.loading step3_rlhf.paper.grid.cells step3_rlhf.prompts
