@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures stage 3, against the arithmetic floor and, if asked, against TRL's PPO:
 #   bash scripts/benchmark.sh [--shape NAME | --config STAGE3.json] [--against trl] [options]
-#   --shape NAME     random weights: tiny, small (the default) or base
+#   --shape NAME     random weights: tiny, small (the default), base or gpu
 #   --config FILE    a stage-3 config with its own models and data
 #   --against trl    run TRL's PPO in turn with ours, in an environment of its own
 #   --pairs N        runs of each (3)

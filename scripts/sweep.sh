@@ -10,7 +10,8 @@
 #                        the config.json in its directory says)
 #   --paper-model MODEL  number tables and figures as the paper does for llama-2-7b (the default) or
 #                        opt-1.3b; once for each sweep
-#   --alphas 0.1,0.3,0.5 thresholds of conditional PM
+#   --alphas 0.1,0.3,0.5 thresholds of conditional PM; of a config with log_alpha their logarithms, as
+#                        in --alphas=-60,-30
 #   --betas 0.1,0.5,1.0
 #   --without-pm         leave out unconditional PM, and with it Figure 1
 #   --dry-run            check every cell's settings, say what would run, and stop

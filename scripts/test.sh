@@ -18,10 +18,14 @@ selection=(-m "not slow")
 case "${1:-}" in
     --fast)
         selection=(-m "not slow and not launcher and not long")
-        export FUZZ_EXAMPLES="${FUZZ_EXAMPLES:-100}" # of 1,500 damaged configs and records of each kind
+        export FUZZ_EXAMPLES="${FUZZ_EXAMPLES:-100}" # of 500 damaged configs and records of each kind
         shift
         ;;
-    --all) selection=(); shift ;;
+    --all)
+        selection=()
+        export FUZZ_EXAMPLES="${FUZZ_EXAMPLES:-1500}"
+        shift
+        ;;
 esac
 workers="${WORKERS:-$(nproc)}"
 # A file's tests stay together: they share what is expensive to make. The order stays that of the

@@ -28,6 +28,8 @@ from itertools import chain, permutations
 import torch
 from torch import Tensor
 
+from training.models.links import LinkName
+
 Comparison = tuple[str, Sequence[int], Sequence[int]]
 """Prompt, preferred response and other response; responses as token ids."""
 
@@ -55,14 +57,20 @@ class LackOfFit:
     """Mean of D if BTL holds; the degrees of freedom if every pair was compared often."""
     p_value: float | None = None
     reason: str | None = None
+    link: LinkName = "exponential"
+    """The reward model's link g. P(i is preferred to j) = g(r_i)/(g(r_i) + g(r_j)) has the same
+    values as BTL, with others for r, whatever g is: the test is every link's."""
 
     @property
     def meaning(self) -> str:
         """The result in one sentence."""
         if self.p_value is None:
             return f"Whether one reward model can hold these choices was not tested: {self.reason}"
+        model = "Bradley-Terry-Luce model"
+        if self.link != "exponential":
+            model = f"preference model of the link {self.link}, or of any other"
         return (
-            "If all choices came from one Bradley-Terry-Luce model, they would deviate from the "
+            f"If all choices came from one {model}, they would deviate from the "
             f"fitted one as much as they do, or more, with probability {self.p_value:.2g}"
             + (
                 "; so no single reward model can hold this population, for instance because groups "
@@ -130,10 +138,13 @@ def deviance(wins: Tensor, probabilities: Tensor) -> Tensor:
     return 2 * (torch.xlogy(wins, saturated) - torch.xlogy(wins, probabilities)).sum((-2, -1))
 
 
-def lack_of_fit(wins: Tensor) -> LackOfFit:
+def lack_of_fit(wins: Tensor, link: LinkName = "exponential") -> LackOfFit:
     """Test whether BTL models, one for each prompt, fit the comparisons `wins` [P, K, K].
 
     A prompt takes part if it has degrees of freedom.
+
+    Args:
+        link: the reward model's, for the result's sentence; it makes no difference to the figures.
     """
     wins = wins[degrees_of_freedom(wins) > 0]
     freedom, compared = int(degrees_of_freedom(wins).sum()), int(wins.sum())
@@ -144,6 +155,7 @@ def lack_of_fit(wins: Tensor) -> LackOfFit:
             0,
             reason="it needs prompts with three or more responses that were compared with one "
             "another, each pair twice on average",
+            link=link,
         )
     fitted = btl_probabilities(wins)
     found = deviance(wins, fitted).sum()
@@ -153,7 +165,7 @@ def lack_of_fit(wins: Tensor) -> LackOfFit:
     if variance > 0:
         # A gamma distribution of shape mean²/variance and scale variance/mean.
         p_value = torch.special.gammaincc(mean**2 / variance, found * mean / variance).item()
-    return LackOfFit(len(wins), compared, freedom, found.item(), mean.item(), p_value)
+    return LackOfFit(len(wins), compared, freedom, found.item(), mean.item(), p_value, link=link)
 
 
 def drawn_deviances(wins: Tensor, fitted: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Agreement between a reward model's probabilities and the choices that people made.
 
 Preference matching reproduces the reward model's probabilities, so a miscalibrated reward model is
-a wrong target. All functions take the margins m = r(x, y_w) − r(x, y_l) of the recorded choices.
+a wrong target. All functions take the log-odds m of the recorded choices: log g(r_w) − log g(r_l)
+under the link g, which is r(x, y_w) − r(x, y_l) for e^r.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,6 +1,7 @@
 """Settings of stage 2, the reward model."""
 
 from training.config import Count
+from training.models.links import LinkName
 from training.stage_config import SupervisedConfig
 
 
@@ -9,6 +10,10 @@ class RewardConfig(SupervisedConfig):
 
     script = "step2_reward"
 
+    link: LinkName = "exponential"
+    """Link g of the preference probabilities g(r)/(g(r) + g(r')): "exponential" is Bradley-Terry,
+    the others are section 3.4's generalized models, of which stage 3's generalized_pl must name the
+    same g. The power link is not among them, because it needs positive rewards."""
     early_stopping_patience: Count | None = None
     """Evaluations in a row without a better loss after which training ends; null never stops early.
     The weights with the best evaluation loss are saved either way."""

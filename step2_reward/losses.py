@@ -1,4 +1,7 @@
-"""Preference losses: pure functions of rewards, in nats, one term per comparison."""
+"""Preference losses: pure functions, in nats, one term per comparison.
+
+They take scores s = log g(r) of the link g (training/models/links.py): rewards, if it is e^r.
+"""
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -9,10 +12,10 @@ __all__ = ["btl_loss", "plackett_luce_loss"]
 
 
 def btl_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """−log σ(r(x, y_w) − r(x, y_l)), eq. (2.2): `plackett_luce_loss` for two responses.
+    """−log σ(s_w − s_l), eq. (2.2) and §3.4: `plackett_luce_loss` for two responses.
 
     Args:
-        chosen, rejected: [pairs] rewards.
+        chosen, rejected: [pairs] scores.
 
     Returns:
         [pairs] losses.

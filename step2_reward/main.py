@@ -27,9 +27,10 @@ from training.dry_run import DryRun, supervised_steps
 from training.memory import activations
 from training.models.checks import check_positions
 from training.models.export import export
+from training.models.links import LOG_LINKS, LinkName
 from training.models.loading import load_scalar_model
 from training.models.options import LoadOptions, precision
-from training.models.pretrained import RESPONSE_END
+from training.models.pretrained import LINK, RESPONSE_END
 from training.models.scalar import last_token
 from training.runtime import ranks
 from training.runtime.disk import recover
@@ -53,6 +54,9 @@ class EvaluationSizes(Protocol):
     @property
     def calibration_bins(self) -> int: ...
 
+    @property
+    def link(self) -> LinkName: ...
+
 
 class PreferenceModelling:
     """Learns rewards by the negative log-likelihood of the choices, in nats per comparison."""
@@ -70,10 +74,11 @@ class PreferenceModelling:
         self.held_out = held_out
         self.config = config
         self.pad_token_id = pad_token_id
+        self.log_link = LOG_LINKS[config.link]
         self.calibration: dict[str, Any] = {}
         """The calibration figures of the last evaluation …"""
-        self.margins = torch.empty(0)
-        """… the margins [pairs] that they are of …"""
+        self.pairs = torch.empty(0, 2)
+        """… the rewards [pairs, 2] of the better and the worse response that they are of …"""
         self.clusters = torch.empty(0, dtype=torch.long)
         """… and the group of each."""
 
@@ -87,30 +92,31 @@ class PreferenceModelling:
         return int(batch.group_mask.sum())
 
     def loss_sum(self, batch: GroupedBatch) -> torch.Tensor:
-        return plackett_luce_loss(*self._rewards(batch)).sum()
+        rewards, present = self._rewards(batch)
+        return plackett_luce_loss(self.log_link(rewards), present).sum()
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, float]:
         data = self.held_out[split]
         clusters = numbered(data["group"][:]).tolist()
         sums = torch.zeros(2, dtype=torch.float64, device=ranks.device())
-        margins: list[tuple[float, int]] = []
+        pairs: list[tuple[float, float, int]] = []
         batch_size = self.config.per_device_eval_batch_size
         for rows in fitting.evaluation_batches(len(data), batch_size):
             batch = self._batch(data, rows)
             rewards, present = self._rewards(batch)
-            loss_sum = plackett_luce_loss(rewards, present).sum()
+            loss_sum = plackett_luce_loss(self.log_link(rewards), present).sum()
             sums += torch.stack([loss_sum.double(), batch.group_mask.sum()])
-            margins += [
-                (margin, clusters[rows[group]])
-                for margin, group in pair_margins(rewards.cpu(), present.cpu())
+            pairs += [
+                (better, worse, clusters[rows[group]])
+                for better, worse, group in implied_pairs(rewards.cpu(), present.cpu())
             ]
         loss = fitting.mean_over_ranks(sums)
-        everywhere, groups = zip(*ranks.gather_objects(margins), strict=True)
-        self.margins = torch.tensor(everywhere, dtype=torch.float64)
+        better, worse, groups = zip(*ranks.gather_objects(pairs), strict=True)
+        self.pairs = torch.tensor([better, worse], dtype=torch.float64).T
         self.clusters = torch.tensor(groups)
-        self.calibration = {"split": split} | calibration_figures(
-            self.margins, self.clusters, self.config.calibration_bins
+        self.calibration = {"split": split, "link": self.config.link} | calibration_figures(
+            log_odds(self.pairs, self.config.link), self.clusters, self.config.calibration_bins
         )
         figures = {
             name: self.calibration[name] for name in FIGURES if self.calibration[name] is not None
@@ -135,16 +141,21 @@ def by_group(rewards: torch.Tensor, batch: GroupedBatch) -> tuple[torch.Tensor, 
     return grid, (columns < sizes[:, None]) & batch.group_mask[:, None]
 
 
-def pair_margins(rewards: torch.Tensor, present: torch.Tensor) -> list[tuple[float, int]]:
-    """r(better) − r(worse) and the group of every pair that the rankings (best first) imply."""
+def implied_pairs(rewards: torch.Tensor, present: torch.Tensor) -> list[tuple[float, float, int]]:
+    """r(better), r(worse) and the group of every pair that the rankings (best first) imply."""
     better, worse = torch.triu_indices(present.shape[1], present.shape[1], offset=1)
     both = present[:, better] & present[:, worse]
-    margins = (rewards[:, better] - rewards[:, worse])[both].double()
-    groups = both.nonzero()[:, 0]
-    return list(zip(margins.tolist(), groups.tolist(), strict=True))
+    columns = (rewards[:, better][both], rewards[:, worse][both], both.nonzero()[:, 0])
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def fit_of_one_model(held_out: Iterable[Dataset]) -> LackOfFit:
+def log_odds(pairs: torch.Tensor, link: LinkName) -> torch.Tensor:
+    """[pairs] log g(r_w) − log g(r_l), the log-odds of choices (§3.4), of rewards [pairs, 2]."""
+    chosen, rejected = LOG_LINKS[link](pairs).unbind(-1)
+    return chosen - rejected
+
+
+def fit_of_one_model(held_out: Iterable[Dataset], link: LinkName = "exponential") -> LackOfFit:
     """Whether one reward for each response can explain the held-out comparisons of two responses.
 
     This is a question to the data, which no model has to be trained for. Rankings take no part: the
@@ -154,7 +165,7 @@ def fit_of_one_model(held_out: Iterable[Dataset]) -> LackOfFit:
     pairs = [
         (row["prompt"], *row["responses_ids"]) for row in rows if len(row["responses_ids"]) == 2
     ]
-    return lack_of_fit(count_wins(pairs))
+    return lack_of_fit(count_wins(pairs), link)
 
 
 def main(config: RewardConfig) -> None:
@@ -170,12 +181,13 @@ def main(config: RewardConfig) -> None:
         recover(output / "model")
     stopping = fitting.EarlyStopping(config.early_stopping_patience)
 
-    # Stage 3 ends this model's responses with the same token, whatever ended the policy's.
+    # Stage 3 takes the rewards under the same link, and ends this model's responses with the same
+    # token, whatever ended the policy's.
     end = response_end(tokenizer)
     name = "eos" if end == tokenizer.eos_token_id else tokenizer.convert_ids_to_tokens(end)
-    model.model.config.update({RESPONSE_END: name})
+    model.model.config.update({RESPONSE_END: name, LINK: config.link})
 
-    fit = fit_of_one_model(data.held_out.values())
+    fit = fit_of_one_model(data.held_out.values(), config.link)
     say(fit.meaning)
 
     def save_best() -> None:
@@ -197,10 +209,12 @@ def main(config: RewardConfig) -> None:
 def card_of(config: RewardConfig, tested: dict[str, float]) -> Card:
     """What the model's card says."""
     names = ["test/accuracy", "test/log_loss", "test/ece"]
+    generalized = f", generalized by the link {config.link}"
     return Card(
         title=Path(config.output_dir).name,
         summary="A reward model that learned people's comparisons or rankings "
-        "(Bradley–Terry–Luce, Plackett–Luce), the second stage of "
+        "(Bradley–Terry–Luce, Plackett–Luce"
+        f"{'' if config.link == 'exponential' else generalized}), the second stage of "
         f"[preference-matching RLHF]({PAPER}). Its single label is the reward of a dialogue's last "
         "response.",
         task="text-classification",
@@ -240,6 +254,7 @@ def write_evaluation(calibration: dict[str, Any], output: Path) -> None:
 def dry_run(config: RewardConfig, run: DryRun) -> None:
     """Add what a run would do and need to `run`, for comparisons of two responses."""
     data = config.data
+    run.facts["link"] = config.link
     model = run.pretrained(config.model_name_or_path)
     check_positions(model, data.lengths())
     shape = run.scalar_shape(model, lora=True)

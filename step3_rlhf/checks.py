@@ -7,7 +7,9 @@ from transformers import PreTrainedTokenizerBase
 from step3_rlhf.classes.answer_key import read_answer_key
 from step3_rlhf.classes.shares import check_classes
 from step3_rlhf.config import AlignmentConfig, EvaluationConfig, PPOConfig
+from step3_rlhf.regularizers.base import Regularizer
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
+from step3_rlhf.rewards.links import check_links
 from step3_rlhf.rewards.readings import reads_policy_tokens, refusal
 from step3_rlhf.rewards.sources import check_reward
 from step3_rlhf.roles import CRITIC, Roles
@@ -41,6 +43,8 @@ def check_models(config: AlignmentConfig, roles: Roles, stand_in: str | None = N
     if isinstance(config, PPOConfig | EvaluationConfig):
         check_classes(config.regularizer, roles.policy.tokenizer, config.response_length)
     check_reward(config.reward, roles, untrained=stand_in)
+    regularizer: Regularizer | None = getattr(config, "regularizer", None)
+    check_links(regularizer, [model for _, model in roles.rewards if str(model) != stand_in])
     for setting, model in roles.named.items():
         if renamed := require_same_tokens(model, roles.policy, setting):
             names = ", ".join(sorted(renamed)[:5]) + (" …" if len(renamed) > 5 else "")

@@ -56,7 +56,7 @@ class GroupSettings(StrictModel):
 
 
 class RewardSettings(StrictModel):
-    """Where rewards come from: one model, several with weights or shares, or a Python function."""
+    """Where rewards come from: one model, several with weights or shares, a function, a server."""
 
     model_name_or_path: PathText | None = None
     """A single reward model: what stage 2 wrote, or any with one label."""
@@ -67,13 +67,29 @@ class RewardSettings(StrictModel):
     """Groups of people, each with its reward model: the optimum is the mixture of their optima."""
     function: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
     """A Python function as `module:callable`, which is given two lists of texts, prompts and
-    responses, and returns a list of numbers."""
+    responses, and returns a list of numbers; it may be asynchronous."""
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/]")] | None = None
+    """Address of a reward server, which answers a POST of {"query": […], "prompts": […],
+    "responses": […], "messages": […]} with {"rewards": […]}, as OpenRLHF's do."""
+    batch_size: Count = 64
+    """Responses in one request to the server; each process asks for its own."""
+    timeout: Positive = 180.0
+    """Seconds that the server may be silent before an attempt counts as failed."""
+    retries: Annotated[int, Field(ge=0)] = 5
+    """Further attempts if the server cannot be reached, is silent, or has an error (HTTP 5xx)."""
 
     def faults(self) -> list[str]:
-        sources = (self.model_name_or_path, self.models, self.mixture, self.function)
+        sources = (self.model_name_or_path, self.models, self.mixture, self.function, self.url)
         if sum(map(bool, sources)) != 1:
-            return ["give exactly one of model_name_or_path, models, mixture, function"]
+            return ["give exactly one of model_name_or_path, models, mixture, function, url"]
         found = super().faults()
+        if not self.url:
+            defaults = type(self).model_fields
+            found += [
+                f"{name}: only a reward server (url) has it"
+                for name in ("batch_size", "timeout", "retries")
+                if getattr(self, name) != defaults[name].default
+            ]
         shares = [group.share for group in self.mixture]
         if len(shares) == 1:
             found.append("mixture: one group is no mixture; use model_name_or_path")

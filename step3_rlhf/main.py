@@ -26,6 +26,7 @@ from step3_rlhf.iteration_metrics import EarlyStopping
 from step3_rlhf.loading import load_frozen_policy
 from step3_rlhf.prompts import Prompts, iterations
 from step3_rlhf.ptx import PtxTexts
+from step3_rlhf.reference.cuts import cut_warning
 from step3_rlhf.rewards.sources import load_reward
 from step3_rlhf.roles import TrainingRoles, training_roles_of
 from step3_rlhf.trainer import PPOTrainer
@@ -174,7 +175,8 @@ def train(
             trainer.mixture.log_sums = state["mixture"]
     else:
         trainer.foresee_cuts()
-        warn_of_cuts(trainer)
+        if warning := cut_warning(trainer.cuts, config.response_length):
+            say(warning)
         if config.reward_centering == "reference_mean":
             trainer.center_rewards()
             say(f"Rewards are centered at {trainer.reward_center:.4f}, the reference policy's mean")
@@ -212,20 +214,6 @@ def train(
     if early.has_arrived():
         say(f"The policy is at its optimum after {done} of {count} iterations (early_stopping)")
     return first, done
-
-
-def warn_of_cuts(trainer: PPOTrainer) -> None:
-    """Say so if responses that do not end gain on the others with every token."""
-    growth = trainer.cuts.get("cut/log_growth", 0.0)
-    if growth > 0:
-        say(
-            f"Warning: response_length={trainer.config.response_length} moves the optimum. At a "
-            "prefix of the reference's responses, the tokens that do not end the response weigh "
-            f"e^{growth:.2f} together, more than 1: without differences of reward, about "
-            f"{trainer.cuts['cut/predicted_share']:.0%} of the optimum's responses are cut. "
-            "Regularizers with lower weights, such as conditional_pm with a larger alpha, or kl, "
-            "cut fewer"
-        )
 
 
 def write_models(trainer: PPOTrainer, output: Path, was_trained: bool) -> None:

@@ -5,7 +5,6 @@ README.md beside this file has the formulas and shapes of each step.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,27 +14,23 @@ from transformers import PreTrainedTokenizerBase
 from step3_rlhf import ppo
 from step3_rlhf.classes.shares import class_shares
 from step3_rlhf.config import PPOConfig
-from step3_rlhf.experience import Experience, Judged, Scores
+from step3_rlhf.experience import Experience, Judged, Scores, with_advantages
 from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.prompts import Prompts
 from step3_rlhf.ptx import PtxBatch, PtxTexts, negative_log_likelihood
-from step3_rlhf.regularizers.base import Marginal
+from step3_rlhf.reference.centering import mean_reward
+from step3_rlhf.reference.cuts import CUT_SAMPLES, foreseen_cuts
 from step3_rlhf.regularizers.log_linear import LogLinear
-from step3_rlhf.regularizers.truncation import cut_share, end_weight_of, log_growth_of
 from step3_rlhf.rewards.mixture import Mixture
 from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout, sample
-from training.models.logprobs import Statistic, masked_sum
 from training.models.lora import WithoutAdapter
 from training.models.policy import Policy
 from training.runtime.averaging import AveragedWeights
 from training.runtime.engine import TrainedModule, optimizer_step
 from training.runtime.faults import dumped, require_finite
-from training.runtime.ranks import sum_over_ranks, world_size
+from training.runtime.ranks import world_size
 from training.runtime.tracking import Clock
-
-CUT_SAMPLES = 64
-"""Responses of the reference from which the share of cut responses is foreseen."""
 
 Part = TypeVar("Part", bound=Judged)
 
@@ -119,7 +114,8 @@ class PPOTrainer:
                 # 6. Old scores: log π and the value at each token, before any step is taken.
                 with clock.phase("old_scores"):
                     old = [self.old_scores(part) for part in parts]
-                # 7. and 8. Token rewards; advantages and returns.
+                # 7. Token rewards: R + πR′ (eq. 3.6) on each token, and r(x, y) on the last one.
+                # 8. Advantages and returns: GAE with the critic's values, or RLOO.
                 experiences = self.with_advantages(parts, old)
                 # 9. Losses, and optimizer steps of the actor and, if there is one, the critic.
                 for _ in range(config.num_ppo_epochs):
@@ -193,39 +189,8 @@ class PPOTrainer:
         return rollout.state_part(self.critic(rollout.input_ids, rollout.attention_mask))
 
     def with_advantages(self, parts: Sequence[Judged], old: Sequence[Scores]) -> list[Experience]:
-        """Steps 7 and 8: token rewards, then advantages and returns, for all micro-batches."""
-        config = self.config
-        judged, advantages, returns = [], [], []
-        for part, scores in zip(parts, old, strict=True):
-            mask = part.rollout.response_mask
-            # 7. The marginal R + πR′ (eq. 3.6) on each token, r(x, y) on the last one.
-            marginal = self.regularizer.marginal(scores.logp, part.ref_logp, mask)
-            judged.append(self.under_one_reward(part, marginal))
-            token_rewards = ppo.place_rewards(marginal.per_token, judged[-1].rewards, mask)
-            # 8. Advantages and returns: RLOO, or GAE with the critic's values.
-            if self.critic is None:
-                a, r = ppo.leave_one_out(token_rewards, mask, config.num_generations)
-            else:
-                a, r = ppo.advantages_and_returns(
-                    token_rewards, scores.values, mask, config.gamma, config.lam
-                )
-            advantages.append(a)
-            returns.append(r)
-        masks = [part.rollout.response_mask for part in parts]
-        normalized = ppo.normalize_advantages(
-            advantages, masks, config.advantage_normalization, sum_over_ranks
-        )
-        return [
-            Experience(part.rollout, part.rewards, part.ref_logp, scores, a, r)
-            for part, scores, a, r in zip(judged, old, normalized, returns, strict=True)
-        ]
-
-    def under_one_reward(self, part: Judged, marginal: Marginal) -> Judged:
-        """The micro-batch, with the rewards of the mixture in place of those of its groups."""
-        if self.mixture is None:
-            return part
-        credit, prompts = marginal.per_token.sum(-1), part.rollout.prompts
-        return replace(part, rewards=self.mixture.rewards(part.rewards, credit, prompts))
+        """Steps 7 and 8, for all micro-batches."""
+        return with_advantages(parts, old, self.regularizer, self.mixture, self.config)
 
     def take_steps(
         self,
@@ -295,43 +260,6 @@ class PPOTrainer:
             [policy.total] if value is None else [policy.total, self.config.vf_coef * value.total]
         )
 
-    @torch.no_grad()
-    def foresee_cuts(self) -> None:
-        """Estimate from responses of the reference, before iteration 0, how many the optimum cuts.
-
-        The law and its quantities are in regularizers/truncation.py; here they are means over the
-        prefixes of the reference's responses. Only for weights that are a product over tokens.
-        """
-        regularizer = self.regularizer
-        if not (isinstance(regularizer, LogLinear) and regularizer.weighs_tokens):
-            return
-        prompts = self.prompts.for_centering(CUT_SAMPLES)
-        rollout = sample(self.reference, self.tokenizer, *prompts, self.config.sampling)
-        actor = self.actor.module
-        assert isinstance(actor, Policy)
-        ends = list(actor.ends) or [self.tokenizer.eos_token_id]
-
-        def statistic(of: Callable[[LogLinear, Tensor, Tensor], Tensor]) -> Statistic:
-            def value(logits: Tensor, log_normalizer: Tensor) -> Tensor:
-                is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-                is_end[ends] = True
-                return of(regularizer, logits - log_normalizer[:, None], is_end)
-
-            return value
-
-        sums = torch.zeros(3, dtype=torch.float64, device=rollout.input_ids.device)
-        size = self.config.per_device_eval_batch_size
-        for first in range(0, len(rollout), size):
-            part = rollout.rows(first, first + size)
-            views = (part.input_ids, part.attention_mask, part.scored_mask)
-            for place, of in enumerate((log_growth_of, end_weight_of)):
-                _, values = self.reference(*views, statistic=statistic(of))
-                sums[place] += masked_sum(values.double(), part.scored_mask)
-            sums[2] += part.lengths.sum()
-        growth, end_weight, tokens = sum_over_ranks(sums.cpu()).tolist()
-        share = cut_share(growth / tokens, end_weight / tokens, self.config.response_length)
-        self.cuts = {"cut/log_growth": growth / tokens, "cut/predicted_share": share}
-
     def optimizer_metrics(self) -> dict[str, float]:
         """Learning rates, gradient norms and, in fp16, loss scales of the last optimizer step."""
         found: dict[str, float] = {}
@@ -341,14 +269,24 @@ class PPOTrainer:
             found |= model.loss_scaling(name)
         return found
 
+    def foresee_cuts(self) -> None:
+        """Before iteration 0: how many responses the optimum cuts, of a product over tokens."""
+        regularizer, actor = self.regularizer, self.actor.module
+        if isinstance(regularizer, LogLinear) and regularizer.weighs_tokens:
+            assert isinstance(actor, Policy)
+            ends = actor.ends or (self.tokenizer.eos_token_id,)
+            rollout = self.drawn_by_reference(CUT_SAMPLES)
+            self.cuts = foreseen_cuts(regularizer, self.reference, rollout, ends, self.config)
+
     def center_rewards(self) -> None:
-        """Estimate E_{π_ref} r (Example 2) from responses of the reference, before iteration 0."""
-        wanted = self.config.reward_centering_samples
-        prompts = self.prompts.for_centering(wanted)
-        rollout = sample(self.reference, self.tokenizer, *prompts, self.config.sampling)
+        """Before iteration 0: the mean reward of the reference (Example 2)."""
+        config = self.config
+        rollout = self.drawn_by_reference(config.reward_centering_samples)
         rewards = self.effective_rewards(self.reward(rollout).double(), rollout)
-        with dumped(self.config.output_dir, 0, rollout.readable):
-            name = self.regularizer.effective_reward_name
-            require_finite(f"{name} of the reference's responses", rewards)
-        total, count = sum_over_ranks(torch.stack([rewards.sum(), torch.ones_like(rewards).sum()]))
-        self.reward_center = (total / count).item()
+        name = self.regularizer.effective_reward_name
+        self.reward_center = mean_reward(rollout, rewards, name, config.output_dir)
+
+    def drawn_by_reference(self, count: int) -> Rollout:
+        """This rank's share of `count` responses that the reference draws."""
+        prompts = self.prompts.for_centering(count)
+        return sample(self.reference, self.tokenizer, *prompts, self.config.sampling)

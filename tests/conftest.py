@@ -1,5 +1,8 @@
 """What several test files share: a small world on disk, tiny random models, a process group."""
 
+# ruff: noqa: E402 (what is set before the imports is for them)
+
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -8,6 +11,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+gc.disable()  # the imports below make some hundred thousand objects, none of which is garbage
 
 import pytest
 import torch
@@ -35,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.launcher)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again from here on, without going through what the imports made."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -13,49 +13,53 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("training", "step1_sft", "step2_reward", "step3_rlhf")
 
 LAYERS = """
-step1_sft step2_reward step2_reward.btl_fit step2_reward.calibrate step3_rlhf step3_rlhf.benchmark
-step3_rlhf.benchmark.shapes step3_rlhf.benchmark.trl_ppo step3_rlhf.chat step3_rlhf.chat.settings
-step3_rlhf.classes step3_rlhf.direct step3_rlhf.evaluation step3_rlhf.evaluation.metrics
-step3_rlhf.generation step3_rlhf.paper step3_rlhf.paper.grid step3_rlhf.paper.grid.paper_models
-step3_rlhf.paper.pages step3_rlhf.paper.people step3_rlhf.paper.people.boards
-step3_rlhf.paper.people.data step3_rlhf.paper.people.data.phrasing step3_rlhf.paper.people.report
-step3_rlhf.paper.people.report.word_list step3_rlhf.paper.quickstart
-step3_rlhf.paper.quickstart.machine step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards
-training training.data.batches training.data.tally training.deferred training.errors
-training.launch training.launch.process training.models training.models.decoding
-training.models.decoding.cache training.models.decoding.few_rows training.models.families
-training.models.families.generation training.models.families.own_head training.models.logprobs
-training.models.plackett_luce training.runtime training.runtime.averaging training.runtime.disk
-training.runtime.extensions training.runtime.json_text training.runtime.random_states
-training.runtime.weights training.statistics training.world training.world.topics
+step1_sft step2_reward step2_reward.calibrate step3_rlhf step3_rlhf.benchmark
+step3_rlhf.benchmark.shapes step3_rlhf.benchmark.table step3_rlhf.benchmark.trl_ppo
+step3_rlhf.chat step3_rlhf.chat.settings step3_rlhf.classes step3_rlhf.direct
+step3_rlhf.evaluation step3_rlhf.evaluation.metrics step3_rlhf.generation step3_rlhf.gpu_check
+step3_rlhf.gpu_check.rows step3_rlhf.paper step3_rlhf.paper.grid
+step3_rlhf.paper.grid.paper_models step3_rlhf.paper.pages step3_rlhf.paper.people
+step3_rlhf.paper.people.boards step3_rlhf.paper.people.data step3_rlhf.paper.people.data.phrasing
+step3_rlhf.paper.people.report step3_rlhf.paper.people.report.word_list
+step3_rlhf.paper.quickstart step3_rlhf.paper.quickstart.machine
+step3_rlhf.paper.quickstart.metrics step3_rlhf.reference step3_rlhf.rewards training
+training.data.batches training.data.tally training.deferred training.errors training.launch
+training.launch.process training.models training.models.decoding training.models.decoding.cache
+training.models.decoding.few_rows training.models.families training.models.families.generation
+training.models.families.own_head training.models.logprobs training.models.plackett_luce
+training.runtime training.runtime.averaging training.runtime.disk training.runtime.extensions
+training.runtime.json_text training.runtime.random_states training.runtime.weights
+training.statistics training.world training.world.topics
 
 step2_reward.calibrate.temperature step2_reward.losses step3_rlhf.benchmark.measure
 step3_rlhf.chat.shares step3_rlhf.direct.loss step3_rlhf.paper.people.data.questions
 step3_rlhf.paper.people.measure step3_rlhf.ppo training.config training.data.chat_template
 training.data.fields training.data.json_lines training.deepspeed_section training.launch.gpus
 training.launch.launcher training.launch.lock training.memory training.models.families.noise
-training.models.packing training.plotting training.plugins training.runtime.ranks
-training.world.population training.world.prompts
+training.models.links training.models.packing training.plotting training.plugins
+training.runtime.ranks training.world.population training.world.prompts
 
-step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments step3_rlhf.chat.bars
+step2_reward.btl_fit step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments
+step3_rlhf.chat.bars step3_rlhf.gpu_check.measurements step3_rlhf.paper.bars
 step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
-step3_rlhf.paper.people.reward_model step3_rlhf.paper.quickstart.shares
-step3_rlhf.regularizers.classes step3_rlhf.response_sets step3_rlhf.rewards.calibration
-step3_rlhf.rewards.mixture training.data.messages training.data.settings
-training.models.hidden_states training.models.pretrained training.runtime.faults
-training.runtime.signals training.runtime.tracking training.settings_reference
-training.world.base_model
+step3_rlhf.paper.people.reward_model step3_rlhf.regularizers.classes step3_rlhf.response_sets
+step3_rlhf.rewards.calibration step3_rlhf.rewards.mixture training.data.messages
+training.data.settings training.models.hidden_states training.models.pretrained
+training.runtime.faults training.runtime.signals training.runtime.tracking
+training.settings_reference training.world.base_model
 
-step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.base
-training.data.cutting training.data.files training.data.formats training.data.split
-training.models.checks training.models.scalar training.stage_config training.world.files
+step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.paper.quickstart.shares
+step3_rlhf.regularizers.base training.data.cutting training.data.files training.data.formats
+training.data.split training.models.checks training.models.scalar training.stage_config
+training.world.files
 
-step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.paper.people.data.convert
-step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.log_linear
-step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality step3_rlhf.regularizers.optimum
-step3_rlhf.regularizers.solvers training.data.records training.data.templates training.models.lora
-training.models.options training.runtime.engine training.runtime.model_card
-training.runtime.resume training.world.__main__
+step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.gpu_check.stages
+step3_rlhf.paper.people.data.convert step3_rlhf.paper.quickstart.findings
+step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality
+step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers step3_rlhf.rewards.links
+training.data.records training.data.templates training.models.lora training.models.options
+training.runtime.engine training.runtime.model_card training.runtime.resume
+training.world.__main__
 
 step3_rlhf.paper.people.report.findings step3_rlhf.paper.quickstart.groups
 step3_rlhf.paper.quickstart.methods step3_rlhf.regularizers.divergences
@@ -84,21 +88,24 @@ step1_sft.main step2_reward.main step3_rlhf.direct.config step3_rlhf.evaluation.
 step3_rlhf.generation.drawing step3_rlhf.loading step3_rlhf.paper.grid.cells step3_rlhf.prompts
 step3_rlhf.ptx step3_rlhf.roles
 
-step2_reward.calibrate.__main__ step3_rlhf.benchmark.__main__ step3_rlhf.direct.reference
+step2_reward.calibrate.__main__ step3_rlhf.benchmark.result step3_rlhf.direct.reference
 step3_rlhf.direct.task step3_rlhf.evaluation.held_out step3_rlhf.generation.with_generate
-step3_rlhf.paper.grid.jobs step3_rlhf.paper.grid.results
+step3_rlhf.gpu_check.decoding step3_rlhf.paper.grid.jobs step3_rlhf.paper.grid.results
 
-step3_rlhf.evaluation.resume step3_rlhf.generation.generator step3_rlhf.generation.streaming
-step3_rlhf.paper.grid.figures step3_rlhf.paper.grid.run step3_rlhf.paper.grid.tables
+step3_rlhf.benchmark.__main__ step3_rlhf.evaluation.resume step3_rlhf.generation.generator
+step3_rlhf.generation.streaming step3_rlhf.paper.grid.figures step3_rlhf.paper.grid.run
+step3_rlhf.paper.grid.tables
 
 step3_rlhf.evaluation.shared_work step3_rlhf.paper.grid.page step3_rlhf.paper.people.runs
 step3_rlhf.rollout
 
 step3_rlhf.chat.speakers step3_rlhf.classes.labels step3_rlhf.experience
-step3_rlhf.paper.grid.report step3_rlhf.paper.people.__main__ step3_rlhf.rewards.readings
+step3_rlhf.paper.grid.report step3_rlhf.paper.people.__main__ step3_rlhf.reference.centering
+step3_rlhf.reference.cuts step3_rlhf.rewards.answers step3_rlhf.rewards.readings
 
 step3_rlhf.chat.session step3_rlhf.classes.shares step3_rlhf.iteration_metrics
-step3_rlhf.paper.grid.__main__ step3_rlhf.rewards.model
+step3_rlhf.paper.grid.__main__ step3_rlhf.rewards.functions step3_rlhf.rewards.model
+step3_rlhf.rewards.server
 
 step3_rlhf.chat.plain step3_rlhf.chat.screen step3_rlhf.rewards.sources
 
@@ -107,11 +114,16 @@ step3_rlhf.chat.__main__ step3_rlhf.checks step3_rlhf.evaluation.scoring step3_r
 step3_rlhf.direct.dry_run step3_rlhf.dry_run step3_rlhf.evaluation.exact
 step3_rlhf.evaluation.sampled
 
-step3_rlhf.evaluation.measure step3_rlhf.paper.quickstart.report_json
+step3_rlhf.evaluation.measure step3_rlhf.gpu_check.iteration
+step3_rlhf.paper.quickstart.report_json
 
-step3_rlhf.evaluation.card step3_rlhf.evaluation.run step3_rlhf.paper.quickstart.__main__
+step3_rlhf.evaluation.card step3_rlhf.evaluation.run step3_rlhf.gpu_check.plan
+step3_rlhf.paper.quickstart.__main__
 
-step3_rlhf.direct.main step3_rlhf.evaluation.__main__ step3_rlhf.main
+step3_rlhf.direct.main step3_rlhf.evaluation.__main__ step3_rlhf.gpu_check.__main__
+step3_rlhf.main
+
+step3_rlhf.gpu_check.waiting
 """
 
 

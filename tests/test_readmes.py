@@ -25,6 +25,7 @@ from step3_rlhf.chat.arguments import chat_parser
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.evaluation.settings import evaluation_parser
+from step3_rlhf.gpu_check.__main__ import check_parser
 from step3_rlhf.paper.grid.__main__ import parsed as grid_arguments
 from training.cli import stage_parser
 from training.config import StrictModel, apply_overrides, read_mapping
@@ -128,6 +129,8 @@ def check_script(script: str, arguments: list[str]) -> None:
             check_overrides(PPOConfig, read_mapping(str(ROOT / options.config)), options.overrides)
     elif script == "benchmark.sh":
         benchmark_parser().parse_args(arguments)
+    elif script == "gpu_check.sh":
+        check_parser().parse_args(arguments)
     elif script == "test.sh":
         selected = [a for a in arguments if a not in ("--fast", "--all")]
         missing = [a for a in selected if a.startswith("tests/") and not (ROOT / a).exists()]

@@ -23,7 +23,7 @@ from step2_reward.calibrate.settings import (
 )
 from step2_reward.calibrate.temperature import ESTIMAND, calibrated_temperature, held_out_margins
 from step2_reward.calibration import calibration_figures, draw_reliability
-from step2_reward.main import PreferenceModelling
+from step2_reward.main import PreferenceModelling, log_odds
 from training.cli import errors_end_cleanly, start
 from training.config import apply_overrides, check_config
 from training.data import read_records, tokenize
@@ -59,7 +59,8 @@ def run(config: CalibrationConfig) -> None:
     model = engine.frozen(load_reward_model(pretrained, options), {}, options.dtype)
     task = PreferenceModelling(model, data.train, {"test": test}, config, tokenizer.pad_token_id)
     task.evaluate("test")
-    found = calibration(task.margins, task.clusters, config.calibration_bins) | {
+    margins = log_odds(task.pairs, config.link)
+    found = calibration(margins, task.clusters, config.calibration_bins) | {
         "model_name_or_path": config.model_name_or_path,
         "weights": weights_digest(Path(config.model_name_or_path)),
         "data": config.data.model_dump(mode="json"),

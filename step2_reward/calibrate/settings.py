@@ -8,6 +8,7 @@ from pydantic import Field
 from training.cli import SettingsParser, add_common_options
 from training.config import Count, read_mapping
 from training.data.settings import DataSettings
+from training.models.links import LinkName
 from training.stage_config import RunConfig
 
 EXAMPLES = """examples:
@@ -21,6 +22,8 @@ class CalibrationConfig(RunConfig):
 
     data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
     """Comparisons, of which the test prompts are used: they neither trained nor chose the model."""
+    link: LinkName = "exponential"
+    """Link g with which the reward model was trained."""
     calibration_bins: Count = 10
     """Equally wide bins of the reliability diagrams."""
 

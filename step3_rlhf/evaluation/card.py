@@ -52,4 +52,6 @@ def rewards_of(config: AlignmentConfig) -> str:
         return "none: people's comparisons themselves"
     if reward.function:
         return f"the function `{reward.function}`"
+    if reward.url:
+        return "a reward server"
     return sources_of([member.model_name_or_path for member in reward.weighted_models])

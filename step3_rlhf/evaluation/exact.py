@@ -49,7 +49,8 @@ def exact_metrics(
 
     Distances are between distributions conditional on the set; `outside_mass` is the policy's
     probability of everything outside it, and `natural_mass` that of the set's responses that the
-    regularizer counts as natural. A figure that no prompt has is None.
+    regularizer counts as natural. A figure that no prompt has is None. The optimum is that on the
+    set, which only for log-linear regularizers is the whole optimum given the set.
     """
 
     def measure(rows: list[int]) -> list[dict[str, Any]]:

@@ -103,6 +103,11 @@ class Regularizer(StrictModel, ABC):
         return None
 
     @property
+    def assumed_link(self) -> str:
+        """The link g under which rewards are preferences g(r)/(g(r) + g(r')) (§3.4)."""
+        return "exponential"
+
+    @property
     def coefficient(self) -> float:
         """β of the marginal, in units of reward per nat."""
         return self.beta

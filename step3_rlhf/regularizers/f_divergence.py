@@ -25,7 +25,9 @@ class FDivergence(Regularizer):
     objective  E_π[r − β f(u)/u] = E_π[r] − β D_f(π ‖ π_ref)
     marginal   −β (f'(u) − f'(1)) on the last token
     optimum    π_ref·(f')^{-1}((r − λ)/β), λ from Σπ = 1. Eq. (5.3) omits λ, which cancels only
-               for reverse KL. π_ref is taken conditional on the response set.
+               for reverse KL. π_ref is taken conditional on the response set, so that λ is the
+               set's: except for reverse KL, this is not the optimum over all responses, taken
+               conditional on the set.
 
     level "token" is an approximation: u is the ratio of one token's probabilities, and the terms
     are summed over the tokens, so that the value is a sum of per-step divergences. The marginal

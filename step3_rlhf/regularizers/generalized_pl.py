@@ -74,6 +74,10 @@ class GeneralizedPL(Regularizer):
         return link(self.g, self.exponent)
 
     @property
+    def assumed_link(self) -> str:
+        return self.g
+
+    @property
     def is_log_linear(self) -> bool:
         return self.g == "exponential" or self.target == "luce"
 

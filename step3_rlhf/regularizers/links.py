@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 
-from step3_rlhf.regularizers.base import log1p_exp
 from step3_rlhf.regularizers.solvers import decreasing_root
 from training.deferred import Tensor, torch
+from training.models.links import log_sigmoid, log_softplus
 
 
 class Link(ABC):
@@ -87,9 +87,7 @@ class Softplus(Link):
         return total
 
     def log_link(self, score: Tensor) -> Tensor:
-        low = score < -30.0
-        safe = torch.where(low, torch.zeros_like(score), score)
-        return torch.where(low, score, torch.log(log1p_exp(safe)))
+        return log_softplus(score)
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class Sigmoid(Link):
         return torch.where(tiny, 1.0 + pi / 2.0, -_log_complement(safe) * torch.exp(-safe))
 
     def log_link(self, score: Tensor) -> Tensor:
-        return -log1p_exp(-score)
+        return log_sigmoid(score)
 
 
 def _log_complement(log_pi: Tensor) -> Tensor:

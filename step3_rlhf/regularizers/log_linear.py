@@ -146,8 +146,10 @@ class ConditionalPM(LogLinear):
     level "token" (the published code): w_t = π_ref,t where π_ref,t < α, else 1. Preferences are
     matched, softmax(r/β), among the responses whose tokens all have π_ref,t ≥ α.
     level "sequence" (Def. 4.1, Theorem 4): M(x) = {y: π_ref(y|x) ≥ α}; w = 1 on M(x), and outside
-    it w = π_ref(y|x) or the fixed ε of eq. (4.1). Preferences are matched within M(x). log w is
-    placed on the last token, at which the whole response is known.
+    it w = π_ref(y|x) or the fixed ε of eq. (4.1). Preferences are matched within M(x). Once a
+    prefix has π_ref < α, the response is outside, whatever follows: token t gets log w(y_≤t) −
+    log w(y_<t), which adds up to log w(y) and lets each token answer for its own part. With
+    `alpha_per_token` a response can come back, and log w is placed on its last token.
     level "class": opinions rather than strings (classes.py). M(x) is the responses whose class has
     π_ref(c(y)|x) ≥ α; w = π_ref(y|x)/π_ref(c(y)|x) on M(x), and π_ref(y|x) outside it and outside
     every class. Natural classes have shares ∝ E_{π_ref(·|x,c)} e^{r/β}, and within a class it is
@@ -221,12 +223,20 @@ class ConditionalPM(LogLinear):
             return ref_logp
         if self.level == "token":
             return torch.where(mask & (ref_logp < self._log_threshold), ref_logp, 0.0)
-        log_w, inside = ref_logp.sum(-1), self.natural(ref_logp, mask)
-        if self.log_epsilon is not None:
-            log_w = torch.full_like(log_w, self.log_epsilon)
-        elif self.epsilon is not None:
-            log_w = torch.full_like(log_w, math.log(self.epsilon))
-        return on_last_token(torch.where(inside, 0.0, log_w), mask)
+        if self.alpha_per_token is not None:
+            inside = self.natural(ref_logp, mask)
+            return on_last_token(torch.where(inside, 0.0, self._outside(ref_logp.sum(-1))), mask)
+        prefix = log_prefix(ref_logp)
+        outside = prefix < self._log_threshold  # and so is whatever follows
+        leaves = outside & (outside.cumsum(-1) == 1)
+        later = ref_logp if self._log_epsilon is None else torch.zeros_like(ref_logp)
+        log_w = torch.where(leaves, self._outside(prefix), later)
+        return torch.where(outside & mask, log_w, 0.0)
+
+    def _outside(self, ref_logp: Tensor) -> Tensor:
+        """log w of responses outside M(x), of log-probability `ref_logp` under the reference."""
+        log_epsilon = self._log_epsilon
+        return ref_logp if log_epsilon is None else torch.full_like(ref_logp, log_epsilon)
 
     def natural(self, ref_logp: Tensor, mask: Tensor, class_logp: Tensor | None = None) -> Tensor:
         """Token level: all tokens reach the threshold; otherwise the response or its class does."""
@@ -235,8 +245,9 @@ class ConditionalPM(LogLinear):
         ref_logp = torch.where(mask, ref_logp, 0.0)
         if self.level == "token":
             return (~mask | (ref_logp >= self._log_threshold)).all(-1)
-        length = mask.sum(-1).clamp(min=1) if self.alpha_per_token is not None else 1
-        return ref_logp.sum(-1) / length >= self._log_threshold
+        if self.alpha_per_token is not None:
+            return ref_logp.sum(-1) / mask.sum(-1).clamp(min=1) >= self._log_threshold
+        return log_prefix(ref_logp)[:, -1] >= self._log_threshold
 
     def _is_natural_class(self, class_logp: Tensor) -> Tensor:
         """[batch] bool; a response outside every class, with −inf, has no natural one."""
@@ -248,6 +259,20 @@ class ConditionalPM(LogLinear):
             return self.log_alpha
         alpha = self.alpha if self.alpha is not None else self.alpha_per_token
         return math.log(alpha) if alpha else -math.inf
+
+    @property
+    def _log_epsilon(self) -> float | None:
+        """log ε; None where the weight outside M(x) is π_ref."""
+        return math.log(self.epsilon) if self.epsilon is not None else self.log_epsilon
+
+
+def log_prefix(ref_logp: Tensor) -> Tensor:
+    """[batch, length] log π_ref(y_≤t), which never rises with t, not even by rounding.
+
+    Args:
+        ref_logp: [batch, length], 0 where masked.
+    """
+    return ref_logp.clamp(max=0.0).cumsum(-1)
 
 
 def _known(class_logp: Tensor | None) -> Tensor:

@@ -1,7 +1,5 @@
-"""Sources of rewards: reward models, weighted sums or mixtures of them, or a Python function."""
+"""Sources of rewards: models, weighted sums or mixtures of them, a Python function or a server."""
 
-import math
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -9,62 +7,23 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import AlignmentConfig, RewardSettings
+from step3_rlhf.rewards.functions import FunctionReward, import_function
 from step3_rlhf.rewards.model import ModelReward
 from step3_rlhf.rewards.readings import reading
+from step3_rlhf.rewards.server import ServerReward, try_server
 from step3_rlhf.roles import Roles
 from step3_rlhf.rollout import Rollout
-from training.errors import UserError
 from training.models.checks import check_scalar
 from training.models.loading import load_reward_model
 from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained
-from training.plugins import import_callable
-from training.runtime import engine, ranks
-
-RewardFunction = Callable[[list[str], list[str]], list[float]]
+from training.runtime import engine
 
 
 class RewardSource(Protocol):
     def __call__(self, rollout: Rollout) -> Tensor:
         """[B] rewards r(x, y), float32; of a mixture [B, G], those of each group."""
         ...
-
-
-class FunctionReward:
-    """Rewards from `module:callable`, which must give one finite number per response."""
-
-    def __init__(self, function: RewardFunction, name: str) -> None:
-        self.function = function
-        self.name = name
-
-    def __call__(self, rollout: Rollout) -> Tensor:
-        try:
-            rewards, fault = self._checked(list(rollout.prompts), list(rollout.responses)), None
-        except UserError as error:
-            rewards, fault = [], error
-        # A fault on one rank ends all of them, with its message.
-        messages = [text for text in ranks.gather_objects([fault and str(fault)]) if text]
-        if messages:
-            raise UserError(messages[0]) from fault
-        return torch.tensor(rewards, device=rollout.input_ids.device)
-
-    def _checked(self, prompts: list[str], responses: list[str]) -> list[float]:
-        try:
-            rewards = [float(reward) for reward in self.function(prompts, responses)]
-        except Exception as error:
-            raise UserError(f"reward.function {self.name} raised {error!r}") from error
-        if len(rewards) != len(responses):
-            raise UserError(
-                f"reward.function {self.name} returned {len(rewards)} rewards for "
-                f"{len(responses)} responses"
-            )
-        for prompt, response, reward in zip(prompts, responses, rewards, strict=True):
-            if not math.isfinite(reward):
-                raise UserError(
-                    f"reward.function {self.name} returned {reward} for the prompt {prompt!r} and "
-                    f"the response {response!r}"
-                )
-        return rewards
 
 
 class WeightedSum:
@@ -87,12 +46,6 @@ class ByGroup:
         return torch.stack([source(rollout) for source in self.sources], dim=-1)
 
 
-def import_function(path: str) -> RewardFunction:
-    """The function that the config names; see import_callable."""
-    function: RewardFunction = import_callable(path, "reward.function")
-    return function
-
-
 def check_reward(
     settings: RewardSettings | None, roles: Roles, untrained: str | None = None
 ) -> None:
@@ -102,10 +55,13 @@ def check_reward(
         untrained: a model that need not be a reward model, because it stands in for one.
 
     Raises:
-        UserError: the function cannot be imported, or a model is not a reward model.
+        UserError: the function cannot be imported, the server gives no reward for a response that
+            is tried, or a model is not a reward model.
     """
     if settings and settings.function:
         import_function(settings.function)
+    if settings and settings.url:
+        try_server(settings, roles.policy.tokenizer)
     for _, reward in roles.rewards:
         check_scalar(reward, new_head=reward.name_or_path == untrained)
 
@@ -115,6 +71,8 @@ def load_reward(config: AlignmentConfig, roles: Roles) -> RewardSource:
     assert config.reward is not None
     if config.reward.function:
         return FunctionReward(import_function(config.reward.function), config.reward.function)
+    if config.reward.url:
+        return ServerReward(config.reward, roles.policy.tokenizer)
     sources: list[tuple[float, RewardSource]] = [
         (weight, load_model_reward(reward, roles.policy.tokenizer, config))
         for weight, reward in roles.rewards

@@ -33,8 +33,9 @@ CONFIGS: dict[str, type[StrictModel]] = {
     "ppo": PPOConfig,
     "evaluation": EvaluationConfig,
 }
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1500"))
-"""Of each kind of config, and of each format of data; `scripts/test.sh --fast` takes fewer."""
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
+"""Of each kind of config, and of each format of data; `scripts/test.sh --fast` takes fewer, and
+`--all` more."""
 OUTCOMES: Counter[str] = Counter()
 Path_ = tuple[str | int, ...]
 

@@ -158,7 +158,7 @@ def test_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
     configured: Configured, tmp_path: Path, stage: str, number: signal.Signals, processes: int
 ) -> None:
     # No checkpoints but the one that the signal asks for.
-    length = {"max_steps": 60} if stage == "sft" else {"total_episodes": 320}
+    length = {"max_steps": 60} if stage == "sft" else {"total_episodes": 160}
     whole = configured(stage, "whole", save_steps=0, **length)
     Launched(stage, whole, processes).end()
 

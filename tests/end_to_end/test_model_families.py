@@ -4,16 +4,13 @@ Two processes and the real launcher; ZeRO 2 and ZeRO 3.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from many_runs import launch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +29,6 @@ from training.world.base_model import sentencepiece_model
 
 pytestmark = pytest.mark.launcher
 
-PROGRAM = Path(__file__).parent / "programs" / "many_runs.py"
 FAMILIES = ("opt", "llama")
 ZERO = (2, 3)
 
@@ -142,19 +138,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Path
             output = directory / f"{family}_{zero}"
             output.mkdir()
             runs += stages(base, tiny_world, output, zero)
-    file = directory / "runs.json"
-    file.write_text(json.dumps(runs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ended = subprocess.run(
-        [Path(sys.prefix) / "bin" / "deepspeed", "--hostfile", "/dev/null", "--num_gpus", "2",
-         "--master_port", port, PROGRAM, file],
-        env=os.environ
-        | {"PYTHONPATH": str(PROGRAM.parents[3]), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout[-6000:]
+    launch(2, runs, directory)
     return directory
 
 

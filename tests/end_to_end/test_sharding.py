@@ -5,10 +5,6 @@ launcher. The division changes the padding as well: a micro-batch is padded to i
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from many_runs import launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -27,7 +24,6 @@ from training.models.pretrained import Pretrained
 
 pytestmark = pytest.mark.launcher
 
-PROGRAM = Path(__file__).parent / "programs" / "many_runs.py"
 GLOBAL_BATCH = 16
 TOLERANCE = 1e-5
 STAGE = {
@@ -76,24 +72,29 @@ class Division:
 
 RLOO = {"advantage_estimator": "rloo", "num_generations": 2, "ema_decay": 0.5, "ptx_coef": 0.5}
 WHOLE = Division(1, 1, 0)
-DIVISIONS = [
+CONTROL, CONTROLLED = Division(2, 4, 0), ("sft", "btl", "plackett_luce")
+PACKED = [Division(1, 1, 0, packed=True), Division(2, 4, 2, packed=True),
+          Division(2, 1, 3, packed=True)]  # fmt: skip
+ALL = [
     Division(processes, accumulation, zero)
     for processes in (1, 2)
     for accumulation in (1, 4)
     for zero in (0, 1, 2, 3)
-] + [Division(1, 1, 0, packed=True), Division(2, 4, 2, packed=True), Division(2, 1, 3, packed=True)]
-CONTROL = Division(2, 4, 0)
-
-
-OF_RLOO = [WHOLE, Division(1, 4, 0), Division(2, 1, 1), Division(2, 4, 2, packed=True),
-           Division(2, 1, 3)]  # fmt: skip
+] + PACKED
+PAIRS = [WHOLE, Division(1, 4, 0), Division(2, 1, 0), Division(1, 1, 1), Division(2, 4, 1),
+         Division(1, 4, 2), Division(2, 1, 2), Division(1, 1, 3), Division(2, 4, 3),
+         *PACKED]  # fmt: skip
+"""Any two of processes, accumulation and ZeRO stage meet in every way."""
+SOME = [WHOLE, Division(1, 4, 0), Division(2, 1, 1), Division(2, 4, 2, packed=True),
+        Division(2, 1, 3)]  # fmt: skip
 
 
 def divisions(kind: str) -> list[Division]:
-    """With LoRA, RLOO and mixtures most of the code is as without: there some are left out."""
-    if kind in ("rloo", "mixture"):
-        return OF_RLOO
-    return [d for d in DIVISIONS if d.accumulation == 1 or "lora" not in kind]
+    """All divisions meet with SFT: every kind takes its optimizer steps with the same function.
+
+    Of Plackett-Luce, LoRA, RLOO and mixtures most of the code is that of another kind.
+    """
+    return {"sft": ALL, "btl": PAIRS, "ppo": PAIRS}.get(kind, SOME)
 
 
 class Matrix:
@@ -111,8 +112,8 @@ class Matrix:
                 if division.processes == processes
             ]
             if processes == CONTROL.processes:
-                runs += [self.run(settings, kind, CONTROL, wrongly=True) for kind in KINDS[:4]]
-            self.launch(processes, runs)
+                runs += [self.run(settings, kind, CONTROL, wrongly=True) for kind in CONTROLLED]
+            launch(processes, runs, directory)
 
     def policy(self, settings: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
         """What PPO starts from: trained until its responses end, each at its own length."""
@@ -174,21 +175,6 @@ class Matrix:
             ]
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return path
-
-    def launch(self, processes: int, runs: list[dict[str, Any]]) -> None:
-        file = self.directory / f"runs_{processes}.json"
-        file.write_text(json.dumps(runs))
-        paths = os.pathsep.join([str(PROGRAM.parents[3]), str(self.directory)])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        ended = subprocess.run(
-            [Path(sys.prefix) / "bin" / "deepspeed", "--hostfile", "/dev/null", "--num_gpus",
-             str(processes), "--master_port", port, PROGRAM, file],
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500,
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stdout[-6000:]
 
     def output(self, kind: str, division: Division, wrongly: bool = False) -> Path:
         return self.directory / f"{kind}-{division}{'-wrong' if wrongly else ''}"
@@ -253,14 +239,14 @@ def test_division_changes_nothing(matrix: Matrix, kind: str) -> None:
     assert max(differences.values()) <= TOLERANCE, differences
 
 
-@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("kind", CONTROLLED)
 def test_a_mean_of_means_would_be_seen(matrix: Matrix, kind: str) -> None:
     """Not in PPO, whose losses are divided by what does not depend on the drawn lengths."""
     assert matrix.difference(kind, CONTROL, wrongly=True) > 10 * TOLERANCE
 
 
 def test_rollouts_are_the_same_responses(matrix: Matrix) -> None:
-    for division in DIVISIONS:
+    for division in divisions("ppo"):
         whole, divided = matrix.figures("ppo", WHOLE), matrix.figures("ppo", division)
         for step in (1, 2, 3):
             for name in ("response/length", "response/ended_fraction"):
@@ -342,7 +328,7 @@ def test_what_a_fresh_process_loads_is_what_was_trained(matrix: Matrix) -> None:
             torch.testing.assert_close(own, found[-1][0, 1:], rtol=0, atol=1e-5)
             torch.testing.assert_close(found[-1], found[0], rtol=0, atol=1e-5)
     rewards = []
-    for division in DIVISIONS:
+    for division in divisions("btl"):
         path = matrix.output("btl", division) / "model"
         scalar = load_scalar_model(Pretrained(str(path)), Pretrained(str(path)).tokenizer)
         rewards.append(scalar.rewards(ids, mask))

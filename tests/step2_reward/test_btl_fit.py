@@ -17,6 +17,7 @@ from step2_reward.btl_fit import (
     with_circles_reversed,
 )
 from step2_reward.main import fit_of_one_model, report_of
+from training.models.links import LOG_LINKS
 
 CONDORCET = torch.tensor([[0.89, 0.10, 0.01], [0.01, 0.89, 0.10]], dtype=torch.float64)
 """Two groups: A > B > C and B > C > A."""
@@ -143,6 +144,18 @@ def test_a_population_of_two_groups_is_rejected_unless_they_are_mirror_images() 
     found = lack_of_fit(choices(taste, 20, generator))
     assert found.p_value > 0.01
     assert "does not rule out groups of people who disagree" in found.meaning
+
+
+def test_it_is_every_links_test() -> None:
+    """Wins under softplus are those of BTL with rewards log g(r), which the same test accepts."""
+    generator = torch.Generator().manual_seed(3)
+    rewards = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    wins = choices([LOG_LINKS["softplus"](rewards)], 20, generator)
+    exponential, softplus = lack_of_fit(wins), lack_of_fit(wins, "softplus")
+    assert exponential.p_value == softplus.p_value > 0.01
+    assert "one preference model of the link softplus, or of any other" in softplus.meaning
+    assert "one Bradley-Terry-Luce model" in exponential.meaning
+    assert (softplus.link, exponential.link) == ("softplus", "exponential")
 
 
 def test_too_few_comparisons_are_no_test() -> None:

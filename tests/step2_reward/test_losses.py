@@ -1,11 +1,13 @@
 """Preference losses against literal numbers and closed forms."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from step2_reward.losses import btl_loss, plackett_luce_loss
+from training.models.links import LOG_LINKS, LinkName
 
 
 def all_present(rewards: torch.Tensor) -> torch.Tensor:
@@ -93,3 +95,85 @@ def test_extreme_rewards_stay_finite() -> None:
     loss.sum().backward()
     assert loss.item() == pytest.approx(2e4, rel=1e-6)
     assert rewards.grad.isfinite().all()
+
+
+def test_a_generalized_choice_by_hand() -> None:
+    """Softplus: g(1) = log(1 + e) = 1.3132617, g(0) = log 2 = 0.6931472, g(−1) = 0.3132617."""
+    g = [1.3132616875182228, 0.6931471805599453, 0.31326168751822286]
+    rewards = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    loss = plackett_luce_loss(LOG_LINKS["softplus"](rewards), all_present(rewards))
+    # the best of three, and then the best of the two that are left
+    expected = -math.log(g[0] / sum(g)) - math.log(g[1] / (g[1] + g[2]))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    exponential = plackett_luce_loss(rewards, all_present(rewards))
+    assert abs(loss.item() - exponential.item()) > 0.05
+    # ∂loss/∂r_i = (g'_i/g_i)·(expected times of being chosen − times chosen)
+    loss.backward()
+    slopes = [1 / (1 + math.exp(-r)) / g_i for r, g_i in zip((1, 0, -1), g, strict=True)]
+    first = [g_i / sum(g) for g_i in g]
+    second = [0.0, g[1] / (g[1] + g[2]), g[2] / (g[1] + g[2])]
+    chosen = [1.0, 1.0, 0.0]
+    for k, found in enumerate(rewards.grad[0].tolist()):
+        expected = slopes[k] * (first[k] + second[k] - chosen[k])
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+POPULATION = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+"""Proportions of first choices."""
+
+
+def expected_loss(scores: torch.Tensor) -> torch.Tensor:
+    """Mean loss over all pairs of the population, whose choices are Luce's: p_i/(p_i + p_j)."""
+    i, j = torch.triu_indices(len(scores), len(scores), offset=1)
+    wins = POPULATION[i] / (POPULATION[i] + POPULATION[j])
+    losses = wins * btl_loss(scores[i], scores[j]) + (1 - wins) * btl_loss(scores[j], scores[i])
+    return losses.mean()
+
+
+def minimized(loss: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor) -> torch.Tensor:
+    """The parameters at which `loss` is smallest."""
+    found = start.clone().requires_grad_()
+    solver = torch.optim.LBFGS(
+        [found],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> torch.Tensor:
+        solver.zero_grad()
+        value = loss(found)
+        value.backward()
+        return value
+
+    solver.step(closure)
+    return found.detach()
+
+
+@pytest.mark.parametrize("link", LOG_LINKS)
+def test_a_table_of_rewards_recovers_the_population_under_its_link(link: LinkName) -> None:
+    log_g = LOG_LINKS[link]
+    rewards = minimized(lambda r: expected_loss(log_g(r)), torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(log_g(rewards).softmax(0), POPULATION, rtol=0, atol=1e-6)
+    if link != "exponential":  # the same rewards read as those of Bradley-Terry
+        assert 0.5 * (rewards.softmax(0) - POPULATION).abs().sum() > 0.05
+
+
+def test_the_exponential_link_cannot_hold_what_softplus_made() -> None:
+    """Rewards that share a parameter, r_i = θ x_i, as those of a model do."""
+    x = torch.tensor([2.0, 1.0, -1.0, -3.0], dtype=torch.float64)
+    true = LOG_LINKS["softplus"](1.5 * x).softmax(0)
+    i, j = torch.triu_indices(4, 4, offset=1)
+    wins = true[i] / (true[i] + true[j])
+
+    def fitted(link: LinkName) -> torch.Tensor:
+        def loss(theta: torch.Tensor) -> torch.Tensor:
+            s = LOG_LINKS[link](theta * x)
+            return (wins * btl_loss(s[i], s[j]) + (1 - wins) * btl_loss(s[j], s[i])).mean()
+
+        theta = minimized(loss, torch.ones(1, dtype=torch.float64))
+        return LOG_LINKS[link](theta * x).softmax(0)
+
+    torch.testing.assert_close(fitted("softplus"), true, rtol=0, atol=1e-6)
+    assert 0.5 * (fitted("exponential") - true).abs().sum() > 0.05

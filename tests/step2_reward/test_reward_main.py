@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from step2_reward import main as reward
 from step2_reward.config import RewardConfig
 from step2_reward.losses import btl_loss
-from step2_reward.main import PreferenceModelling, by_group, pair_margins, summary
+from step2_reward.main import PreferenceModelling, by_group, implied_pairs, log_odds, summary
 from training.config import check_config
 from training.data import FILLER, Split, collate_groups
 from training.models.loading import load_scalar_model
@@ -41,8 +41,12 @@ def test_rewards_are_put_back_into_their_groups() -> None:
 def test_margins_of_every_pair_that_a_ranking_implies() -> None:
     rewards = torch.tensor([[3.0, 1.0, 0.0], [0.0, 5.0, 99.0], [7.0, 7.0, 7.0]])
     present = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
-    found = pair_margins(rewards, present)
-    assert sorted(found) == [(-5.0, 1), (1.0, 0), (2.0, 0), (3.0, 0)]
+    found = implied_pairs(rewards, present)
+    assert sorted(found) == [(0.0, 5.0, 1), (1.0, 0.0, 0), (3.0, 0.0, 0), (3.0, 1.0, 0)]
+    pairs = torch.tensor([pair[:2] for pair in sorted(found)])
+    assert log_odds(pairs, "exponential").tolist() == [-5.0, 1.0, 3.0, 2.0]
+    g = torch.nn.functional.softplus(pairs)
+    torch.testing.assert_close(log_odds(pairs, "softplus"), (g[:, 0] / g[:, 1]).log())
 
 
 @pytest.fixture
@@ -94,6 +98,27 @@ def test_evaluation_is_a_mean_over_rankings_with_pairwise_calibration(
     expected = 12.7062047 * math.sqrt(2 * (sums[0] ** 2 + sums[1] ** 2)) / 4
     assert found["test/log_loss_ci95"] == pytest.approx(expected, rel=1e-4)
     assert task.calibration["clusters"] == 2
+
+
+@torch.no_grad()
+def test_another_link_has_other_probabilities_of_the_same_rewards(
+    task: PreferenceModelling,
+) -> None:
+    config = task.config.model_copy(update={"link": "softplus"})
+    other = PreferenceModelling(task.model, GROUPS, {"test": GROUPS}, config, PAD)
+    a, b = torch.nn.functional.softplus(own_rewards(task, **_columns(0)))
+    x, y, z = torch.nn.functional.softplus(own_rewards(task, **_columns(1)))
+    losses = [-(a / (a + b)).log(), -(x / (x + y + z)).log() - (y / (y + z)).log()]
+    found = other.evaluate("test")
+    assert found["test/loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-5)
+    assert other.loss_sum(other.collate([0, 1])).item() == pytest.approx(
+        sum(losses).item(), rel=1e-5
+    )
+    probabilities = torch.stack([a / (a + b), x / (x + y), x / (x + z), y / (y + z)])
+    assert found["test/log_loss"] == pytest.approx(-probabilities.log().mean().item(), rel=1e-5)
+    exponential = task.evaluate("test")["test/log_loss"]
+    assert abs(found["test/log_loss"] - exponential) > 1e-4 * exponential
+    assert other.calibration["link"] == "softplus"
 
 
 def test_comparisons_of_the_same_prompt_are_one_prompts(task: PreferenceModelling) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.prompts import Prompts
-from step3_rlhf.rewards.sources import FunctionReward
+from step3_rlhf.rewards.functions import FunctionReward
 from step3_rlhf.trainer import PPOTrainer
 from training.config import check_config
 from training.data import read_records, tokenize

@@ -21,7 +21,8 @@ from step3_rlhf.iteration_metrics import IterationMetrics
 from step3_rlhf.main import means_of, train
 from step3_rlhf.ptx import PtxTexts
 from step3_rlhf.regularizers.registry import parse_regularizer
-from step3_rlhf.rewards.sources import ByGroup, FunctionReward
+from step3_rlhf.rewards.functions import FunctionReward
+from step3_rlhf.rewards.sources import ByGroup
 from step3_rlhf.roles import training_roles_of
 from step3_rlhf.rollout import sample
 from step3_rlhf.trainer import PPOTrainer

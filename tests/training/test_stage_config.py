@@ -138,7 +138,7 @@ def test_no_regularizer_named(regularizer: Any, stage_settings: Settings) -> Non
 )
 def test_exactly_one_source_of_rewards(reward: dict, stage_settings: Settings) -> None:
     (fault,) = faults_of("ppo", stage_settings("ppo") | {"reward": reward})
-    assert "give exactly one of model_name_or_path, models, mixture, function" in fault
+    assert "give exactly one of model_name_or_path, models, mixture, function, url" in fault
 
 
 def test_paths_of_stage_3(stage_settings: Settings) -> None:

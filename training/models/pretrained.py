@@ -22,6 +22,8 @@ from training.errors import UserError
 PAD_TOKEN = "<pad>"
 RESPONSE_END = "response_end"
 """Key in a reward model's config.json: what followed complete responses in its training."""
+LINK = "preference_link"
+"""Key in a reward model's config.json: the link g of the preferences that it learned (§3.4)."""
 UNREADABLE = (OSError, ValueError, KeyError, struct.error)
 """What transformers raises for a model that is missing, truncated or of another kind."""
 
@@ -122,6 +124,17 @@ class Pretrained:
             else self.tokenizer.convert_tokens_to_ids(name)
         )
         return end
+
+    @property
+    def learned_link(self) -> str | None:
+        """The link g with which stage 2 trained this reward model.
+
+        None if stage 2 did not train it.
+        """
+        # Before there were others, stage 2 trained with the exponential link and did not say so.
+        known = "exponential" if hasattr(self.config, RESPONSE_END) else None
+        link: str | None = getattr(self.config, LINK, known)
+        return link
 
     @cached_property
     def has_linear_score(self) -> bool:

@@ -83,6 +83,17 @@ def write_report(options: argparse.Namespace) -> str:
     return report(options.report, options.model_name, options.paper_model, options.output)
 
 
+def thresholds(text: str) -> tuple[float, ...]:
+    """As `positive_numbers`; or all below 0, which are logarithms in nats."""
+    try:
+        numbers = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        numbers = []
+    if numbers and all(-math.inf < number < 0 for number in numbers):
+        return tuple(numbers)
+    return positive_numbers(text)
+
+
 def positive_numbers(text: str) -> tuple[float, ...]:
     """`0.1,0.3` in rising order, each once."""
     try:
@@ -104,7 +115,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         help="default: sweep, beside its output_dir; with --report the joint Figure 1's directory, "
         "by default the first",
     )
-    parser.add_argument("--alphas", type=positive_numbers, default=ALPHAS)
+    parser.add_argument(
+        "--alphas",
+        type=thresholds,
+        default=ALPHAS,
+        help="thresholds of conditional PM: probabilities, or logarithms as in --alphas=-60,-30",
+    )
     parser.add_argument("--betas", type=positive_numbers, default=BETAS)
     parser.add_argument("--without-pm", action="store_true", help="leave out Figure 1")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")

@@ -36,7 +36,7 @@ class Cell:
     beta: float
     """The regularizer's weight; of the reference, the temperature that it is measured at."""
     alpha: float | None = None
-    """Conditional PM's threshold."""
+    """Conditional PM's threshold: a probability or, below 0, its logarithm in nats."""
 
     @property
     def name(self) -> str:
@@ -106,16 +106,25 @@ def regularizer_of(cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         given: the config's own regularizer, of any kind.
+
+    Raises:
+        UserError: the config's threshold is a logarithm, and the cell's a probability.
     """
     if cell.kind != "conditional_pm":
         return {"name": "kl" if cell.kind == "reference" else cell.kind, "beta": cell.beta}
-    threshold = "alpha"
+    assert cell.alpha is not None
+    threshold = "log_alpha" if cell.alpha < 0 else "alpha"
     kept: dict[str, Any] = {}
     if given.get("name") == "conditional_pm":
         parameters = ("level", "epsilon", "log_epsilon", "classes")
         kept = {name: given[name] for name in parameters if name in given}
         if given.get("alpha_per_token") is not None:
             threshold = "alpha_per_token"
+        if given.get("log_alpha") is not None and threshold != "log_alpha":
+            raise UserError(
+                "--alphas: the config's threshold is log_alpha, so the sweep's are logarithms in "
+                "nats, below 0, as in --alphas=-60,-30"
+            )
     return {"name": "conditional_pm", **kept, threshold: cell.alpha, "beta": cell.beta}
 
 

@@ -16,7 +16,14 @@ from matplotlib.figure import Figure
 
 from step3_rlhf.paper.grid.cells import Cell
 from step3_rlhf.paper.grid.paper_models import PAPER_MODELS, PaperModel
-from step3_rlhf.paper.grid.results import HELD_OUT, Results, best_alpha, cell_label, sigmoid
+from step3_rlhf.paper.grid.results import (
+    HELD_OUT,
+    Results,
+    best_alpha,
+    cell_label,
+    sigmoid,
+    threshold_name,
+)
 from training import plotting
 
 PROBABILITY_BINS = [i / 20 for i in range(21)]
@@ -221,7 +228,11 @@ def draw_means(axes: Axes, results: Results, beta: float) -> None:
     axes.plot(*zip(*found, strict=True) if found else ([], []), color="0.6", zorder=1)
     labels = [f"{cell.alpha:g}" if cell.alpha is not None else "KL" for cell in row]
     axes.set_xticks(range(len(row)), labels)
-    axes.set(xlim=(-0.4, len(row) - 0.6), ylim=(0, 1.1 * highest or 1), xlabel="α  (KL is α = 1)")
+    axes.set(
+        xlim=(-0.4, len(row) - 0.6),
+        ylim=(0, 1.1 * highest or 1),
+        xlabel=f"{threshold_name(row[0])}  (KL is α = 1)",
+    )
 
 
 def draw_distribution(axes: Axes, results: Results, beta: float) -> Axes:

@@ -173,4 +173,9 @@ def sigmoid(x: float) -> float:
 def cell_label(cell: Cell) -> str:
     """As in the paper's tables."""
     names = {"kl": "KL RLHF", "pm": "PM RLHF", "reference": "reference"}
-    return names.get(cell.kind) or f"α = {cell.alpha:g}"
+    return names.get(cell.kind) or f"{threshold_name(cell)} = {cell.alpha:g}"
+
+
+def threshold_name(cell: Cell) -> str:
+    """What conditional PM's number is called."""
+    return "log α" if cell.alpha is not None and cell.alpha < 0 else "α"

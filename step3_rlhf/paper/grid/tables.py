@@ -172,7 +172,9 @@ def _environment(results: Results, table: Table, below: Sequence[str] = ()) -> l
         lines.append("\\midrule")
         for place, cell in enumerate(row):
             group = f"\\multirow{{{len(row)}}}{{*}}{{$\\beta = {beta}$}}" if place == 0 else ""
-            label = "KL RLHF" if cell.alpha is None else f"$\\alpha = {cell.alpha:g}$"
+            label = cell_label(cell)
+            if cell.alpha is not None:
+                label = f"${label}$".replace("log ", "\\log ").replace("α", "\\alpha")
             entries = table.entries(results, cell, " \\pm ")
             shown = [f"${e}$" if cell in results.measured else _tex(e) for e in entries]
             lines.append(" & ".join([group, label, *shown]) + " \\\\")

@@ -1,12 +1,12 @@
 """The report's main picture: how often each answer is given, topic by topic."""
 
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from training.plotting import KL, MUTED, PM, POPULATION, REFERENCE, REWARD, style_axes
+from step3_rlhf.paper.bars import abbreviated, draw_bars, draw_legend
+from training.plotting import KL, PM, POPULATION, REFERENCE, REWARD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +97,6 @@ def mean_shares(entries: list[Entry], key: str) -> dict[str, float]:
 def draw_shares(topics: list[TopicShares]) -> "Figure":
     """Grouped bars: a panel per topic, a group per answer, a bar per distribution."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     columns = in_columns(topics, COLUMNS)
     height = LEGEND + max(sum(map(panel_height, column)) for column in columns)
@@ -112,14 +111,7 @@ def draw_shares(topics: list[TopicShares]) -> "Figure":
             box = (left / WIDTH, bottom / height, (step - LABELS - GAP) / WIDTH, bars / height)
             draw_topic(figure.add_axes(box), topic, 1.04 * limit)
             top -= panel_height(topic)
-    figure.legend(
-        handles=[Patch(color=colour, label=name) for name, colour in DISTRIBUTIONS.values()],
-        loc="upper center",
-        ncols=len(DISTRIBUTIONS),
-        frameon=False,
-        fontsize=12,
-        handlelength=1.2,
-    )
+    draw_legend(figure, DISTRIBUTIONS, "upper center")
     return figure
 
 
@@ -137,23 +129,7 @@ def panel_height(topic: TopicShares) -> float:
 
 
 def draw_topic(axes: "Axes", topic: TopicShares, limit: float) -> None:
-    """Draw one panel; an answer's bars lie one below the other, in the order of the legend."""
-    thickness = 0.8 / len(DISTRIBUTIONS)
-    for place, (name, (_, colour)) in enumerate(DISTRIBUTIONS.items()):
-        offset = (place - (len(DISTRIBUTIONS) - 1) / 2) * thickness
-        rows = [number + offset for number in range(len(topic.answers))]
-        axes.barh(rows, topic.shares[name], height=0.92 * thickness, color=colour, zorder=2)
+    """The panel of one topic."""
     axes.set_title(topic.topic.capitalize(), fontsize=11, fontweight="bold", loc="left", pad=4)
     axes.set_yticks(range(len(topic.answers)), [abbreviated(a) for a in topic.answers], fontsize=9)
-    axes.set(xlim=(0, limit), ylim=(len(topic.answers) - 0.5, -0.5))
-    ticks = [tick / 5 for tick in range(6) if tick / 5 <= limit]
-    axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks], fontsize=8, color=MUTED)
-    axes.tick_params(length=0)
-    style_axes(axes, grid="x")
-    axes.spines["bottom"].set_visible(False)
-    axes.spines["left"].set_color("0.7")
-
-
-def abbreviated(answer: str, width: int = 22, lines: int = 2) -> str:
-    """The answer in at most `lines` lines of `width` characters."""
-    return "\n".join(textwrap.wrap(answer, width, max_lines=lines, placeholder=" …"))
+    draw_bars(axes, topic.shares, DISTRIBUTIONS, limit)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lbfgs import lowest
 from torch import Tensor
 
 from step3_rlhf.direct.loss import compared_log_mass, direct_loss
@@ -73,25 +74,9 @@ def population_loss(
 
 
 def minimizer(loss: Loss, size: int = 4) -> Tensor:
-    """[K] π that minimizes `loss(log π)`, by L-BFGS on the logits of a softmax."""
-    logits = torch.zeros(size, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS(
-        [logits],
-        max_iter=2000,
-        tolerance_grad=1e-13,
-        tolerance_change=1e-20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        search.zero_grad()
-        value = loss(logits.log_softmax(0))
-        value.backward()
-        return value
-
-    for _ in range(3):
-        search.step(closure)
-    return logits.detach().softmax(0)
+    """[K] π that minimizes `loss(log π)`."""
+    search = {"iterations": 2000, "tolerance": 1e-13, "rounds": 3}
+    return lowest(lambda logits: loss(logits.log_softmax(0)), size, **search).softmax(0)
 
 
 def distance(p: Tensor, q: Tensor) -> float:

@@ -30,7 +30,8 @@ from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
-from step3_rlhf.rewards.sources import ByGroup, FunctionReward
+from step3_rlhf.rewards.functions import FunctionReward
+from step3_rlhf.rewards.sources import ByGroup
 from step3_rlhf.rollout import encode_prompt_texts, sample
 from training.config import check_config
 from training.data import encode_responses

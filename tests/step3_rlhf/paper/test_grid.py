@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from step3_rlhf.paper.grid.cells import (
 )
 from step3_rlhf.paper.grid.jobs import Job, Sweep, jobs_of
 from step3_rlhf.paper.grid.launcher import Launcher
+from step3_rlhf.paper.grid.results import cell_label
 from step3_rlhf.paper.grid.run import duration, run
 from training.config import apply_overrides, check_config, load_config
 from training.errors import RunError, UserError
@@ -103,6 +105,17 @@ def test_conditional_pm_keeps_what_the_config_says_of_it() -> None:
         "beta": 0.5,
     }
     assert regularizer_of(Cell("kl", 0.5), given) == {"name": "kl", "beta": 0.5}
+    by_logarithm = {"name": "conditional_pm", "level": "sequence", "log_alpha": -50.0}
+    assert regularizer_of(replace(cell, alpha=-60.0), by_logarithm) == {
+        "name": "conditional_pm",
+        "level": "sequence",
+        "log_alpha": -60.0,
+        "beta": 0.5,
+    }
+    with pytest.raises(UserError, match=r"logarithms in nats, below 0, as in --alphas=-60,-30"):
+        regularizer_of(cell, by_logarithm)
+    assert cell_label(replace(cell, alpha=-60.0)) == "log α = -60"
+    assert cell_label(cell) == "α = 0.3"
     of_classes = {"name": "conditional_pm", "level": "class", "classes": {"lengths": [4]}}
     assert regularizer_of(cell, of_classes) == {**of_classes, "alpha": 0.3, "beta": 0.5}
 
@@ -350,6 +363,7 @@ def test_durations(seconds: float, expected: str) -> None:
 def test_options_may_stand_anywhere() -> None:
     options = sweep.parsed(["c.json", "--betas", "1,0.5,1", "seed=7", "--alphas", "0.3", "a.b=c"])
     assert (options.betas, options.alphas) == ((0.5, 1.0), (0.3,))
+    assert sweep.parsed(["c.json", "--alphas=-30,-60"]).alphas == (-60.0, -30.0)
     assert (options.config, options.overrides) == ("c.json", ["seed=7", "a.b=c"])
     defaults = sweep.parsed(["c.json"])
     assert (defaults.alphas, defaults.betas) == ((0.1, 0.3, 0.5), (0.1, 0.5, 1.0))
@@ -364,6 +378,7 @@ def test_options_may_stand_anywhere() -> None:
         (["c.json", "--betas", "0"], "numbers above 0 were expected"),
         (["c.json", "--betas", "inf"], "numbers above 0 were expected"),
         (["c.json", "--alphas", ""], "numbers above 0 were expected"),
+        (["c.json", "--alphas=-60,0.3"], "numbers above 0 were expected"),
         (["c.json", "--model-name", "a", "--model-name", "b"], "--model-name: 1 expected"),
         (["--report", "d", "e", "--model-name", "a"], "--model-name: 2 expected"),
         (["--report", "d", "--output", "o"], "a single sweep's report is written into its own"),

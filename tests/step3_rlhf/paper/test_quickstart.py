@@ -20,6 +20,7 @@ from step2_reward.config import RewardConfig
 from step3_rlhf.config import EvaluationConfig, PPOConfig
 from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.evaluation.settings import run_settings
+from step3_rlhf.paper.bars import abbreviated
 from step3_rlhf.paper.quickstart import __main__ as report
 from step3_rlhf.paper.quickstart import seeds
 from step3_rlhf.paper.quickstart.findings import (
@@ -35,7 +36,7 @@ from step3_rlhf.paper.quickstart.machine import this_machine
 from step3_rlhf.paper.quickstart.metrics import METRICS, number
 from step3_rlhf.paper.quickstart.page import Pictures, page, policy_of
 from step3_rlhf.paper.quickstart.report_json import all_seconds, report_json
-from step3_rlhf.paper.quickstart.shares import abbreviated, in_columns, topic_shares
+from step3_rlhf.paper.quickstart.shares import in_columns, topic_shares
 from step3_rlhf.paper.quickstart.table1 import verdict
 from training import plotting
 from training.config import apply_overrides, check_config, load_config

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from lbfgs import lowest
 from torch import Tensor
 
 from step3_rlhf.regularizers.base import Marginal, NoOptimumError, Regularizer, ResponseSet
@@ -91,23 +92,11 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> float:
 
 def gradient_ascent(regularizer: Regularizer, ref_logp: Tensor, rewards: Tensor) -> Tensor:
     """[K] log π at the end of L-BFGS on the logits, from the uniform policy."""
-    logits = torch.zeros_like(rewards, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [logits],
-        max_iter=400,
-        tolerance_grad=1e-11,
-        tolerance_change=1e-16,
-        line_search_fn="strong_wolfe",
-    )
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        loss = -objective(regularizer, logits.log_softmax(0), ref_logp, rewards)
-        loss.backward()
-        return loss
+    def loss(logits: Tensor) -> Tensor:
+        return -objective(regularizer, logits.log_softmax(0), ref_logp, rewards)
 
-    optimizer.step(loss)
-    return logits.detach().log_softmax(0)
+    return lowest(loss, len(rewards)).log_softmax(0)
 
 
 def mirror_ascent(regularizer: Regularizer, ref_logp: Tensor, rewards: Tensor) -> Tensor:
@@ -405,6 +394,37 @@ def test_a_reference_with_mass_outside_the_set_is_taken_conditional_on_it(
     regularizer, rewards = parse_regularizer(config), vector(0.2, -0.4, 1.5)
     expected = optimum_of(regularizer, rewards, REFERENCE.log())
     torch.testing.assert_close(optimum_of(regularizer, rewards, REFERENCE.log() - 2.0), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "distance"),
+    [
+        ({"name": "f_divergence", "divergence": "reverse_kl"}, 0.0),
+        # Whole: λ = −0.4, π = (.36, .34, .22 | .08). On the set: λ = 2/3, π = (6, 7, 5)/18. The
+        # distance is 9/23 − 1/3.
+        ({"name": "f_divergence", "divergence": "chi_squared"}, 4 / 69),
+        ({"name": "f_divergence", "divergence": "forward_kl"}, 0.1272519),
+        ({"name": "f_divergence", "divergence": "js_divergence"}, 0.0679633),
+        ({"name": "f_divergence", "divergence": "hellinger"}, 0.0694062),
+        ({"name": "f_divergence", "divergence": "total_variation"}, 2 / 15),
+        ({"name": "generalized_pl", "g": "sigmoid"}, 0.0026151),
+        ({"name": "generalized_pl", "g": "sigmoid", "target": "luce"}, 0.0),
+        ({"name": "kl"}, 0.0),
+        ({"name": "conditional_pm", "alpha": 0.25}, 0.0),
+    ],
+    ids=lambda value: spelled(value) if isinstance(value, dict) else "",
+)
+def test_the_optimum_on_a_set_is_the_whole_one_given_the_set_only_if_log_linear(
+    config: dict[str, Any], distance: float
+) -> None:
+    """40 % of the reference is outside a set of three. There λ is another one."""
+    rewards, log_ref = vector(0.0, 1.0, 2.0, -2.0), vector(0.3, 0.2, 0.1, 0.4).log()
+    regularizer = parse_regularizer(config)
+    given_the_set = optimum_of(regularizer, rewards, log_ref)[:3].log_softmax(0).exp()
+    on_the_set = optimum_of(regularizer, rewards[:3], log_ref[:3]).exp()
+    found = 0.5 * (given_the_set - on_the_set).abs().sum().item()
+    assert found == pytest.approx(distance, abs=1e-7)
+    assert regularizer.is_log_linear == (distance == 0.0)
 
 
 # --- responses of several tokens ------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lbfgs import lowest
 from torch import Tensor
 
 from step3_rlhf.regularizers.base import Regularizer, ResponseSet
@@ -27,23 +28,8 @@ def problem(seed: int, size: int = 5) -> tuple[Tensor, Tensor]:
 
 def maximizer(objective: Callable[[Tensor], Tensor], size: int) -> Tensor:
     """[K] probabilities that maximize `objective(log π)`, by L-BFGS on the logits."""
-    logits = torch.zeros(size, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [logits],
-        max_iter=500,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-18,
-        line_search_fn="strong_wolfe",
-    )
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        loss = -objective(logits.log_softmax(0))
-        loss.backward()
-        return loss
-
-    optimizer.step(loss)
-    return logits.detach().softmax(0)
+    search = {"iterations": 500, "tolerance": 1e-12}
+    return lowest(lambda logits: -objective(logits.log_softmax(0)), size, **search).softmax(0)
 
 
 def expected(

@@ -219,7 +219,7 @@ def test_a_mixture_is_read(stage_settings: Any) -> None:
         (
             GROUPS,
             {"reward": {"mixture": GROUPS, "models": [{"model_name_or_path": "owner/a"}]}},
-            "give exactly one of model_name_or_path, models, mixture, function",
+            "give exactly one of model_name_or_path, models, mixture, function, url",
         ),
         (GROUPS, {"num_generations": 1}, "num_generations: a mixture needs 2 or more"),
         (GROUPS, {"reward_centering": "reference_mean"}, "reward_centering: not with a mixture"),

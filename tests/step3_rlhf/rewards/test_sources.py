@@ -1,5 +1,6 @@
 """Sources of rewards: functions, whose faults are the user's, sums, and what a config names."""
 
+import asyncio
 import math
 import re
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from step3_rlhf.config import PPOConfig
-from step3_rlhf.rewards import sources as module
-from step3_rlhf.rewards.sources import FunctionReward, WeightedSum, import_function, load_reward
+from step3_rlhf.rewards import answers as module
+from step3_rlhf.rewards.functions import FunctionReward, import_function
+from step3_rlhf.rewards.sources import WeightedSum, load_reward
 from step3_rlhf.roles import roles_of
 from step3_rlhf.rollout import Rollout, assemble, encode_prompt_texts
 from training.config import check_config
@@ -55,13 +57,53 @@ def raises(prompts: list[str], responses: list[str]) -> list[float]:
         (lambda p, r: [1.0, 2.0], "m:f returned 2 rewards for 3 responses"),
         (lambda p, r: [1.0, math.nan, 2.0], f"m:f returned nan for the prompt {PROMPTS[1]!r}"),
         (lambda p, r: [1.0, 2.0, -math.inf], f"the response {RESPONSES[2]!r}"),
-        (lambda p, r: None, "reward.function m:f raised TypeError"),
-        (lambda p, r: ["good", "bad", "ugly"], "reward.function m:f raised ValueError"),
+        (lambda p, r: None, "reward.function m:f returned None; one number for each response"),
+        (
+            lambda p, r: ["good", "bad", "ugly"],
+            f"m:f returned 'good' for the prompt {PROMPTS[0]!r}",
+        ),
+        (lambda p, r: {"value": 1}, "m:f returned an object without 'rewards': it has 'value'"),
+        (
+            lambda p, r: [1 / (len(text) - 5) for text in r],
+            f"m:f raised ZeroDivisionError('division by zero') for the prompt {PROMPTS[2]!r} and "
+            f"the response {RESPONSES[2]!r}",
+        ),
     ],
 )
 def test_faults_of_a_function(rollout: Rollout, function, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         FunctionReward(function, "m:f")(rollout)
+
+
+def test_a_function_may_be_asynchronous(rollout: Rollout) -> None:
+    loops = set()
+
+    async def one(text: str) -> float:
+        await asyncio.sleep(0)
+        return float(len(text))
+
+    async def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        loops.add(asyncio.get_running_loop())
+        return await asyncio.gather(*map(one, responses))
+
+    source = FunctionReward(reward, "m:f")
+    assert source(rollout).tolist() == source(rollout).tolist() == [3.0, 29.0, 5.0]
+    assert len(loops) == 1  # a client that the function keeps goes on working
+
+    async def fails(prompts: list[str], responses: list[str]) -> list[float]:
+        if RESPONSES[1] in responses:
+            raise KeyError("colour")
+        return [0.0 for _ in responses]
+
+    with pytest.raises(UserError, match=f"KeyError.'colour'. for the prompt '{PROMPTS[1][:9]}"):
+        FunctionReward(fails, "m:f")(rollout)
+
+
+@pytest.mark.parametrize(
+    "answer", [torch.tensor([1.0, 2.0, 3.0]), {"rewards": torch.tensor([[1.0], [2.0], [3.0]])}]
+)
+def test_what_a_function_may_return(rollout: Rollout, answer) -> None:
+    assert FunctionReward(lambda p, r: answer, "m:f")(rollout).tolist() == [1.0, 2.0, 3.0]
 
 
 def test_a_fault_on_another_rank_ends_this_one_too(

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from step3_rlhf.paper.bars import abbreviated, draw_bars, draw_legend
 from step3_rlhf.paper.people.boards import Board
 from step3_rlhf.paper.people.measure import minority_share, top_share
 from step3_rlhf.paper.people.report.findings import GROUPS, Run
 from step3_rlhf.paper.people.report.word_list import fit_to_show
-from step3_rlhf.paper.quickstart.shares import abbreviated
 from training.plotting import KL, MUTED, PM, POPULATION, REFERENCE, REWARD, new_figure, style_axes
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ def panel(boards: Sequence[Board]) -> list[Board]:
 def draw_panel(runs: dict[str, Run], shown: Sequence[Board]) -> "Figure":
     """A group of bars for each answer, a bar for each distribution; policies in their first seed's
     mean over seeds."""
-    from matplotlib.patches import Patch
-
     rows = [shown[first : first + COLUMNS] for first in range(0, len(shown), COLUMNS)]
     heights = [HEAD + ANSWER * max(len(board.answers) for board in row) for row in rows]
     figure = new_figure(WIDTH, sum(heights) + 0.5)
@@ -55,14 +53,7 @@ def draw_panel(runs: dict[str, Run], shown: Sequence[Board]) -> "Figure":
         axes.set_visible(False)
     for axes, board in zip(grid.flat, shown, strict=False):
         draw_question(axes, board, shares_of(runs, board))
-    figure.legend(
-        handles=[Patch(color=colour, label=name) for name, colour in DISTRIBUTIONS.values()],
-        loc="outside upper center",
-        ncols=len(DISTRIBUTIONS),
-        frameon=False,
-        fontsize=12,
-        handlelength=1.2,
-    )
+    draw_legend(figure, DISTRIBUTIONS, "outside upper center")
     return figure
 
 
@@ -81,24 +72,13 @@ def shares_of(runs: dict[str, Run], board: Board) -> dict[str, list[float]]:
 
 
 def draw_question(axes: "Axes", board: Board, shares: dict[str, list[float]]) -> None:
-    """One question; an answer's bars lie one below the other, in the order of the legend."""
-    thickness = 0.8 / len(DISTRIBUTIONS)
-    for place, (name, (_, colour)) in enumerate(DISTRIBUTIONS.items()):
-        offset = (place - (len(DISTRIBUTIONS) - 1) / 2) * thickness
-        rows = [number + offset for number in range(len(board.answers))]
-        axes.barh(rows, shares[name], height=0.92 * thickness, color=colour, zorder=2)
+    """The panel of one question."""
     question = textwrap.fill(board.question, 44)
     axes.set_title(question, fontsize=9.5, fontweight="bold", loc="left", pad=4)
     labels = [abbreviated(answer, 18) for answer in board.answers]
     axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
     limit = 1.04 * max(max(values) for values in shares.values())
-    axes.set(xlim=(0, limit), ylim=(len(labels) - 0.5, -0.5))
-    ticks = [tick / 5 for tick in range(6) if tick / 5 <= limit]
-    axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks], fontsize=8, color=MUTED)
-    axes.tick_params(length=0)
-    style_axes(axes, grid="x")
-    axes.spines["bottom"].set_visible(False)
-    axes.spines["left"].set_color("0.7")
+    draw_bars(axes, shares, DISTRIBUTIONS, limit)
 
 
 def draw_minorities(runs: dict[str, Run]) -> "Figure":

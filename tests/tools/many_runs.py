@@ -1,13 +1,13 @@
-"""Started by the DeepSpeed launcher: several runs of the stages, one after the other.
+"""Several runs of the stages in one launch, one after the other: imports are paid for once.
 
-    deepspeed --num_gpus N many_runs.py RUNS.json
-
-RUNS.json is a list of {"stage", "settings", "mean_of_means"}. The real `main` of each stage runs
-in this process group; with "mean_of_means" it averages wrongly, for a test that must see it.
+`launch` starts this file in each process, as the scripts start a stage. The real `main` of each
+stage runs in this process group.
 """
 
 import contextlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,11 +26,42 @@ from training.config import check_config
 from training.runtime import engine, ranks
 from training.runtime.tracking import Clock
 
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = (
+    "import sys; from training.launch.launcher import launch; launch('many_runs', sys.argv[1:])"
+)
 STAGES: dict[str, tuple[Any, Any]] = {
     "sft": (SFTConfig, sft),
     "reward": (RewardConfig, reward),
     "ppo": (PPOConfig, ppo),
 }
+
+
+def launch(processes: int, runs: list[dict[str, Any]], directory: Path) -> None:
+    """Run all of `runs` in so many processes.
+
+    Args:
+        runs: {"stage", "settings"} each; with "mean_of_means" it averages wrongly, for a test that
+            must see it.
+        directory: for the file that the processes read; they find modules in it as well.
+    """
+    file = directory / f"runs_{processes}.json"
+    file.write_text(json.dumps(runs))
+    own = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), str(directory)]),
+        "LAUNCH_DEVICES": ",".join(map(str, range(processes))),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", LAUNCH, str(file)],
+        env={name: value for name, value in os.environ.items() if name != "MASTER_PORT"} | own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+    assert ended.returncode == 0, ended.stdout[-6000:]
 
 
 def mean_of_means(
