@@ -503,7 +503,7 @@ def run_quickstart(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedPr
 
 def make_inputs(directory: Path) -> None:
     """What the phases of a finished quickstart find on disk."""
-    trained = ("sft", "reward", "reward_group1", "reward_group2", "reward_pooled")
+    trained = [f"reward{kind}" for kind in ("", "_luce", "_group1", "_group2", "_pooled")] + ["sft"]
     for name in ("world/base", *trained, *(f"{name}/model" for name in trained)):
         write(directory / name / "config.json", {})
     record = {"prompt": "p", "chosen": "a", "rejected": "b", "response": "a"}
@@ -534,8 +534,8 @@ def test_quickstart_passes_what_the_stages_understand(
     assert calls.pop() == ["-m", "step3_rlhf.paper.quickstart", str(directory)]
     phases = json.loads((directory / "phases.json").read_text())
     expected = "world sft reward kl pm conditional_pm maximum_entropy js_divergence forward_kl"
-    expected += " chi_squared rloo classes luce ptx ema ema_average dpo direct two_groups"
-    expected += " reward_group1 reward_group2 reward_pooled weighted_sum pooled mixture"
+    expected += " chi_squared rloo classes reward_luce luce ptx ema ema_average dpo direct"
+    expected += " two_groups reward_group1 reward_group2 reward_pooled weighted_sum pooled mixture"
     expected += " sft_evaluation report"
     assert list(phases["commands"]) == expected.split()
     assert list(phases["seconds"]) == [*expected.split(), "total"]
@@ -590,6 +590,8 @@ def test_quickstart_passes_what_the_stages_understand(
     assert {name: found[name].regularizer.name for name in named} == named
     key = found["classes"].regularizer.response_classes.answer_key
     assert key == f"{directory}/world/answer_key.jsonl"
+    assert found["luce"].reward.model_name_or_path == f"{directory}/reward_luce/model"
+    assert found["luce"].regularizer.g == found["reward_luce"].link == "softplus"
     assert found["ptx"].ptx_data.sources[0].path == f"{directory}/world/texts.jsonl"
     assert (
         found["reward_group2"].data.sources[0].path.endswith("two_groups/comparisons_group2.jsonl")
