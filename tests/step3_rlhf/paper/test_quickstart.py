@@ -673,8 +673,35 @@ def test_quickstart_repeats_one_phase(run_quickstart: Callable[..., Any], tmp_pa
     assert (tmp_path / "q" / "pm").exists()
 
 
+def test_seeds_that_have_a_report_are_not_run_again(
+    run_quickstart: Callable[..., Any], tmp_path: Path
+) -> None:
+    directory = tmp_path / "q"
+    write(directory / "seed-5" / "report.json", {})
+    arguments = ("--seeds", "5,6", "--output", str(directory))
+    done, calls = run_quickstart(*arguments, fail_on="training.world")
+    assert done.returncode != 0
+    assert [call[1:4] for call in calls] == [
+        ["training.world", "--output_dir", f"{directory}/seed-6/world"]
+    ]
+    write(directory / "seed-6" / "report.json", {})
+    done, calls = run_quickstart(*arguments)
+    assert done.returncode == 0, done.stderr
+    table = ["-m", "step3_rlhf.paper.quickstart.seeds", str(directory)]
+    assert calls[1:] == [[*table, f"{directory}/seed-5", f"{directory}/seed-6"]]
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--sed", "1"], ["--seed"], ["--seed", "x"], ["--only", "klx"], ["--output", ""]]
+    "arguments",
+    [
+        ["--sed", "1"],
+        ["--seed"],
+        ["--seed", "x"],
+        ["--seeds", "1;2"],
+        ["--seeds", "1,2", "--only", "kl"],
+        ["--only", "klx"],
+        ["--output", ""],
+    ],
 )
 def test_quickstart_refuses_other_arguments(
     run_quickstart: Callable[..., Any], arguments: list[str]
