@@ -70,9 +70,10 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def cell(figure: dict[str, Any] | None) -> str:
-    if figure is None or figure["sd"] is None:
-        return number(figure and figure["mean"])
-    return f"{number(figure['mean'])} ± {number(figure['sd'])}"
+    if figure is None:
+        return number(None)
+    deviation = "" if figure["sd"] is None else f" ± {number(figure['sd'])}"
+    return number(figure["mean"]) + deviation
 
 
 def main(arguments: list[str] | None = None) -> None:
