@@ -12,15 +12,15 @@
 #   --overwrite   replace what an earlier quickstart left in DIR
 #   --only PHASE  run this phase again, on what the others left in DIR; PHASE is one of
 #                 world sft reward calibration kl pm conditional_pm sft_evaluation report
-#                 maximum_entropy js_divergence forward_kl chi_squared rloo classes luce ptx ema
-#                 ema_average dpo direct two_groups reward_group1 reward_group2 reward_pooled
-#                 weighted_sum pooled mixture
+#                 maximum_entropy js_divergence forward_kl chi_squared rloo classes reward_luce
+#                 luce ptx ema ema_average dpo direct two_groups reward_group1 reward_group2
+#                 reward_pooled weighted_sum pooled mixture
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
 PHASES=(world sft reward kl pm conditional_pm)
 FURTHER=(maximum_entropy js_divergence forward_kl chi_squared
-    rloo classes luce ptx ema ema_average dpo direct
+    rloo classes reward_luce luce ptx ema ema_average dpo direct
     two_groups reward_group1 reward_group2 reward_pooled weighted_sum pooled mixture)
 directory=runs/quickstart seed=42 seeds="" full=false overwrite=false only=""
 
@@ -122,11 +122,12 @@ ppo_places() {
         printf '%s\n' "reward.model_name_or_path=$directory/reward/model"
 }
 
-# RUN DATA: trains a reward model.
+# RUN DATA [OVERRIDE...]: trains a reward model.
 reward_model() {
     local overrides
     mapfile -t overrides < <(places "$1" sft/model "$2")
-    phase "$1" bash scripts/step2_reward.sh step2_reward/configs/quickstart.json "${overrides[@]}"
+    phase "$1" bash scripts/step2_reward.sh step2_reward/configs/quickstart.json \
+        "${overrides[@]}" "${@:3}"
 }
 
 # RUN CONFIG [OVERRIDE...]: aligns the policy as the config and the overrides say.
@@ -178,7 +179,8 @@ if [[ "$full" == true || " ${FURTHER[*]} " == *" $only "* ]]; then
     align rloo quickstart-rloo
     align classes quickstart-classes \
         "regularizer.classes.answer_key=$directory/world/answer_key.jsonl"
-    align luce quickstart \
+    reward_model reward_luce world/comparisons link=softplus
+    align luce quickstart "reward.model_name_or_path=$directory/reward_luce/model" \
         'regularizer={"name": "generalized_pl", "g": "softplus", "target": "luce"}'
     align ptx quickstart ptx_coef=0.5 "ptx_data={\"sources\": [\"$directory/world/texts.jsonl\"]}"
     align ema quickstart ema_decay=0.9

@@ -85,7 +85,7 @@ step3_rlhf.paper.people.report.files training.dry_run_text training.models.loadi
 training.cli
 
 step1_sft.config step2_reward.calibrate.settings step2_reward.config step3_rlhf.config
-step3_rlhf.paper.analytic_figures
+step3_rlhf.paper.analytic_figures step3_rlhf.paper.quickstart.seeds
 
 step1_sft.main step2_reward.main step3_rlhf.direct.config step3_rlhf.evaluation.settings
 step3_rlhf.generation.drawing step3_rlhf.loading step3_rlhf.paper.grid.cells step3_rlhf.prompts

@@ -255,7 +255,8 @@ def test_a_script_starts_its_stage_with_arguments_that_every_parser_knows(
 
 
 PHASES = "sft reward kl pm conditional_pm maximum_entropy js_divergence forward_kl chi_squared "
-PHASES += "rloo classes dpo direct"
+PHASES += "rloo classes dpo direct reward_luce luce ptx ema reward_group1 reward_group2 "
+PHASES += "reward_pooled weighted_sum pooled mixture"
 
 
 @pytest.mark.parametrize("phase", [*PHASES.split(), "sft_evaluation"])
@@ -263,13 +264,17 @@ def test_every_phase_of_the_quickstart_starts_with_a_config_that_loads(
     phase: str, recorded: Callable[..., Any], tmp_path: Path
 ) -> None:
     directory = tmp_path / "quickstart"
-    for name in ("world/base", "sft/model", "reward/model"):
+    rewards = [f"reward{kind}" for kind in ("", "_luce", "_group1", "_group2", "_pooled")]
+    for name in ("world/base", "sft/model", *(f"{reward}/model" for reward in rewards)):
         (directory / name).mkdir(parents=True)
         (directory / name / "config.json").write_text("{}")
     files = "texts texts_eval comparisons comparisons_eval response_sets answer_key"
-    for name in files.split():
-        (directory / "world" / f"{name}.jsonl").touch()
-    if phase in ("sft", "reward"):  # --only removes the phase's own results first
+    of_groups = [f"comparisons_group{group}" for group in ("1", "1_eval", "2", "2_eval")]
+    (directory / "two_groups").mkdir()
+    for name in (*files.split(), *of_groups):
+        for world in ("world", "two_groups"):
+            (directory / world / f"{name}.jsonl").touch()
+    if phase == "sft" or phase in rewards:  # --only removes the phase's own results first
         (directory / phase / "model").rename(tmp_path / "model")
     launcher = recorded("quickstart.sh", "--only", phase, "--output", str(directory), "--seed", "7")
     if phase == "sft_evaluation":
@@ -285,10 +290,14 @@ def test_every_phase_of_the_quickstart_starts_with_a_config_that_loads(
         config = load_config(config_class, str(ROOT / options.config), options.overrides)
         assert Path(config.output_dir) == directory / phase
         if config_class in (PPOConfig, DirectConfig):
-            of_method = {"rloo": "conditional_pm", "classes": "conditional_pm", "dpo": "kl"}
+            of_method = {"dpo": "kl", "luce": "generalized_pl"}
             names = {"f_divergence", phase, of_method.get(phase), "conditional_pm"}
             assert config.regularizer.name in names
-            assert config.reward.model_name_or_path == str(directory / "reward" / "model")
+            of_phase: dict[str, tuple[str, ...]] = {"luce": ("_luce",), "pooled": ("_pooled",)}
+            of_phase |= dict.fromkeys(("weighted_sum", "mixture"), ("_group1", "_group2"))
+            wanted = [str(directory / f"reward{kind}/model") for kind in of_phase.get(phase, ("",))]
+            models = config.reward.weighted_models
+            assert [model.model_name_or_path for model in models] == wanted
     assert config.seed == 7
 
 

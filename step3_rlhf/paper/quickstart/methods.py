@@ -31,8 +31,8 @@ METHODS = {
     ),
     "luce": Method(
         "g(r)/Σg",
-        "the preference of Theorem 3 itself, with g = softplus; like PM it weighs every string, "
-        "also those that are not language",
+        "the preference of Theorem 3 itself, with g = softplus and a reward model of it; like PM "
+        "it weighs every string, also those that are not language",
     ),
     "ptx": Method("PTX", "texts of SFT beside the rewards, which move the optimum"),
     "ema": Method("last weights", "PPO once more, while an average of its weights is kept"),

@@ -22,7 +22,16 @@ from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.evaluation.settings import run_settings
 from step3_rlhf.paper.bars import abbreviated
 from step3_rlhf.paper.quickstart import __main__ as report
-from step3_rlhf.paper.quickstart.findings import RUNS, Run, method_of, read_findings
+from step3_rlhf.paper.quickstart import seeds
+from step3_rlhf.paper.quickstart.findings import (
+    EVALUATION_FILES,
+    RUNS,
+    Run,
+    method_of,
+    read_findings,
+    training_costs,
+)
+from step3_rlhf.paper.quickstart.groups import draw_groups, group_shares
 from step3_rlhf.paper.quickstart.machine import this_machine
 from step3_rlhf.paper.quickstart.metrics import METRICS, number
 from step3_rlhf.paper.quickstart.page import Pictures, page, policy_of
@@ -47,12 +56,19 @@ REGULARIZERS: dict[str, dict[str, Any] | None] = {
     "conditional_pm": {"name": "conditional_pm", "alpha": 0.02, "beta": 1.0, "level": "token"},
     "js_divergence": {"name": "f_divergence", "divergence": "js_divergence", "beta": 1.0},
 }
+METHODS_MEASURED = {"rloo": {"advantage_estimator": "rloo"}, "weighted_sum": {}, "pooled": {}} | {
+    "mixture": {},
+    "ema": {},
+}
+"""Further methods, and what their configs have beside conditional PM's."""
+REGULARIZERS |= dict.fromkeys(METHODS_MEASURED, REGULARIZERS["conditional_pm"])
 POLICIES = {
     "sft": [0.1, 0.9],
     "kl": [0.2, 0.8],
     "pm": [0.4, 0.6],
     "conditional_pm": [0.65, 0.35],
     "js_divergence": [0.3, 0.7],
+    **{name: [0.5, 0.5] for name in METHODS_MEASURED},
 }
 PROMPTS_OF_COMPARISONS = ["Which pet?", "Which drink?", "Which fruit?", "Which day?"]
 COMPARISONS = [
@@ -288,6 +304,113 @@ def test_rows_of_table_1_are_in_the_papers_order(quickstart: Path) -> None:
     assert rows == ["KL", "Jensen–Shannon", "PM", "Conditional PM"]
 
 
+# Further methods
+
+
+def write_methods(directory: Path) -> None:
+    """The runs of METHODS_MEASURED, and the averaged weights of one of them."""
+    for name, settings in METHODS_MEASURED.items():
+        write_run(directory, name)
+        path = directory / name / "config.json"
+        write(path, json.loads(path.read_text()) | settings)
+        lines = [
+            {"step": 1, "time/iteration": 2.0, "time/rollout": 0.5, "memory/peak_gib": 0.5},
+            {"step": 4, "time/iteration": 1.0, "time/rollout": 0.5, "memory/peak_gib": 0.75},
+        ]
+        write(directory / name / "metrics.jsonl", lines)
+    for name in EVALUATION_FILES:
+        (directory / "ema_average").mkdir(exist_ok=True)
+        shutil.copy(directory / "ema" / name, directory / "ema_average" / name)
+
+
+def test_further_methods_have_a_table_of_their_own(quickstart: Path) -> None:
+    assert "Further methods" not in rendered(quickstart)
+    write_methods(quickstart)
+    (quickstart / "report.html").write_text(rendered(quickstart), encoding="utf-8")
+    tables = Page(quickstart / "report.html").tables
+    table = next(table for table in tables if table[0][-1:] == ["What it is"])
+    assert [row[0].split("α")[0] for row in table[1:]] == [
+        "Conditional PM",
+        "Conditional PM, RLOO",
+        "Conditional PM, last weights",
+        "Conditional PM, averaged weights",
+        "Conditional PM, weighted sum",
+        "Conditional PM, pooled comparisons",
+        "Conditional PM, mixture",
+    ]
+    costs = [row[4:6] for row in table[1:]]
+    assert costs[0] == costs[3] == ["–", "–"]
+    assert costs[1] == ["5.000", "0.750"]  # 2 s, and three times 1 s
+    written = report_json(read_findings(quickstart), {}, this_machine())
+    assert written["methods"]["rloo"] == {"training_seconds": 5.0, "peak_gib": 0.75}
+    assert set(written["table1"]["rows"]) == {"kl", "pm", "conditional_pm"}
+    assert re.findall(r"</i>([^<]+)<small>", table1(quickstart)) == ["KL", "PM", "Conditional PM"]
+
+
+def test_direct_optimization_has_seconds_without_iterations(tmp_path: Path) -> None:
+    lines = [
+        {"step": 10, "time/forward": 0.5, "time/backward": 0.25, "memory/peak_gib": 0.5},
+        {"step": 11, "test/loss": 0.5},
+        {"step": 20, "time/forward": 0.25, "time/backward": 0.25, "memory/peak_gib": 0.25},
+    ]
+    write(tmp_path / "metrics.jsonl", lines)
+    assert training_costs(tmp_path / "metrics.jsonl") == (12.5, 0.5)
+    assert training_costs(tmp_path / "nothing.jsonl") == (None, None)
+
+
+def test_two_groups_are_shown_on_topics_with_three_answers(quickstart: Path) -> None:
+    def run(name: str, *policies: list[float]) -> Run:
+        sets = [
+            {
+                "prompt": f"p{number}",
+                "topic": "three" if len(policy) == 3 else "two",
+                "responses": ["a", "b", "c"][: len(policy)],
+                "policy": policy,
+                "population": [0.45, 0.1, 0.45][: len(policy)],
+            }
+            for number, policy in enumerate(policies)
+        ]
+        return Run(name, {}, {"exact": {"per_prompt": sets}}, [])
+
+    runs = {
+        name: run(name, [0.6, 0.2, 0.2], [0.2, 0.6, 0.2], [0.9, 0.1])
+        for name in ("weighted_sum", "pooled", "mixture")
+    }
+    found = group_shares(runs)
+    assert list(found) == ["population", "weighted_sum", "pooled", "mixture"]
+    assert found["population"] == pytest.approx([0.45, 0.1, 0.45])
+    assert found["pooled"] == pytest.approx([0.4, 0.4, 0.2])
+    assert len(draw_groups(found).axes[0].patches) == 12
+    del runs["pooled"]
+    assert group_shares(runs) == {}
+
+
+def test_seeds_are_averaged(
+    quickstart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_methods(quickstart)
+    other = shutil.copytree(quickstart, tmp_path / "other")
+    with pytest.raises(SystemExit):
+        seeds.main([str(tmp_path), str(quickstart), str(other)])
+    assert "[7, 7]" in capsys.readouterr().err
+    for name in ("rloo", "conditional_pm"):
+        write_run(other, name, outside_mass=0.5)
+        write(other / name / "config.json", {"seed": 8, "regularizer": REGULARIZERS[name]})
+    write_run(quickstart, "rloo", outside_mass=0.25)
+    shutil.rmtree(other / "pooled")
+    seeds.main([str(tmp_path / "table"), str(quickstart), str(other)])
+    table = json.loads((tmp_path / "table" / "methods.json").read_text())
+    assert table["seeds"] == [7, 8]
+    assert "pooled" not in table["runs"]
+    rloo = table["runs"]["rloo"]
+    assert rloo["outside_mass"]["mean"] == 0.375
+    assert rloo["outside_mass"]["sd"] == pytest.approx(0.25 / math.sqrt(2), rel=1e-12)
+    assert rloo["outside_mass"]["values"] == [0.25, 0.5]
+    assert table["runs"]["sft"]["tv_to_optimum"] is None
+    lines = (tmp_path / "table" / "methods.md").read_text().splitlines()
+    assert any("| 0.375 ± 0.177 | 5.000 ± 0.000 | 0.750 ± 0.000 |" in line for line in lines)
+
+
 def test_everything_missing_is_named_with_its_command(
     quickstart: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,7 +528,7 @@ def run_quickstart(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedPr
 
 def make_inputs(directory: Path) -> None:
     """What the phases of a finished quickstart find on disk."""
-    trained = ("sft", "reward", "reward_group1", "reward_group2", "reward_pooled")
+    trained = [f"reward{kind}" for kind in ("", "_luce", "_group1", "_group2", "_pooled")] + ["sft"]
     for name in ("world/base", *trained, *(f"{name}/model" for name in trained)):
         write(directory / name / "config.json", {})
     record = {"prompt": "p", "chosen": "a", "rejected": "b", "response": "a"}
@@ -437,9 +560,9 @@ def test_quickstart_passes_what_the_stages_understand(
     phases = json.loads((directory / "phases.json").read_text())
     expected = "world sft reward calibration kl pm conditional_pm maximum_entropy js_divergence"
     expected += (
-        " forward_kl chi_squared rloo classes luce ptx ema ema_average dpo direct two_groups"
+        " forward_kl chi_squared rloo classes reward_luce luce ptx ema ema_average dpo direct"
     )
-    expected += " reward_group1 reward_group2 reward_pooled weighted_sum pooled mixture"
+    expected += " two_groups reward_group1 reward_group2 reward_pooled weighted_sum pooled mixture"
     expected += " sft_evaluation report"
     assert list(phases["commands"]) == expected.split()
     assert list(phases["seconds"]) == [*expected.split(), "total"]
@@ -494,6 +617,8 @@ def test_quickstart_passes_what_the_stages_understand(
     assert {name: found[name].regularizer.name for name in named} == named
     key = found["classes"].regularizer.response_classes.answer_key
     assert key == f"{directory}/world/answer_key.jsonl"
+    assert found["luce"].reward.model_name_or_path == f"{directory}/reward_luce/model"
+    assert found["luce"].regularizer.g == found["reward_luce"].link == "softplus"
     assert found["ptx"].ptx_data.sources[0].path == f"{directory}/world/texts.jsonl"
     assert (
         found["reward_group2"].data.sources[0].path.endswith("two_groups/comparisons_group2.jsonl")
@@ -575,8 +700,35 @@ def test_quickstart_repeats_one_phase(run_quickstart: Callable[..., Any], tmp_pa
     assert (tmp_path / "q" / "pm").exists()
 
 
+def test_seeds_that_have_a_report_are_not_run_again(
+    run_quickstart: Callable[..., Any], tmp_path: Path
+) -> None:
+    directory = tmp_path / "q"
+    write(directory / "seed-5" / "report.json", {})
+    arguments = ("--seeds", "5,6", "--output", str(directory))
+    done, calls = run_quickstart(*arguments, fail_on="training.world")
+    assert done.returncode != 0
+    assert [call[1:4] for call in calls] == [
+        ["training.world", "--output_dir", f"{directory}/seed-6/world"]
+    ]
+    write(directory / "seed-6" / "report.json", {})
+    done, calls = run_quickstart(*arguments)
+    assert done.returncode == 0, done.stderr
+    table = ["-m", "step3_rlhf.paper.quickstart.seeds", str(directory)]
+    assert calls[1:] == [[*table, f"{directory}/seed-5", f"{directory}/seed-6"]]
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--sed", "1"], ["--seed"], ["--seed", "x"], ["--only", "klx"], ["--output", ""]]
+    "arguments",
+    [
+        ["--sed", "1"],
+        ["--seed"],
+        ["--seed", "x"],
+        ["--seeds", "1;2"],
+        ["--seeds", "1,2", "--only", "kl"],
+        ["--only", "klx"],
+        ["--output", ""],
+    ],
 )
 def test_quickstart_refuses_other_arguments(
     run_quickstart: Callable[..., Any], arguments: list[str]
