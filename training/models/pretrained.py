@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -40,11 +41,13 @@ class Pretrained:
         config: PretrainedConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         template: ChatTemplate | None = None,
+        labels: dict[str, float] | None = None,
     ) -> None:
         """
         Args:
             scores_only: the model never generates, so its tokenizer may lack an EOS token if it
                 joins two texts with its own tokens (`reads_pairs`).
+            labels: the weights of a classifier's labels in its reward, by their names.
             config, tokenizer: these objects, if they have been read already.
             template: the chat template to give to the tokenizer that is read.
         """
@@ -52,6 +55,7 @@ class Pretrained:
         self.trust_remote_code = trust_remote_code
         self.scores_only = scores_only
         self.template = template or ChatTemplate()
+        self.labels = labels or {}
         if config is not None:
             self.config = config
         if tokenizer is not None:
@@ -80,6 +84,11 @@ class Pretrained:
                 **self.location, trust_remote_code=self.trust_remote_code
             )
         except UNREADABLE as error:
+            if Path(self.name_or_path, "adapter_config.json").is_file():
+                raise UserError(
+                    f"{self} is an adapter alone; name a model into which it has been merged "
+                    "(merge_and_unload of peft)"
+                ) from error
             raise UserError(f"no model config could be loaded from {self}: {error}") from error
         return config
 
@@ -123,10 +132,40 @@ class Pretrained:
         )
         return end
 
+    @property
+    def brings_classifier(self) -> bool:
+        """Whether code that comes with the model, and is trusted, makes its rewards (ArmoRM)."""
+        return self.trust_remote_code and bool(self._own_classifiers)
+
+    @property
+    def _own_classifiers(self) -> list[str]:
+        """The Auto classes for which code that comes with the model has a reward model."""
+        built = [name.rpartition(".")[2] for name in self.config.architectures or []]
+        own = getattr(self.config, "auto_map", None) or {}
+        return [
+            name
+            for name in ("AutoModelForSequenceClassification", "AutoModel")
+            if str(own.get(name, "")).rpartition(".")[2] in built
+        ]
+
+    @property
+    def classifier(self) -> type:
+        """The Auto class that builds the model as a classifier."""
+        if self.brings_classifier and self._own_classifiers[0] == "AutoModel":
+            return AutoModel
+        return AutoModelForSequenceClassification
+
+    @property
+    def untrusted_code(self) -> str:
+        """What to do about code that comes with the model and is not run; "" if there is none."""
+        if not self._own_classifiers or self.trust_remote_code:
+            return ""
+        return "; it comes with code of its own, which trust_remote_code=true runs"
+
     @cached_property
     def has_linear_score(self) -> bool:
         """Whether the classification model gives a value after every token, as a critic must."""
-        return has_linear_score(self.on_meta(AutoModelForSequenceClassification))
+        return has_linear_score(self.on_meta(self.classifier))
 
     def on_meta(self, build: type, config: PretrainedConfig | None = None) -> PreTrainedModel:
         """Build the model with the Auto class `build`, without any weights.
