@@ -48,7 +48,8 @@ training.world.base_model
 
 step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.base
 training.data.cutting training.data.files training.data.formats training.data.split
-training.models.scalar training.models.score_head training.stage_config training.world.files
+training.models.families.score_head training.models.scalar training.stage_config
+training.world.files
 
 step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.paper.people.data.convert
 step3_rlhf.paper.quickstart.findings step3_rlhf.regularizers.log_linear

@@ -3,8 +3,8 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.errors import UserError
+from training.models.families.score_head import label_weights, stored_head
 from training.models.pretrained import Pretrained, has_linear_score
-from training.models.score_head import label_weights, stored_head
 
 
 def check_positions(model: Pretrained, needs: dict[str, int]) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,6 +24,15 @@ from training.models.comparison import (
     require_own_log_probs,
     require_own_rewards,
 )
+from training.models.families.score_head import (
+    SCORE,
+    StoredHead,
+    head_name,
+    label_weights,
+    other_shapes,
+    stored_head,
+    weighted,
+)
 from training.models.families.vocabulary import absent_ids, ids_needed, named_tokens, response_ends
 from training.models.lora import add_adapter
 from training.models.options import PLAIN, LoadOptions
@@ -30,14 +40,6 @@ from training.models.packing import refuse_unpackable
 from training.models.policy import Policy
 from training.models.pretrained import UNREADABLE, Pretrained, has_linear_score
 from training.models.scalar import Classifier, Float32Head, ScalarModel
-from training.models.score_head import (
-    SCORE,
-    StoredHead,
-    head_name,
-    label_weights,
-    stored_head,
-    weighted,
-)
 from training.runtime.faults import remedy
 from training.runtime.tracking import say
 
@@ -94,11 +96,28 @@ def as_policy(
         ends = response_ends(model, tokenizer, absent)
         _say_what_is_unusual(name, tokenizer, absent, ends)
     if model.generation_config is not None:  # exported with the model
+        _keep_what_can_be_saved(model, name)
         model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     policy = Policy(model, options.packing, absent, ends)
     require_own_log_probs(policy, own, text, name, options.noise_is_wanted)
     require_own_draws(policy, own, text, name)
     return policy
+
+
+def _keep_what_can_be_saved(model: PreTrainedModel, name: str) -> None:
+    """Drop settings of generation that contradict one another: transformers refuses to save them.
+
+    It would do so at the end of the run, when the trained model is exported.
+    """
+    own = model.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        say(f"{name}: its generation_config.json is left out of exports: {first}")
+        model.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id, pad_token_id=own.pad_token_id
+        )
 
 
 def _say_what_is_unusual(
@@ -236,6 +255,8 @@ def _load(
     except (*UNREADABLE, SafetensorError, RuntimeError) as error:
         if remedy(error):  # a lack of memory is not the model's fault
             raise
+        if other := other_shapes(pretrained, auto_class, config):
+            raise UserError(f"{pretrained} has weights of another shape: {other}") from error
         raise UserError(f"no model could be loaded from {pretrained}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

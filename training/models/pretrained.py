@@ -23,8 +23,12 @@ from training.errors import UserError
 PAD_TOKEN = "<pad>"
 RESPONSE_END = "response_end"
 """Key in a reward model's config.json: what followed complete responses in its training."""
-UNREADABLE = (OSError, ValueError, KeyError, struct.error)
-"""What transformers raises for a model that is missing, truncated or of another kind."""
+UNREADABLE = (
+    *(OSError, ValueError, LookupError, struct.error),
+    *(AttributeError, TypeError, AssertionError, ArithmeticError),
+)
+"""What transformers raises for a model that is missing, truncated or of another kind, or whose
+config.json has values that it does not expect."""
 
 
 class Pretrained:
@@ -79,17 +83,23 @@ class Pretrained:
         Raises:
             UserError: there is no config, or transformers cannot read it.
         """
+        if Path(self.name_or_path, "adapter_config.json").is_file():
+            # transformers would load the adapter's base model in place of any weights beside it.
+            raise UserError(
+                f"{self} holds an adapter (adapter_config.json); name a model into which it has "
+                "been merged (merge_and_unload of peft)"
+            )
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 **self.location, trust_remote_code=self.trust_remote_code
             )
         except UNREADABLE as error:
-            if Path(self.name_or_path, "adapter_config.json").is_file():
-                raise UserError(
-                    f"{self} is an adapter alone; name a model into which it has been merged "
-                    "(merge_and_unload of peft)"
-                ) from error
             raise UserError(f"no model config could be loaded from {self}: {error}") from error
+        # The pad token is the tokenizer's; some configs name one beyond the embeddings.
+        for part in (config, config.get_text_config()):
+            pad, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+            if pad is not None and size is not None and not 0 <= pad < size:
+                part.pad_token_id = None
         return config
 
     @cached_property
@@ -182,10 +192,11 @@ class Pretrained:
                 model: PreTrainedModel = build.from_config(  # type: ignore[attr-defined]  # Auto class
                     config, trust_remote_code=self.trust_remote_code
                 )
-        except ValueError as error:
-            raise UserError(
-                f"a {config.model_type} model has no {build.__name__}: {error}"
-            ) from error
+        except UNREADABLE as error:
+            lacks = f"a {config.model_type} model has no {build.__name__}"
+            known = isinstance(error, ValueError)
+            what = lacks if known else f"no model can be built from the config of {self}"
+            raise UserError(f"{what}: {error}") from error
         return model
 
 

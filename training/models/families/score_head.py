@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import get_safetensors_metadata
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from training.errors import UserError
@@ -144,6 +144,20 @@ def _local(directory: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             for name in file.keys():  # noqa: SIM118  # not a dictionary
                 found[name] = tuple(file.get_slice(name).get_shape()), path.name
     return found
+
+
+def other_shapes(pretrained: Pretrained, build: type, config: PretrainedConfig) -> str:
+    """The first weight that has another shape than the config asks for; "" if there is none."""
+    stored = stored_weights(pretrained)
+    try:
+        model = pretrained.on_meta(build, config)
+    except UserError:
+        return ""
+    for name, value in model.state_dict().items():
+        shape = tuple(value.shape)
+        if name in stored and stored[name][0] != shape:
+            return f"{name} is {list(stored[name][0])}, and config.json says {list(shape)}"
+    return ""
 
 
 def label_weights(pretrained: Pretrained, labels: int) -> Tensor | None:
