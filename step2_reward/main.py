@@ -27,8 +27,8 @@ from training.data import GroupedBatch, Split, collate_groups, response_end
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations
 from training.models.checks import check_positions
-from training.models.export import export
 from training.models.links import LOG_LINKS, LinkName
+from training.models.export import InterimExports, export
 from training.models.loading import load_scalar_model
 from training.models.options import LoadOptions, precision
 from training.models.pretrained import LINK, RESPONSE_END
@@ -235,12 +235,18 @@ def main(config: RewardConfig) -> None:
     say(fit.meaning)
 
     def save_best() -> None:
-        export(model.model, tokenizer, output / "model")
+        write(output / "model")
         if ranks.rank() == 0:
             write_evaluation(task.calibration | {"btl_fit": report_of(fit)}, output)
 
+    def write(place: Path) -> None:
+        export(model.model, tokenizer, place)
+
+    exports = InterimExports(config, {"model": write}, card_of(config, {}))
     with stop_requests.deferred():
-        tested = fitting.fit(config, trained, task, stopping, save_best, "reward model")
+        tested = fitting.fit(
+            config, trained, task, stopping, save_best, "reward model", exports=exports
+        )
         write_card(output / "model", card_of(config, tested))
     say(
         f"The reward model is done: on the test prompts, {summary(tested)}\n"

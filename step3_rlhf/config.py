@@ -38,6 +38,8 @@ class RewardModelSettings(StrictModel):
     """Hub name or directory of a sequence-classification model with one label."""
     weight: float = 1.0
     """Factor of the model's reward in the sum."""
+    labels: dict[str, float] = Field(default_factory=dict)
+    """Weights of the outputs of a model with several labels; see reward.labels."""
 
     def faults(self) -> list[str]:
         return model_path_faults("model_name_or_path", self.model_name_or_path)
@@ -50,6 +52,8 @@ class GroupSettings(StrictModel):
     """Hub name or directory of a sequence-classification model with one label."""
     share: Positive
     """Share of the population that belongs to the group; the groups' shares add up to 1."""
+    labels: dict[str, float] = Field(default_factory=dict)
+    """Weights of the outputs of a model with several labels; see reward.labels."""
 
     def faults(self) -> list[str]:
         return model_path_faults("model_name_or_path", self.model_name_or_path)
@@ -60,6 +64,10 @@ class RewardSettings(StrictModel):
 
     model_name_or_path: PathText | None = None
     """A single reward model: what stage 2 wrote, or any with one label."""
+    labels: dict[str, float] = Field(default_factory=dict)
+    """The reward of a model with several labels: the weights with which the outputs of its labels
+    (before any softmax or sigmoid) are added up, by the labels' names or numbers, as in
+    {"POSITIVE": 1.0, "NEGATIVE": -1.0}. Empty for a model with one label."""
     models: Annotated[tuple[RewardModelSettings, ...], Field(strict=False)] = ()
     """Several reward models, whose weighted rewards are added up. For groups of people this is the
     geometric pool of their preferences, which gives little to what one group dislikes."""
@@ -83,6 +91,10 @@ class RewardSettings(StrictModel):
         if sum(map(bool, sources)) != 1:
             return ["give exactly one of model_name_or_path, models, mixture, function, url"]
         found = super().faults()
+        if self.labels and not self.model_name_or_path:
+            found.append(
+                "labels: only beside model_name_or_path; each of models and mixture has its own"
+            )
         if not self.url:
             defaults = type(self).model_fields
             found += [
@@ -103,9 +115,15 @@ class RewardSettings(StrictModel):
     def weighted_models(self) -> list[RewardModelSettings]:
         """The reward models with their weights or, in a mixture, shares."""
         if self.model_name_or_path:
-            return [RewardModelSettings(model_name_or_path=self.model_name_or_path)]
+            return [
+                RewardModelSettings(model_name_or_path=self.model_name_or_path, labels=self.labels)
+            ]
         groups = [
-            RewardModelSettings(model_name_or_path=group.model_name_or_path, weight=group.share)
+            RewardModelSettings(
+                model_name_or_path=group.model_name_or_path,
+                weight=group.share,
+                labels=group.labels,
+            )
             for group in self.mixture
         ]
         return groups or list(self.models)

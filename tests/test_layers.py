@@ -53,16 +53,16 @@ training.world.base_model
 
 step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.paper.quickstart.shares
 step3_rlhf.regularizers.base training.data.cutting training.data.files training.data.formats
-training.data.split training.models.checks training.models.scalar training.stage_config
-training.world.files
+training.data.split training.models.families.score_head training.models.scalar
+training.stage_config training.world.files
 
 step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.gpu_check.stages
 step3_rlhf.paper.people.data.convert step3_rlhf.paper.quickstart.findings
 step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality
 step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers step3_rlhf.rewards.links
-training.data.records training.data.templates training.models.lora training.models.options
-training.runtime.engine training.runtime.model_card training.runtime.resume
-training.world.__main__
+training.data.records training.data.templates training.models.checks training.models.lora
+training.models.options training.runtime.engine training.runtime.model_card
+training.runtime.resume training.world.__main__
 
 step3_rlhf.paper.people.report.findings step3_rlhf.paper.quickstart.groups
 step3_rlhf.paper.quickstart.methods step3_rlhf.regularizers.divergences

@@ -12,14 +12,18 @@ from training.runtime.model_card import PAPER, Card, figures_of, sources_of
 
 
 def policy_card(
-    config: AlignmentConfig, regularizer: Regularizer, algorithm: str, figures: dict[str, Any]
+    config: AlignmentConfig,
+    regularizer: Regularizer,
+    algorithm: str,
+    figures: dict[str, Any] | None = None,
 ) -> Card:
     """What the card of `actor/` says.
 
     Args:
         algorithm: how it was trained, for people to read.
-        figures: those of evaluation.json.
+        figures: those of evaluation.json; None before there are any.
     """
+    figures = figures or {"split": "test"}
     settings = {k: v for k, v in dump_regularizer(regularizer).items() if v is not None}
     reference = config.reference_model_name_or_path or config.model_name_or_path
     measured = {**figures, **figures.get("exact", {})}

@@ -80,7 +80,12 @@ def test_a_dialogue_is_learned_turn_by_turn_or_at_its_end(form: str) -> None:
 
 
 def test_turns_that_are_not_to_be_learned_are_not_the_response() -> None:
-    for mark in ({"weight": 0}, {"train": False}, {"reasoning_content": "Trees ..."}):
+    for mark in (
+        {"weight": 0},
+        {"train": False},
+        {"loss": False},
+        {"reasoning_content": "Trees ..."},
+    ):
         record = parsed({"messages": [*DIALOGUE[:3], DIALOGUE[3] | mark]})
         assert (record.prompt, record.responses) == ((user("Hi"),), ("Hello.",))
     assert parsed({"messages": [*DIALOGUE[:3], DIALOGUE[3] | {"weight": 1}]}).responses == ("Oak",)
