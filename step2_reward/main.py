@@ -27,8 +27,8 @@ from training.data import GroupedBatch, Split, collate_groups, response_end
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations
 from training.models.checks import check_positions
-from training.models.links import LOG_LINKS, LinkName
 from training.models.export import InterimExports, export
+from training.models.links import LOG_LINKS, LinkName
 from training.models.loading import load_scalar_model
 from training.models.options import LoadOptions, precision
 from training.models.pretrained import LINK, RESPONSE_END

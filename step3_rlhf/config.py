@@ -480,6 +480,11 @@ class PPOConfig(StageConfig, AlignmentConfig):
                 f"num_generations={self.num_generations}: until prompts have been visited several "
                 "times, a mixture is far from exact; 8 is better"
             )
+        if self.reward.mixture and self.early_stopping:
+            found.append(
+                "early_stopping: optimum/gap falls to 0 for no mixture, because the level of each "
+                "group's rewards is estimated"
+            )
         if self.num_generations > 1 and not self.regularizer.levels_credit:
             found.append(f"num_generations: no optimum/gap is logged, {NO_CERTIFICATE}")
         if self.evaluation.sampling is not None:

@@ -76,7 +76,7 @@ def train(config: DirectConfig) -> dict[str, float]:
         trained, train_data, comparisons, ref_logps, config, tokenizer.pad_token_id
     )
     output = prepare_output(config)
-    reference.keep(ref_logps, roles.reference, comparisons, output)
+    reference.keep(ref_logps, config, roles.reference, comparisons)
     if ranks.rank() == 0:
         recover(output / "actor")
 
