@@ -28,11 +28,11 @@ from training.dry_run import DryRun, supervised_steps
 from training.memory import activations
 from training.models.checks import check_positions
 from training.models.export import InterimExports, export
-from training.models.links import LOG_LINKS, LinkName
 from training.models.loading import load_scalar_model
 from training.models.options import LoadOptions, precision
 from training.models.pretrained import LINK, RESPONSE_END
 from training.models.scalar import last_token
+from training.preferences.links import LOG_LINKS, LinkName
 from training.runtime import ranks
 from training.runtime.disk import recover
 from training.runtime.engine import TrainedModule

@@ -28,16 +28,17 @@ training.launch.one_node training.launch.process training.models training.models
 training.models.decoding training.models.decoding.cache training.models.decoding.few_rows
 training.models.families training.models.families.float32_logits
 training.models.families.generation training.models.families.own_head training.models.logprobs
-training.models.plackett_luce training.runtime training.runtime.averaging training.runtime.disk
-training.runtime.extensions training.runtime.json_text training.runtime.random_states
-training.runtime.weights training.statistics training.world training.world.topics
+training.preferences training.preferences.plackett_luce training.runtime
+training.runtime.averaging training.runtime.disk training.runtime.extensions
+training.runtime.json_text training.runtime.random_states training.runtime.weights
+training.statistics training.world training.world.topics
 
 step2_reward.calibrate.temperature step2_reward.losses step3_rlhf.benchmark.measure
 step3_rlhf.chat.shares step3_rlhf.direct.loss step3_rlhf.paper.people.data.questions
 step3_rlhf.paper.people.measure step3_rlhf.ppo training.config training.data.chat_template
 training.data.fields training.data.json_lines training.deepspeed_section training.launch.gpus
 training.launch.launcher training.launch.lock training.memory training.models.families.noise
-training.models.links training.models.packing training.plotting training.plugins
+training.models.packing training.plotting training.plugins training.preferences.links
 training.runtime.ranks training.world.population training.world.prompts
 
 step2_reward.btl_fit step2_reward.calibrate.linked step2_reward.calibration

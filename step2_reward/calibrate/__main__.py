@@ -31,10 +31,10 @@ from training.data import read_records, tokenize
 from training.errors import UserError
 from training.fitting import held_out_splits, require_evaluation
 from training.models.checks import check_positions
-from training.models.links import LinkName
 from training.models.loading import load_reward_model
 from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained
+from training.preferences.links import LinkName
 from training.runtime import engine, ranks
 from training.runtime.disk import write_whole
 from training.runtime.json_text import json_text

@@ -8,7 +8,7 @@ from pydantic import Field
 from training.cli import SettingsParser, add_common_options
 from training.config import Count, read_mapping
 from training.data.settings import DataSettings
-from training.models.links import LinkName
+from training.preferences.links import LinkName
 from training.stage_config import RunConfig
 
 EXAMPLES = """examples:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from training.models.davidson_luce import davidson_luce_loss
-from training.models.plackett_luce import plackett_luce_loss
+from training.preferences.plackett_luce import plackett_luce_loss
 
 Outcome = tuple[tuple[int, ...], ...]
 """Sets of tied responses, best first."""
