@@ -288,7 +288,10 @@ class PPOTrainer:
         return found
 
     def foresee_cuts(self) -> None:
-        """Before iteration 0: how many responses the optimum cuts, of a product over tokens."""
+        """Before iteration 0: how many responses the optimum cuts, where that can be foreseen.
+
+        It can for weights that are a product over tokens.
+        """
         regularizer, actor = self.regularizer, self.actor.module
         if isinstance(regularizer, LogLinear) and regularizer.weighs_tokens:
             assert isinstance(actor, Policy)
@@ -297,7 +300,7 @@ class PPOTrainer:
             self.cuts = foreseen_cuts(regularizer, self.reference, rollout, ends, self.config)
 
     def center_rewards(self) -> None:
-        """Before iteration 0: the mean reward of the reference (Example 2)."""
+        """Before iteration 0: center the rewards at the reference's mean (Example 2)."""
         config = self.config
         rollout = self.drawn_by_reference(config.reward_centering_samples)
         rewards = self.effective_rewards(self.reward(rollout).double(), rollout)

@@ -1,6 +1,6 @@
 """What several test files share: a small world on disk, tiny random models, a process group."""
 
-# ruff: noqa: E402 (what is set before the imports is for them)
+# ruff: noqa: E402 (what stands before the imports has to be set when they run)
 
 import gc
 import os

@@ -4,6 +4,7 @@ One process and two, accumulation 1 and 4, ZeRO 0 to 3, padded and packed, throu
 launcher. The division changes the padding as well: a micro-batch is padded to its own longest row.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -198,6 +199,15 @@ class Matrix:
             / max(abs(value), abs(divided[name]), SIZES.get(name.split()[1], 1e-2))
             for name, value in whole.items()
         )
+
+
+def test_any_two_values_meet() -> None:
+    for one, other in itertools.combinations(("processes", "accumulation", "zero"), 2):
+        met, all_pairs = (
+            {(getattr(d, one), getattr(d, other)) for d in group if not d.packed}
+            for group in (PAIRS, ALL)
+        )
+        assert met == all_pairs
 
 
 @pytest.fixture(scope="module")

@@ -41,9 +41,9 @@ def launch(processes: int, runs: list[dict[str, Any]], directory: Path) -> None:
     """Run all of `runs` in so many processes.
 
     Args:
-        runs: {"stage", "settings"} each; with "mean_of_means" it averages wrongly, for a test that
-            must see it.
-        directory: for the file that the processes read; they find modules in it as well.
+        runs: {"stage", "settings"} each; a run with "mean_of_means" averages wrongly, for a test
+            that must see it.
+        directory: where the processes find the list of runs, and modules that settings name.
     """
     file = directory / f"runs_{processes}.json"
     file.write_text(json.dumps(runs))
