@@ -96,6 +96,7 @@ def run_stage(
         stage: trains and writes the models.
         dry_run: adds to a dry run what the stage would do and need.
     """
+    gc.freeze()  # what the imports made stays, and is not looked through again
     gc.enable()  # off while the stage was imported, see process.py
     options = stage_parser(config_class).parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):

@@ -173,5 +173,5 @@ def test_through_the_real_script(tmp_path: Path) -> None:
     assert str(log) in results["speed"]["text"]
     assert "in the way" not in log.read_text()
     assert str(tmp_path / "iteration") in log.read_text()
-    assert "1/8 packing ok" in done.stdout
+    assert "3/8 packing ok" in done.stdout
     assert "2 ok, 1 failed, 5 not possible here" in done.stdout
