@@ -24,10 +24,11 @@ step3_rlhf.paper.quickstart.machine step3_rlhf.paper.quickstart.metrics step3_rl
 training training.data.batches training.data.tally training.deferred training.errors
 training.launch training.launch.process training.models training.models.decoding
 training.models.decoding.cache training.models.decoding.few_rows training.models.families
-training.models.families.generation training.models.families.own_head training.models.logprobs
-training.models.plackett_luce training.runtime training.runtime.averaging training.runtime.disk
-training.runtime.extensions training.runtime.json_text training.runtime.random_states
-training.runtime.weights training.statistics training.world training.world.topics
+training.models.families.float32_logits training.models.families.generation
+training.models.families.own_head training.models.logprobs training.models.plackett_luce
+training.runtime training.runtime.averaging training.runtime.disk training.runtime.extensions
+training.runtime.json_text training.runtime.random_states training.runtime.weights
+training.statistics training.world training.world.topics
 
 step2_reward.calibrate.temperature step2_reward.losses step3_rlhf.benchmark.measure
 step3_rlhf.chat.shares step3_rlhf.direct.loss step3_rlhf.paper.people.data.questions
@@ -39,12 +40,12 @@ training.world.population training.world.prompts
 
 step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments step3_rlhf.chat.bars
 step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
-step3_rlhf.paper.people.reward_model step3_rlhf.paper.quickstart.shares
-step3_rlhf.regularizers.classes step3_rlhf.response_sets step3_rlhf.rewards.calibration
-step3_rlhf.rewards.mixture training.data.messages training.data.settings
-training.models.hidden_states training.models.pretrained training.runtime.faults
-training.runtime.signals training.runtime.tracking training.settings_reference
-training.world.base_model
+step3_rlhf.paper.people.reward_model step3_rlhf.paper.quickstart.calibration
+step3_rlhf.paper.quickstart.shares step3_rlhf.regularizers.classes step3_rlhf.response_sets
+step3_rlhf.rewards.calibration step3_rlhf.rewards.mixture training.data.messages
+training.data.settings training.models.hidden_states training.models.pretrained
+training.runtime.faults training.runtime.signals training.runtime.tracking
+training.settings_reference training.world.base_model
 
 step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.regularizers.base
 training.data.cutting training.data.files training.data.formats training.data.split
