@@ -152,7 +152,7 @@ def natural_by_dynamic_programming(alpha: float, log_ref: Tensor, length: int) -
 
 
 def test_few_long_responses_are_natural_at_the_level_of_tokens() -> None:
-    """Twenty tokens: Theorem 4's claim for this level is of less and less as responses grow."""
+    """Twenty tokens: what is claimed of this level is of less and less as responses grow."""
     log_ref = bigram(tokens=20, seed=0)
     found = {
         length: [natural_by_dynamic_programming(alpha, log_ref, length) for alpha in (0.02, 0.1)]
