@@ -68,7 +68,8 @@ def evaluate(
     reference = responses  # of SFT, which is its own reference
     if models.reference is not models.policy:
         reference = [
-            respond(models, held_out, config, draw, finished, from_reference=True) for draw in draws
+            respond(models, held_out, config, draw, finished, regularizer, from_reference=True)
+            for draw in draws
         ]
     if config.group_shares:
         beta = regularizer.coefficient if regularizer else temperature
@@ -83,6 +84,7 @@ def evaluate(
         regularizer,
         held_out.groups,
         config.group_shares,
+        config.sampling.response_length,
     )
     calibration = config.beta_calibration
     figures = {

@@ -27,6 +27,8 @@ class Responses:
     natural: Tensor | None = None  # 1 if the response is in M(x); None without an M(x)
     full_entropy: Tensor | None = None  # Σ_t H(π(·|prefix_t)), nats, over the whole vocabulary
     full_kl: Tensor | None = None  # Σ_t KL(π(·|prefix_t) ‖ π_ref(·|prefix_t)), nats
+    log_growth: Tensor | None = None  # Σ_t log Σ_v w(v|prefix_t), v no end, nats (truncation.py)
+    end_weight: Tensor | None = None  # Σ_t Σ_v w(v|prefix_t), v an end
 
 
 def under_one_reward(

@@ -1,7 +1,7 @@
 """Metrics of sampled responses (section 6.1) and the perplexity of held-out texts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from step3_rlhf.evaluation.metrics import (
 from step3_rlhf.evaluation.pairs import pair_figures, pairs_of
 from step3_rlhf.evaluation.responses import Responses
 from step3_rlhf.evaluation.resume import FinishedBlocks
-from step3_rlhf.evaluation.scoring import Models, full_vocabulary_sums, token_logps
+from step3_rlhf.evaluation.scoring import Models, full_vocabulary_sums, law_sums, token_logps
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.regularizers import Regularizer
+from step3_rlhf.regularizers.log_linear import LogLinear
 from step3_rlhf.regularizers.optimality import certificate
+from step3_rlhf.regularizers.truncation import cut_share
 from step3_rlhf.rollout import assemble, sample
 from training.data import response_end
 from training.runtime import ranks
@@ -52,6 +54,7 @@ def sampled_metrics(
     regularizer: Regularizer | None = None,
     groups: Sequence[str] = (),
     shares: Sequence[float] = (),
+    response_length: int = 1,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of section 6.1 from independent responses to each prompt.
 
@@ -65,6 +68,7 @@ def sampled_metrics(
         temperature: T of the softmax(r/T) that a preference-matching policy reaches.
         regularizer: the distance from its optimum is measured.
         shares: of the groups of people whose mixture gives the rewards; empty without a mixture.
+        response_length: tokens after which a response is cut.
 
     Returns:
         The figures of evaluation.json and the lines of instances.jsonl.
@@ -100,6 +104,7 @@ def sampled_metrics(
         "reward": estimate(torch.stack(rewards).double().mean(0), clusters) if rewards else None,
         "length": mean(lambda y: y.lengths),
         "ended_fraction": mean(lambda y: y.ended),
+        "cut_share": mean(lambda y: 1 - y.ended),
         "perplexity": log_estimate(
             of_prompts(lambda y: response_perplexity(y.logp, y.lengths)), clusters
         ),
@@ -126,6 +131,7 @@ def sampled_metrics(
         measured = [value for value in values if value is not None]
         if measured:
             estimates[name] = ratio_estimate(every(measured), lengths, drawn)
+    estimates |= cut_figures(reference, clusters, response_length)
     estimates |= optimum_figures(responses, regularizer, clusters, shares)
     figures: dict[str, Any] = {
         "estimand": ESTIMAND,
@@ -154,6 +160,31 @@ def sampled_metrics(
         for i, prompt in enumerate(prompts)
     ]
     return figures, instances
+
+
+def cut_figures(
+    reference: Sequence[Responses], clusters: Tensor, response_length: int
+) -> dict[str, Estimate | None]:
+    """The share of cut responses that the law of truncation.py predicts of the optimum, r = 0.
+
+    Its interval is that of log ρ, through the law. None where the law does not apply.
+    """
+    for draw in reference:
+        if draw.log_growth is not None and draw.end_weight is not None:
+            growth = ratio_estimate(draw.log_growth, draw.lengths, clusters)
+            end_weight = (draw.end_weight.sum() / draw.lengths.sum()).item()
+
+            def share(log_growth: float | None, end_weight: float = end_weight) -> float | None:
+                if log_growth is None:
+                    return None
+                return cut_share(log_growth, end_weight, response_length)
+
+            mean, low, high = share(growth.mean), share(growth.low), share(growth.high)
+            assert mean is not None
+            half = None if low is None or high is None else (high - low) / 2
+            predicted = replace(growth, mean=mean, ci95=half, low=low, high=high)
+            return {"cut_log_growth": growth, "cut_predicted_share": predicted}
+    return {"cut_log_growth": None, "cut_predicted_share": None}
 
 
 def optimum_figures(
@@ -220,7 +251,7 @@ def respond(
         if regularizer is not None:
             mask = rollout.response_mask.cpu()
             class_logp = models.class_logp(rollout)
-            if rewards is not None:
+            if rewards is not None and not from_reference:
                 marginal = regularizer.marginal(logp, ref_logp, mask).per_token.sum(-1)
                 effective = regularizer.effective_reward(rewards, class_logp)
                 credit = effective + marginal.view(-1, *[1] * (rewards.dim() - 1))
@@ -228,6 +259,8 @@ def respond(
         columns += [credit, natural]
         if not from_reference:
             columns += full_vocabulary_sums(models, rollout, config.sampling.response_length)
+        elif draw == 0 and isinstance(regularizer, LogLinear) and regularizer.weighs_tokens:
+            columns += [None, None, *law_sums(models, rollout, regularizer, config)]
         unknown = [None] * len(rollout)
         listed = [unknown if column is None else column.tolist() for column in columns]
         return list(zip(rollout.responses, *listed, strict=True))

@@ -8,8 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from step3_rlhf.classes.shares import ClassShares
 from step3_rlhf.config import EvaluationConfig
+from step3_rlhf.regularizers.log_linear import LogLinear
+from step3_rlhf.regularizers.truncation import law_statistics
 from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout
+from training.models.logprobs import masked_sum
 from training.models.lora import WithoutAdapter
 
 Model = nn.Module | WithoutAdapter
@@ -43,6 +46,28 @@ def token_logps(model: Model, rollout: Rollout, config: EvaluationConfig) -> Ten
         logp, _ = model(rows.input_ids, rows.attention_mask, rows.scored_mask)
         found[first : first + size, : rows.response_mask.shape[1]] = rows.response_part(logp).cpu()
     return found
+
+
+@torch.no_grad()
+def law_sums(
+    models: Models, rollout: Rollout, regularizer: LogLinear, config: EvaluationConfig
+) -> tuple[Tensor, Tensor]:
+    """Sums over each response's prefixes of the truncation law's quantities at the reference.
+
+    Returns:
+        Two tensors [B] float64: Σ_t log Σ w(v|prefix_t) over the tokens v that do not end a
+        response, nats, and Σ_t Σ w(v|prefix_t) over those that do.
+    """
+    ends = getattr(models.policy, "ends", ()) or (models.tokenizer.eos_token_id,)
+    size = config.per_device_eval_batch_size
+    sums = torch.zeros(2, len(rollout), dtype=torch.float64)
+    for first in range(0, len(rollout), size):
+        rows = rollout.rows(first, first + size)
+        inputs = (rows.input_ids, rows.attention_mask, rows.scored_mask)
+        for place, statistic in enumerate(law_statistics(regularizer, ends)):
+            _, values = models.reference(*inputs, statistic=statistic)
+            sums[place, first : first + size] = masked_sum(values.double(), rows.scored_mask, 1)
+    return sums[0], sums[1]
 
 
 DISTRIBUTIONS = 2**25

@@ -14,11 +14,15 @@ A reward within a range of s moves the odds by at most e^{s/β}. Under `kl`, ρ 
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from step3_rlhf.regularizers.log_linear import LogLinear
+
+Statistic = Callable[[Tensor, Tensor], Tensor]
+"""From logits [rows, vocabulary] and log Σ e^logit [rows] to one number per row."""
 
 NEVER = -1e4
 """Log-probability in nats below which a token does not exist."""
@@ -52,6 +56,24 @@ def log_growth_of(regularizer: LogLinear, log_ref: Tensor, ends: Tensor) -> Tens
 def end_weight_of(regularizer: LogLinear, log_ref: Tensor, ends: Tensor) -> Tensor:
     """[rows] Σ w(v|prefix) over the tokens that end a response; arguments as above."""
     return _log_weights(regularizer, log_ref).masked_fill(~ends, -math.inf).logsumexp(-1).exp()
+
+
+def law_statistics(regularizer: LogLinear, ends: Sequence[int]) -> list[Statistic]:
+    """`log_growth_of` and `end_weight_of` at the prefixes whose logits are given.
+
+    Args:
+        ends: the token ids that end a response.
+    """
+
+    def statistic(of: Callable[[LogLinear, Tensor, Tensor], Tensor]) -> Statistic:
+        def value(logits: Tensor, log_normalizer: Tensor) -> Tensor:
+            is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            is_end[list(ends)] = True
+            return of(regularizer, logits - log_normalizer[:, None], is_end)
+
+        return value
+
+    return [statistic(log_growth_of), statistic(end_weight_of)]
 
 
 def _log_weights(regularizer: LogLinear, log_ref: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from step3_rlhf.config import PPOConfig
-from step3_rlhf.evaluation.metrics import total_variation
+from step3_rlhf.evaluation.metrics import kl_divergence, total_variation
 from step3_rlhf.prompts import Prompts
 from step3_rlhf.regularizers.base import ResponseSet
 from step3_rlhf.regularizers.divergences import DIVERGENCES
@@ -277,6 +277,36 @@ def test_ppo_reaches_the_optimum_of_opinions(tmp_path: Path) -> None:
     classes = {"answer_key": str(tmp_path / "key.jsonl")}
     regularizer = {"name": "conditional_pm", "level": "class", "classes": classes}
     check("conditional_pm-class", regularizer, largest=0.05)
+
+
+def ranks_of(values: Tensor) -> Tensor:
+    return values.argsort().argsort().double()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+def test_the_distance_that_training_logs_is_the_exact_one() -> None:
+    """`optimum/kl` of the drawn responses beside KL(π ‖ π*) of the policy that drew them."""
+    trainer = trainer_for(
+        QUICK["conditional_pm-token"], TableReward(SEED), SEED, ITERATIONS, num_generations=4
+    )
+    rows = []
+    for number in range(ITERATIONS):
+        exact = [
+            kl_divergence(logp, optimum(trainer.regularizer, responses))
+            for logp, responses in log_policies(trainer, trainer.actor.module)
+        ]
+        logged = trainer.iteration(number)
+        rows.append([torch.stack(exact).mean(), logged["optimum/kl"], logged["optimum/gap"]])
+    exact, kl, gap = torch.tensor(rows).view(-1, 8, 3).mean(1).T  # of eight iterations each
+    for values in zip(exact.tolist(), kl.tolist(), gap.tolist(), strict=True):
+        print("exact KL {:.4f}, optimum/kl {:.4f}, optimum/gap {:.4f}".format(*values))
+    for logged in (kl, gap):
+        agreement = torch.corrcoef(torch.stack([ranks_of(exact), ranks_of(logged)]))[0, 1]
+        assert agreement > 0.9
+    assert exact[-1] < 0.1 * exact[0]
+    assert kl[-1] < 0.15 * kl[0]
+    torch.testing.assert_close(kl, exact, rtol=0.35, atol=0.02)
 
 
 class TwoGroups:

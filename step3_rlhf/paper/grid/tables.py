@@ -64,6 +64,8 @@ OWN_COLUMNS = (
     Column("Own perplexity", OWN, 2),
     Column("Own entropy", "entropy_per_token", 3),
     Column("Own KL", "kl_per_token", 3),
+    Column("Cut", "cut_share", 2),
+    Column("Cut, predicted", "cut_predicted_share", 2),
 )
 
 
@@ -82,6 +84,8 @@ MEASURE_NOTE = (
     "published evaluation has them. eval pm is the squared difference of the two probabilities "
     "whose divergence is the PM divergence. Own perplexity is exp of the mean loss per token of "
     "the policy's own responses; own entropy and KL are of the drawn tokens, means over responses. "
+    "Cut is the share of responses that did not end by themselves, and predicted what the optimum "
+    "cuts without differences of reward, from the reference's responses. "
     "The figures' instance PM divergences are those of one pair each."
 )
 

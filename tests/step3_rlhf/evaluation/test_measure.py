@@ -29,6 +29,7 @@ from step3_rlhf.evaluation.settings import run_settings
 from step3_rlhf.evaluation.shared_work import over_ranks
 from step3_rlhf.prompts import EVALUATION
 from step3_rlhf.regularizers.registry import parse_regularizer
+from step3_rlhf.regularizers.truncation import cut_share
 from step3_rlhf.response_sets import FiniteSet, read_response_sets
 from step3_rlhf.rewards.functions import FunctionReward
 from step3_rlhf.rewards.sources import ByGroup
@@ -76,6 +77,7 @@ def test_sampled_metrics_by_hand() -> None:
             "reward": 1.0,
             "length": 1.75,
             "ended_fraction": 0.75,
+            "cut_share": 0.25,
             "perplexity": (math.exp(0.5) + math.exp(1.0) + 2 * math.exp(2.0)) / 4,
             "reference_perplexity": (2 * math.e + math.exp(2.0) + math.exp(4.0)) / 4,
             "entropy": 2.0,
@@ -129,6 +131,40 @@ def test_sums_over_the_whole_vocabulary(models: Models, held_out: HeldOut, confi
         assert drawn.full_kl[row].item() == pytest.approx(kl, rel=1e-4)
         of_the_drawn_tokens = -drawn.logp[row].item()  # a wrong variant: one token of each
         assert of_the_drawn_tokens != pytest.approx(entropy, rel=1e-2)
+
+
+@torch.no_grad()
+def test_the_predicted_share_of_cut_responses(models: Models, held_out: HeldOut, config) -> None:
+    """Beside the measured one: the law at the prefixes of the reference's own responses."""
+    regularizer = parse_regularizer({"name": "conditional_pm", "alpha": 0.05})
+    found, _ = evaluate(models, held_out, regularizer, config)
+    end, growth, ends = models.tokenizer.eos_token_id, [], []
+    for row, prompt in enumerate(PROMPTS):
+        ids = encode_prompt_texts([prompt], models.tokenizer)[0]
+        rollout = sample(
+            models.reference, models.tokenizer, [ids], [prompt],
+            [(config.seed, EVALUATION, row, 0)], config.sampling,
+        )  # fmt: skip
+        whole = rollout.input_ids[rollout.attention_mask.bool()][None]
+        logits = models.reference.model(input_ids=whole).logits[
+            0, -int(rollout.lengths[0]) - 1 : -1
+        ]
+        log_p = logits.double().log_softmax(-1)
+        weights = torch.where(log_p < math.log(0.05), log_p.exp(), 1.0)
+        ends += weights[:, end].tolist()
+        weights[:, end] = 0.0
+        growth += weights.sum(-1).log().tolist()
+    mean = sum(growth) / len(growth)
+    assert found["cut_log_growth"]["mean"] == pytest.approx(mean, rel=1e-3)
+    share = cut_share(mean, sum(ends) / len(ends), config.response_length)
+    assert found["cut_predicted_share"]["mean"] == pytest.approx(share, rel=1e-2)
+    low, high = found["cut_predicted_share"]["low"], found["cut_predicted_share"]["high"]
+    assert low <= found["cut_predicted_share"]["mean"] <= high
+    ended = found["ended_fraction"]["mean"]
+    assert found["cut_share"]["mean"] == pytest.approx(1 - ended, abs=1e-12)
+    for other in ({"name": "conditional_pm", "level": "sequence", "log_alpha": -9.0}, None):
+        chosen = parse_regularizer(other) if other else None
+        assert evaluate(models, held_out, chosen, config)[0]["cut_predicted_share"] is None
 
 
 def test_several_pairs_are_averaged_within_a_prompt() -> None:

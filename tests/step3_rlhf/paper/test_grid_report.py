@@ -25,7 +25,7 @@ KL = Cell("kl", 1.0)
 METRICS = (
     "pm_divergence pm_divergence_reference length perplexity entropy entropy_per_token kl "
     "kl_per_token reward "
-    "pm_squared_difference perplexity_pooled entropy_full_vocabulary kl_full_vocabulary"
+    "cut_share pm_squared_difference perplexity_pooled entropy_full_vocabulary kl_full_vocabulary"
 ).split()
 TEXTS = "held_out_perplexity"
 
@@ -202,11 +202,11 @@ FURTHER = """\
 and what section 6.1 defines, of the policy's own responses; fine-tuning facebook/opt-1.3b.**
 
 |  |  | PM Divergence ↓ | Length | Perplexity ↓ | Entropy | KL | eval pm ↓ | Own perplexity | \
-Own entropy | Own KL |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+Own entropy | Own KL | Cut | Cut, predicted |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 | β = 0.5 | α = 0.1 | 0.9732 ± 0.0625 | 256.8 ± 0.1 | 19.54 ± 1.25 | 0.849 ± 0.062 | 0.291 ± 0.062 \
-| 0.1250 ± 0.0625 | 0.12 ± 0.06 | 0.125 ± 0.062 | 0.125 ± 0.062 |
-|  | α = 0.3 | missing | – | – | – | – | – | – | – | – |
+| 0.1250 ± 0.0625 | 0.12 ± 0.06 | 0.125 ± 0.062 | 0.125 ± 0.062 | 0.12 ± 0.06 | – |
+|  | α = 0.3 | missing | – | – | – | – | – | – | – | – | – | – |
 """
 
 
@@ -292,12 +292,12 @@ def test_latex_is_the_papers_table_escaped(papers: Callable[..., Results]) -> No
     text = sweep_tables.latex(papers("a_b/opt", "beta-1.0/kl", texts=True))
     assert text.startswith(LATEX.replace("\\\nmeasures", "measures"))
     further = text[text.index("% Not in the paper") :]
-    assert "\\begin{tabular}{llccccccccc}" in further
-    assert " & KL RLHF & missing" + " & --" * 8 + " \\\\" in further
+    assert "\\begin{tabular}{llccccccccccc}" in further
+    assert " & KL RLHF & missing" + " & --" * 10 + " \\\\" in further
     assert "& $256.8 \\pm 0.1$ & " in further
     assert "people's own texts" in further
     rows = [line for line in text.splitlines() if line.endswith("\\\\")]
-    assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [6] * 7 + [10] * 7
+    assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [6] * 7 + [12] * 7
     assert text.isascii()
     assert text.count("{") == text.count("}")
     assert text.count("\\begin{") == text.count("\\end{") == 4

@@ -132,3 +132,33 @@ def test_growth_and_end_weight_of_a_prefix() -> None:
     kl = parse_regularizer({"name": "kl"})
     assert isinstance(kl, LogLinear)
     assert log_growth_of(kl, log_ref, ends).item() == pytest.approx(math.log(0.8))
+
+
+# How much of the optimum is natural
+
+
+def natural_by_dynamic_programming(alpha: float, log_ref: Tensor, length: int) -> float:
+    """π*(M) at r = 0: weight of the responses whose tokens all have π_ref ≥ α, of that of all."""
+    w, e = weights(token_level(alpha), log_ref)
+    inside = log_ref >= math.log(alpha)
+    in_w, in_e = w * inside[:, :-1], e * inside[:, -1]
+    whole, natural = torch.zeros(2, len(w), dtype=torch.float64)
+    whole[0] = natural[0] = 1.0
+    all_ended = natural_ended = 0.0
+    for _ in range(length):
+        all_ended, natural_ended = all_ended + whole @ e, natural_ended + natural @ in_e
+        whole, natural = whole @ w, natural @ in_w
+    return ((natural_ended + natural.sum()) / (all_ended + whole.sum())).item()
+
+
+def test_few_long_responses_are_natural_at_the_level_of_tokens() -> None:
+    """Twenty tokens: what is claimed of this level is of less and less as responses grow."""
+    log_ref = bigram(tokens=20, seed=0)
+    found = {
+        length: [natural_by_dynamic_programming(alpha, log_ref, length) for alpha in (0.02, 0.1)]
+        for length in (1, 4, 32)
+    }
+    assert found[1] == pytest.approx([0.9917, 0.8404], abs=1e-4)
+    assert found[4] == pytest.approx([0.9645, 0.5415], abs=1e-4)
+    assert found[32] == pytest.approx([0.7517, 0.0098], abs=1e-4)
+    assert natural_by_dynamic_programming(0.3, log_ref, 1) == 0.0  # no token after the first state
