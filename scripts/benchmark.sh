@@ -6,6 +6,7 @@
 #   --against trl    run TRL's PPO in turn with ours, in an environment of its own
 #   --pairs N        runs of each (3)
 #   --iterations N   iterations that count in each run (3)
+#   --scaling        how the cost grows with responses and with length, and a figure of it
 #   --bf16           run ours in bfloat16 too
 #   --output DIR     folder for the models, logs and benchmark.json (runs/benchmark)
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

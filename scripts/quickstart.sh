@@ -11,7 +11,7 @@
 #   --output DIR  folder for everything (runs/quickstart)
 #   --overwrite   replace what an earlier quickstart left in DIR
 #   --only PHASE  run this phase again, on what the others left in DIR; PHASE is one of
-#                 world sft reward kl pm conditional_pm sft_evaluation report
+#                 world sft reward calibration kl pm conditional_pm sft_evaluation report
 #                 maximum_entropy js_divergence forward_kl chi_squared rloo classes reward_luce
 #                 luce ptx ema ema_average dpo direct two_groups reward_group1 reward_group2
 #                 reward_pooled weighted_sum pooled mixture
@@ -57,7 +57,7 @@ if [[ -n "$seeds" ]]; then
     exec python -m step3_rlhf.paper.quickstart.seeds "$directory" "${folders[@]}"
 fi
 if [[ -n "$only" ]]; then
-    known=" ${PHASES[*]} ${FURTHER[*]} sft_evaluation report "
+    known=" ${PHASES[*]} ${FURTHER[*]} calibration sft_evaluation report "
     [[ "$known" == *" $only "* ]] || usage "--only $only: no such phase"
     earlier=("$only")
 else
@@ -166,6 +166,7 @@ phase world python -m training.world --output_dir "$directory/world" --seed "$se
 mapfile -t overrides < <(places sft world/base world/texts)
 phase sft bash scripts/step1_sft.sh step1_sft/configs/quickstart.json "${overrides[@]}"
 reward_model reward world/comparisons
+phase calibration bash scripts/calibrate.sh "$directory/reward"
 align kl quickstart 'regularizer={"name": "kl", "beta": 1.0}'
 align pm quickstart 'regularizer={"name": "pm", "beta": 1.0}'
 align conditional_pm quickstart

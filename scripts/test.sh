@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set-up, lint, types and tests: bash scripts/test.sh [--fast | --all] [pytest arguments]
-#   --fast   only the tests that start no process and take less than ten seconds
+#   --fast   only the tests that start no process and take a few seconds at most
 #   --all    also the slow proofs that CI leaves out (about half an hour)
 #   Without either: what CI runs, in about eleven minutes on two cores.
 # Further arguments go to pytest, for example: bash scripts/test.sh tests/step3_rlhf -k kl
@@ -18,7 +18,7 @@ selection=(-m "not slow")
 case "${1:-}" in
     --fast)
         selection=(-m "not slow and not launcher and not long")
-        export FUZZ_EXAMPLES="${FUZZ_EXAMPLES:-100}" # of 500 damaged configs and records of each kind
+        export FUZZ_EXAMPLES="${FUZZ_EXAMPLES:-50}" # of 500 damaged configs and records of each kind
         shift
         ;;
     --all)
@@ -28,8 +28,8 @@ case "${1:-}" in
         ;;
 esac
 workers="${WORKERS:-$(nproc)}"
-# A file's tests stay together: they share what is expensive to make. The order stays that of the
-# files, so that the long end-to-end tests come first and the cores are done at the same time.
+# A file's tests stay together: they share what is expensive to make. tests/conftest.py puts the files
+# that take longest first, so that the cores are done at the same time.
 ((workers == 1)) || selection+=(--numprocesses "$workers" --dist loadfile --no-loadscope-reorder)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the workers share the cores
 

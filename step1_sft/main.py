@@ -18,7 +18,7 @@ from training.data import SequenceBatch, Split, collate_texts
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations, logits
 from training.models.checks import check_positions
-from training.models.export import export
+from training.models.export import InterimExports, export
 from training.models.loading import load_policy
 from training.models.options import LoadOptions, precision
 from training.runtime import ranks
@@ -78,9 +78,16 @@ def main(config: SFTConfig) -> None:
     trained = TrainedModule(policy, config, config, steps)
     task = ResponseModelling(trained, data.train, data.held_out, config, tokenizer.pad_token_id)
     output = prepare_output(config)
+
+    def write(place: Path) -> None:
+        export(policy.model, tokenizer, place)
+
+    exports = InterimExports(config, {"model": write}, card_of(config, {}))
     with stop_requests.deferred():
-        tested = fitting.fit(config, trained, task, fitting.EarlyStopping(), description="SFT")
-        export(policy.model, tokenizer, output / "model")
+        tested = fitting.fit(
+            config, trained, task, fitting.EarlyStopping(), description="SFT", exports=exports
+        )
+        write(output / "model")
         write_card(output / "model", card_of(config, tested))
     say(
         f"SFT is done: test loss {tested['test/loss']:.4f} nats per token, perplexity "

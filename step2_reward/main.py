@@ -8,7 +8,7 @@ Writes `model/` (AutoModelForSequenceClassification with one label, tokenizer in
 
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,19 +19,20 @@ from torch import nn
 from step2_reward.btl_fit import LackOfFit, count_wins, lack_of_fit
 from step2_reward.calibration import calibration_figures, draw_reliability
 from step2_reward.config import RewardConfig
-from step2_reward.losses import plackett_luce_loss
+from step2_reward.losses import davidson_luce_loss, plackett_luce_loss
+from step2_reward.ties import WithTies, first_prevalences, require_decided
 from training import fitting
 from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, Split, collate_groups, response_end
 from training.dry_run import DryRun, supervised_steps
 from training.memory import activations
 from training.models.checks import check_positions
-from training.models.export import export
-from training.models.links import LOG_LINKS, LinkName
+from training.models.export import InterimExports, export
 from training.models.loading import load_scalar_model
 from training.models.options import LoadOptions, precision
 from training.models.pretrained import LINK, RESPONSE_END
 from training.models.scalar import last_token
+from training.preferences.links import LOG_LINKS, LinkName
 from training.runtime import ranks
 from training.runtime.disk import recover
 from training.runtime.engine import TrainedModule
@@ -92,8 +93,7 @@ class PreferenceModelling:
         return int(batch.group_mask.sum())
 
     def loss_sum(self, batch: GroupedBatch) -> torch.Tensor:
-        rewards, present = self._rewards(batch)
-        return plackett_luce_loss(self.log_link(rewards), present).sum()
+        return self._losses(self._ranked(batch)).sum()
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, float]:
@@ -104,18 +104,22 @@ class PreferenceModelling:
         batch_size = self.config.per_device_eval_batch_size
         for rows in fitting.evaluation_batches(len(data), batch_size):
             batch = self._batch(data, rows)
-            rewards, present = self._rewards(batch)
-            loss_sum = plackett_luce_loss(self.log_link(rewards), present).sum()
+            ranked = self._ranked(batch)
+            loss_sum = self._losses(ranked).sum()
             sums += torch.stack([loss_sum.double(), batch.group_mask.sum()])
             pairs += [
                 (better, worse, clusters[rows[group]])
-                for better, worse, group in implied_pairs(rewards.cpu(), present.cpu())
+                for better, worse, group in implied_pairs(ranked)
             ]
         loss = fitting.mean_over_ranks(sums)
         better, worse, groups = zip(*ranks.gather_objects(pairs), strict=True)
         self.pairs = torch.tensor([better, worse], dtype=torch.float64).T
         self.clusters = torch.tensor(groups)
-        self.calibration = {"split": split, "link": self.config.link} | calibration_figures(
+        self.calibration = {
+            "split": split,
+            "link": self.config.link,
+            "tie_prevalence": ranked.log_ties.exp().tolist(),
+        } | calibration_figures(
             log_odds(self.pairs, self.config.link), self.clusters, self.config.calibration_bins
         )
         figures = {
@@ -123,15 +127,47 @@ class PreferenceModelling:
         }
         return {f"{split}/{name}": value for name, value in {"loss": loss, **figures}.items()}
 
-    def _rewards(self, batch: GroupedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards [groups, responses], best response first, and which entries are present."""
+    def _ranked(self, batch: GroupedBatch) -> "Ranked":
+        """Rewards of the model, arranged by group."""
         sequences = batch.sequences
-        values = self.model(sequences.input_ids, sequences.attention_mask)
-        return by_group(last_token(values, sequences.attention_mask), batch)
+        found = self.model(sequences.input_ids, sequences.attention_mask)
+        values, log_ties = found if isinstance(found, tuple) else (found, found.new_zeros(0))
+        rewards, present = by_group(last_token(values, sequences.attention_mask), batch)
+        levels, _ = by_group(batch.levels, batch)
+        columns = torch.arange(rewards.shape[1], device=rewards.device)
+        ranked = columns < (batch.group_sizes - batch.unranked)[:, None]
+        return Ranked(rewards, present, levels, ranked, batch.largest_tie, log_ties)
+
+    def _losses(self, of: "Ranked") -> torch.Tensor:
+        """[groups] losses in nats; 0 for filler."""
+        scores = self.log_link(of.rewards)
+        if not len(of.log_ties) and bool(of.ranked[of.present].all()):
+            return plackett_luce_loss(scores, of.present)
+        # Held-out ties may be larger than any in training; those have δ_n = 1.
+        unknown = int(of.largest_tie.max()) - 1 - len(of.log_ties)
+        log_ties = torch.cat([of.log_ties, of.log_ties.new_zeros(max(unknown, 0))])
+        return davidson_luce_loss(
+            scores, of.levels, of.ranked, of.present, log_ties, of.largest_tie
+        )
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The rewards of a batch: G groups of up to K responses, best first."""
+
+    rewards: torch.Tensor  # [G, K]
+    present: torch.Tensor  # [G, K] bool: where there is a response; nowhere in filler
+    levels: torch.Tensor  # [G, K] long: the same number for tied responses
+    ranked: torch.Tensor  # [G, K] bool: False for those behind the others in unknown order
+    largest_tie: torch.Tensor  # [G] long: the most responses that could be tied
+    log_ties: torch.Tensor  # [D − 1] log δ_n of the Davidson–Luce model; empty without ties
 
 
 def by_group(rewards: torch.Tensor, batch: GroupedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arrange rewards [rows] as [groups, responses]; entries of filler groups are not present."""
+    """Arrange rewards [rows] as [groups, responses], and say where there are any.
+
+    Entries of filler groups are not present.
+    """
     sizes = batch.group_sizes
     starts = sizes.cumsum(0) - sizes
     place = torch.arange(len(rewards), device=rewards.device) - starts[batch.group_index]
@@ -141,11 +177,14 @@ def by_group(rewards: torch.Tensor, batch: GroupedBatch) -> tuple[torch.Tensor, 
     return grid, (columns < sizes[:, None]) & batch.group_mask[:, None]
 
 
-def implied_pairs(rewards: torch.Tensor, present: torch.Tensor) -> list[tuple[float, float, int]]:
-    """r(better), r(worse) and the group of every pair that the rankings (best first) imply."""
-    better, worse = torch.triu_indices(present.shape[1], present.shape[1], offset=1)
-    both = present[:, better] & present[:, worse]
-    columns = (rewards[:, better][both], rewards[:, worse][both], both.nonzero()[:, 0])
+def implied_pairs(of: Ranked) -> list[tuple[float, float, int]]:
+    """r(better), r(worse) and the group of every pair that the rankings decide."""
+    count = of.present.shape[1]
+    better, worse = torch.triu_indices(count, count, offset=1, device=of.present.device)
+    decided = of.present[:, better] & of.present[:, worse] & of.ranked[:, better]
+    decided &= of.levels[:, better] != of.levels[:, worse]
+    rewards = (of.rewards[:, better][decided], of.rewards[:, worse][decided])
+    columns = (*rewards, decided.nonzero()[:, 0])
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -159,11 +198,13 @@ def fit_of_one_model(held_out: Iterable[Dataset], link: LinkName = "exponential"
     """Whether one reward for each response can explain the held-out comparisons of two responses.
 
     This is a question to the data, which no model has to be trained for. Rankings take no part: the
-    pairs that they imply are not independent.
+    pairs that they imply are not independent. Nor do ties.
     """
     rows = [row for data in held_out for row in data]
     pairs = [
-        (row["prompt"], *row["responses_ids"]) for row in rows if len(row["responses_ids"]) == 2
+        (row["prompt"], *row["responses_ids"])
+        for row in rows
+        if len(row["responses_ids"]) == 2 and row["levels"][0] != row["levels"][1]
     ]
     return lack_of_fit(count_wins(pairs), link)
 
@@ -171,10 +212,13 @@ def fit_of_one_model(held_out: Iterable[Dataset], link: LinkName = "exponential"
 def main(config: RewardConfig) -> None:
     """Run the stage."""
     pretrained, data = fitting.prepare(config, "reward")
+    require_decided(data.held_out)
     tokenizer = pretrained.tokenizer
     model = load_scalar_model(pretrained, tokenizer, LoadOptions.trained(config), new_head=True)
     steps = fitting.total_steps(config, len(data.train))
-    trained = TrainedModule(model, config, config, steps)
+    start = first_prevalences(data.train)
+    module = WithTies(model, start, config.learning_rate) if len(start) else model
+    trained = TrainedModule(module, config, config, steps)
     task = PreferenceModelling(trained, data.train, data.held_out, config, tokenizer.pad_token_id)
     output = prepare_output(config)
     if ranks.rank() == 0:
@@ -191,12 +235,18 @@ def main(config: RewardConfig) -> None:
     say(fit.meaning)
 
     def save_best() -> None:
-        export(model.model, tokenizer, output / "model")
+        write(output / "model")
         if ranks.rank() == 0:
             write_evaluation(task.calibration | {"btl_fit": report_of(fit)}, output)
 
+    def write(place: Path) -> None:
+        export(model.model, tokenizer, place)
+
+    exports = InterimExports(config, {"model": write}, card_of(config, {}))
     with stop_requests.deferred():
-        tested = fitting.fit(config, trained, task, stopping, save_best, "reward model")
+        tested = fitting.fit(
+            config, trained, task, stopping, save_best, "reward model", exports=exports
+        )
         write_card(output / "model", card_of(config, tested))
     say(
         f"The reward model is done: on the test prompts, {summary(tested)}\n"

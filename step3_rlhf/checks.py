@@ -149,7 +149,8 @@ def check_lengths(config: AlignmentConfig, roles: Roles, sets: list[FiniteSet]) 
         ),
     }
     if isinstance(config, PPOConfig) and config.ptx_data is not None:
-        needs |= {f"ptx_{name}": length for name, length in config.ptx_data.lengths().items()}
+        for name, length in config.ptx_data.lengths().items():
+            needs[name.replace("data.", "ptx_data.")] = length
     trains = not isinstance(config, EvaluationConfig)  # which has its own sampling already
     if trains and config.evaluation.sampling is not None:
         needs["data.max_prompt_length + evaluation.sampling.response_length"] = (

@@ -38,6 +38,8 @@ class RewardModelSettings(StrictModel):
     """Hub name or directory of a sequence-classification model with one label."""
     weight: float = 1.0
     """Factor of the model's reward in the sum."""
+    labels: dict[str, float] = Field(default_factory=dict)
+    """Weights of the outputs of a model with several labels; see reward.labels."""
 
     def faults(self) -> list[str]:
         return model_path_faults("model_name_or_path", self.model_name_or_path)
@@ -50,6 +52,8 @@ class GroupSettings(StrictModel):
     """Hub name or directory of a sequence-classification model with one label."""
     share: Positive
     """Share of the population that belongs to the group; the groups' shares add up to 1."""
+    labels: dict[str, float] = Field(default_factory=dict)
+    """Weights of the outputs of a model with several labels; see reward.labels."""
 
     def faults(self) -> list[str]:
         return model_path_faults("model_name_or_path", self.model_name_or_path)
@@ -60,6 +64,10 @@ class RewardSettings(StrictModel):
 
     model_name_or_path: PathText | None = None
     """A single reward model: what stage 2 wrote, or any with one label."""
+    labels: dict[str, float] = Field(default_factory=dict)
+    """The reward of a model with several labels: the weights with which the outputs of its labels
+    (before any softmax or sigmoid) are added up, by the labels' names or numbers, as in
+    {"POSITIVE": 1.0, "NEGATIVE": -1.0}. Empty for a model with one label."""
     models: Annotated[tuple[RewardModelSettings, ...], Field(strict=False)] = ()
     """Several reward models, whose weighted rewards are added up. For groups of people this is the
     geometric pool of their preferences, which gives little to what one group dislikes."""
@@ -83,6 +91,10 @@ class RewardSettings(StrictModel):
         if sum(map(bool, sources)) != 1:
             return ["give exactly one of model_name_or_path, models, mixture, function, url"]
         found = super().faults()
+        if self.labels and not self.model_name_or_path:
+            found.append(
+                "labels: only beside model_name_or_path; each of models and mixture has its own"
+            )
         if not self.url:
             defaults = type(self).model_fields
             found += [
@@ -103,9 +115,15 @@ class RewardSettings(StrictModel):
     def weighted_models(self) -> list[RewardModelSettings]:
         """The reward models with their weights or, in a mixture, shares."""
         if self.model_name_or_path:
-            return [RewardModelSettings(model_name_or_path=self.model_name_or_path)]
+            return [
+                RewardModelSettings(model_name_or_path=self.model_name_or_path, labels=self.labels)
+            ]
         groups = [
-            RewardModelSettings(model_name_or_path=group.model_name_or_path, weight=group.share)
+            RewardModelSettings(
+                model_name_or_path=group.model_name_or_path,
+                weight=group.share,
+                labels=group.labels,
+            )
             for group in self.mixture
         ]
         return groups or list(self.models)
@@ -318,11 +336,15 @@ class PPOConfig(StageConfig, AlignmentConfig):
     """Share that the moving average of the actor's weights keeps at each optimizer step, as in
     0.992. The average is exported as actor_ema/; null keeps none."""
 
-    reward_centering: Literal["none", "reference_mean"] = "none"
-    """Whether to subtract the mean reward of the reference policy (C_1 of Example 2). The optimum
-    stays."""
+    reward_centering: Literal["none", "reference_mean", "prompt_mean"] = "none"
+    """Whether to subtract the mean reward of the reference policy (Example 2): one number, C_1,
+    with "reference_mean"; one for each prompt, C_{1,x}, with "prompt_mean". The optimum stays."""
     reward_centering_samples: Count = 256
-    """Responses of the reference from which that mean is estimated."""
+    """Responses of the reference from which "reference_mean" is estimated, before the first
+    iteration."""
+    reward_centering_draws: Count = 4
+    """Responses of the reference to each prompt from which "prompt_mean" is estimated, in every
+    iteration."""
     reward_clip: Positive | None = None
     """Bound on the absolute reward; null is none. It moves the optimum wherever it takes effect."""
     missing_eos_penalty: NonNegative | None = None
@@ -436,6 +458,11 @@ class PPOConfig(StageConfig, AlignmentConfig):
             unused = [name for name in of_critic if getattr(self, name) != defaults[name].default]
             if unused:
                 found.append(f"{', '.join(unused)}: without effect, because rloo has no critic")
+        if not self.has_critic and self.reward_centering == "prompt_mean":
+            found.append(
+                "reward_centering=prompt_mean: draws responses for nothing, because the baseline "
+                "of rloo takes every prompt's level out of its rewards already"
+            )
         if self.gamma != 1.0:
             found.append(f"gamma={self.gamma}: token penalties no longer add up to the sequence's")
         if self.reward_clip is not None:
@@ -452,6 +479,11 @@ class PPOConfig(StageConfig, AlignmentConfig):
             found.append(
                 f"num_generations={self.num_generations}: until prompts have been visited several "
                 "times, a mixture is far from exact; 8 is better"
+            )
+        if self.reward.mixture and self.early_stopping:
+            found.append(
+                "early_stopping: optimum/gap falls to 0 for no mixture, because the level of each "
+                "group's rewards is estimated"
             )
         if self.num_generations > 1 and not self.regularizer.levels_credit:
             found.append(f"num_generations: no optimum/gap is logged, {NO_CERTIFICATE}")

@@ -55,6 +55,12 @@ def dry_run(config: PPOConfig, run: DryRun) -> None:
         phases["centering rewards"] = _drawing(
             config, reference, settings, config.reward_centering_samples, reference_divided
         )
+    if config.reward_centering == "prompt_mean":
+        draws = local // config.num_generations * config.reward_centering_draws
+        phases["centering rewards"] = _drawing(
+            config, reference, settings, draws, reference_divided
+        )
+        run.facts["responses for centering"] = f"{draws * run.processes:,} in each iteration"
     phases["drawing responses"] = _drawing(config, actor, settings, local, actor_divided)
     phases["scoring"] = _scoring(config, scoring)
     phases["training"] = _training(config, trained)

@@ -6,7 +6,7 @@ Shapes: B responses, R response tokens. Entries after a response's last token ar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ class Judged:
     rollout: Rollout
     rewards: Tensor  # [B] r(x, y), after centering, penalty and clipping; of a mixture [B, G]
     ref_logp: Tensor  # [B, R] log π_ref,t, nats
+    by_group: Tensor | None = field(default=None, kw_only=True)
+    """[B, G] a mixture's rewards of each group, once `rewards` are those of the mixture."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def with_advantages(
         advantages, masks, config.advantage_normalization, sum_over_ranks
     )
     return [
-        Experience(part.rollout, part.rewards, part.ref_logp, scores, a, r)
+        Experience(part.rollout, part.rewards, part.ref_logp, scores, a, r, by_group=part.by_group)
         for part, scores, a, r in zip(judged, old, normalized, returns, strict=True)
     ]
 
@@ -91,4 +93,5 @@ def under_one_reward(part: Judged, marginal: Marginal, mixture: Mixture | None) 
     if mixture is None:
         return part
     credit, prompts = marginal.per_token.sum(-1), part.rollout.prompts
-    return replace(part, rewards=mixture.rewards(part.rewards, credit, prompts))
+    rewards = mixture.rewards(part.rewards, credit, prompts)
+    return replace(part, rewards=rewards, by_group=part.rewards)

@@ -86,8 +86,11 @@ class IterationMetrics:
         if (drawn := part.rollout.drawn_logp) is not None:
             added["drawn_difference"] = masked_sum((drawn - old.logp).abs(), mask)
         if self.config.num_generations > 1:
-            by_prompt = credit.view(-1, self.config.num_generations)
-            distances = certificate(by_prompt, self.regularizer)
+            shares = self.config.group_shares
+            if part.by_group is not None:
+                credit = part.by_group + marginal.per_token.sum(-1, keepdim=True)
+            by_prompt = credit.view(-1, self.config.num_generations, *credit.shape[1:])
+            distances = certificate(by_prompt, self.regularizer, shares)
             added |= {OPTIMUM + name: values.sum() for name, values in distances.items()}
         values = torch.stack([value_sum.detach().double() for value_sum in added.values()])
         self._names = tuple(added)

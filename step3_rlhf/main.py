@@ -7,6 +7,7 @@ are Hugging Face directories, tokenizer included; `evaluation.json`, `instances.
 `metrics.jsonl` and `config.json`.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from training.cli import prepare_output, run_stage
 from training.data import read_records, tokenize
 from training.errors import Stopped, UserError
 from training.fitting import announce_resume, require_evaluation
-from training.models.export import export
+from training.models.export import InterimExports, export
 from training.models.loading import load_policy, load_scalar_model
 from training.models.lora import WithoutAdapter
 from training.models.options import LoadOptions
@@ -168,6 +169,7 @@ def train(
     """
     config = trainer.config
     checkpoints = Checkpoints(config, trainer.trained, trainer.averages)
+    exports = interim_exports(trainer)
     first, state = checkpoints.restore()
     if state:
         trainer.reward_center, trainer.cuts = state["reward_center"], state["cuts"]
@@ -198,6 +200,7 @@ def train(
         if done % config.logging_steps == 0 or done == last:
             tracker.log(done, metrics, SHOWN)
         tracker.advance()
+        exports.after(done, last)
         stop = stop_requests.agreed()
         if stop or checkpoints.is_due(done, last):
             state = {
@@ -228,11 +231,26 @@ def write_models(trainer: PPOTrainer, output: Path, was_trained: bool) -> None:
     wanted = [name for name in names if not (was_trained and (output / name).is_dir())]
     ranks.barrier()  # all ranks look before the first one writes
     for name in wanted:
-        if name in trained:
-            export(trained[name].module.model, trainer.tokenizer, output / name)
-        else:
-            with averages[name].in_place():
-                export(trainer.actor.module.model, trainer.tokenizer, output / name)
+        write_model(trainer, name, output / name)
+
+
+def write_model(trainer: PPOTrainer, name: str, place: Path) -> None:
+    """Export one of the trained models or averages."""
+    if name in trainer.trained:
+        export(trainer.trained[name].module.model, trainer.tokenizer, place)
+    else:
+        with trainer.averages[name].in_place():
+            export(trainer.actor.module.model, trainer.tokenizer, place)
+
+
+def interim_exports(trainer: PPOTrainer) -> InterimExports:
+    """What `export_steps` writes: the policy and its average, which people use; not the critic."""
+    config = trainer.config
+    return InterimExports(
+        config,
+        {name: partial(write_model, trainer, name) for name in ["actor", *trainer.averages]},
+        policy_card(config, config.regularizer, config.algorithm),
+    )
 
 
 def models_of(trainer: PPOTrainer) -> Models:

@@ -11,7 +11,7 @@ from training.data import Dialogue, shard
 from training.runtime.ranks import rank, world_size
 
 # Purposes of a draw: its seed is (config.seed, purpose, position in the stream of prompts).
-TRAINING, CENTERING, EVALUATION, CLASSES = 0, 1, 2, 3
+TRAINING, CENTERING, EVALUATION, CLASSES, PROMPT_CENTERING = 0, 1, 2, 3, 4
 
 
 class PromptBatch(NamedTuple):
@@ -43,6 +43,18 @@ class Prompts:
         Each optimizer step has the same global batch on any number of ranks. All rows of a prompt
         are in one micro-batch.
         """
+        each = self.config.num_generations
+        draws = [each * place + k for place in self._places(number) for k in range(each)]
+        return self._at(draws, TRAINING, each)
+
+    def for_prompt_centering(self, number: int, draws: int) -> PromptBatch:
+        """The same prompts, each once, `draws` times each."""
+        places = self._places(number)
+        every = [draws * place + k for place in places for k in range(draws)]
+        return self._at(every, PROMPT_CENTERING, draws)
+
+    def _places(self, number: int) -> list[int]:
+        """The positions in the stream of this rank's prompts of an iteration."""
         config, each = self.config, self.config.num_generations
         accumulation, micro = config.gradient_accumulation_steps, config.per_device_train_batch_size
         mini_batch = micro * accumulation * world_size() // each
@@ -52,8 +64,7 @@ class Prompts:
             positions_of_all = list(range(first, first + mini_batch))
             parts = shard(positions_of_all, rank(), world_size(), micro // each, accumulation)
             prompts += [position for part in parts for position in part]
-        draws = [each * position + k for position in prompts for k in range(each)]
-        return self._at(draws, TRAINING, each)
+        return prompts
 
     def for_centering(self, count: int) -> PromptBatch:
         """This rank's share of `count` prompts, rounded up so that every rank has equally many."""

@@ -46,7 +46,10 @@ def roles_of(config: AlignmentConfig) -> Roles:
     reference = policy if other in (None, policy.name_or_path) else Pretrained(other, trusted)
     members = config.reward.weighted_models if config.reward else []
     rewards = tuple(
-        (member.weight, Pretrained(member.model_name_or_path, trusted, scores_only=True))
+        (
+            member.weight,
+            Pretrained(member.model_name_or_path, trusted, scores_only=True, labels=member.labels),
+        )
         for member in members
     )
     return Roles(policy, reference, rewards, {REFERENCE: reference} if other else {})

@@ -22,6 +22,7 @@ from step3_rlhf.reference.centering import mean_reward
 from step3_rlhf.reference.cuts import CUT_SAMPLES, foreseen_cuts
 from step3_rlhf.regularizers.log_linear import LogLinear
 from step3_rlhf.rewards.mixture import Mixture
+from step3_rlhf.rewards.prompt_centers import centers_of_iteration
 from step3_rlhf.rewards.sources import RewardSource
 from step3_rlhf.rollout import Rollout, sample
 from training.models.lora import WithoutAdapter
@@ -77,6 +78,8 @@ class PPOTrainer:
         self.clock = Clock()
         self.reward_center = 0.0
         """Mean reward of the reference policy, −C_1 of Example 2, subtracted from every reward."""
+        self.prompt_centers: Tensor | float = 0.0
+        """[B] the same for the prompt of each response of the iteration, −C_{1,x}."""
         self.cuts: dict[str, float] = {}
         """What `foresee_cuts` found: figures that are logged with every iteration."""
 
@@ -100,6 +103,8 @@ class PPOTrainer:
             # 3. Rewards: r(x, y) of each response.
             with clock.phase("reward"):
                 raw_rewards = self.reward(rollout)
+            if config.reward_centering == "prompt_mean":
+                self.center_prompts(number)
             rewards = self.shape_rewards(raw_rewards, rollout)
             require_finite(self.regularizer.effective_reward_name, rewards)
             # 4. Reference: log π_ref of each response token.
@@ -132,6 +137,7 @@ class PPOTrainer:
             rewards: [B], as the reward source gave them; of a mixture [B, G], as is the result.
         """
         shaped = self.effective_rewards(rewards, rollout) - self.reward_center  # + C_1, Example 2
+        shaped = shaped - self.prompt_centers  # + C_{1,x}
         if self.config.missing_eos_penalty is not None:
             ended = rollout.ended.view(-1, *[1] * (rewards.dim() - 1))
             shaped = torch.where(ended, shaped, shaped - self.config.missing_eos_penalty)
@@ -145,6 +151,18 @@ class PPOTrainer:
             return self.regularizer.effective_reward(rewards)
         with self.clock.phase("reference"):  # which says how probable each response's class is
             return self.regularizer.effective_reward(rewards, self.classes(rollout))
+
+    def center_prompts(self, number: int) -> None:
+        """Estimate E_{π_ref}[r | x] (Example 2) for each prompt of an iteration."""
+        with self.clock.phase("centering"):
+            self.prompt_centers = centers_of_iteration(
+                number,
+                self.prompts,
+                self.reference,
+                self.tokenizer,
+                lambda drawn: self.effective_rewards(self.reward(drawn), drawn),
+                self.config,
+            )
 
     @torch.no_grad()
     def reference_logp(self, rollout: Rollout) -> Tensor:

@@ -33,9 +33,32 @@ PAD, BOS, EOS = 3, 1, 2
 STARTS_PROCESSES = {"recorded", "run_quickstart"}
 """Fixtures that run scripts or other processes."""
 VOCABULARY = 64
+TESTS = Path(__file__).parent
+LONGEST = [
+    TESTS / name
+    for name in (
+        "end_to_end/test_sharding.py",
+        "end_to_end/test_fuzz.py",
+        "end_to_end/test_pipeline.py",
+        "step3_rlhf/test_convergence.py",
+        "end_to_end/test_interruptions.py",
+        "end_to_end/test_sweep.py",
+        "end_to_end/test_multinode.py",
+        "step3_rlhf/paper/people/test_experiment.py",
+        "end_to_end/test_resume.py",
+        "end_to_end/test_model_families.py",
+        "training/models/test_lora.py",
+        "test_on_a_gpu.py",
+    )
+]
+"""The files that take longest come first, so that all workers end at the same time. Of two that run
+side by side, at most one keeps several processes busy: on two cores, processes that wait for one
+another by spinning would take turns with the rest."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {path: place for place, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     for item in items:
         if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.launcher)
@@ -157,15 +180,15 @@ def process_group() -> Iterator[None]:
         ranks.disconnect()
 
 
-@pytest.fixture
-def stage_settings(tiny_world: Path, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
-    """The JSON of a sound config of each stage, on the tiny world."""
+@pytest.fixture(scope="session")
+def settings_in(tiny_world: Path) -> Callable[[str, Path], dict[str, Any]]:
+    """The JSON of a sound config of each stage, on the tiny world, that writes into a directory."""
 
-    def settings(stage: str) -> dict[str, Any]:
+    def settings(stage: str, directory: Path) -> dict[str, Any]:
         kind = "texts" if stage == "sft" else "comparisons"
         common: dict[str, Any] = {
             "model_name_or_path": str(tiny_world / "base"),
-            "output_dir": str(tmp_path / stage),
+            "output_dir": str(directory / stage),
             "per_device_train_batch_size": 4,
             "data": {
                 "sources": [str(tiny_world / f"{kind}.jsonl")],
@@ -173,7 +196,7 @@ def stage_settings(tiny_world: Path, tmp_path: Path) -> Callable[[str], dict[str
                 "max_eval_samples": 8,
                 "max_prompt_length": 48,
                 "max_response_length": 16,
-                "cache_dir": str(tmp_path / "token_ids"),
+                "cache_dir": str(directory / "token_ids"),
             },
         }
         evaluated = {
@@ -200,3 +223,11 @@ def stage_settings(tiny_world: Path, tmp_path: Path) -> Callable[[str], dict[str
         )
 
     return settings
+
+
+@pytest.fixture
+def stage_settings(
+    settings_in: Callable[[str, Path], dict[str, Any]], tmp_path: Path
+) -> Callable[[str], dict[str, Any]]:
+    """The same for the test's own directory."""
+    return lambda stage: settings_in(stage, tmp_path)

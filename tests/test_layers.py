@@ -24,10 +24,12 @@ step3_rlhf.paper.people.report step3_rlhf.paper.people.report.word_list
 step3_rlhf.paper.quickstart step3_rlhf.paper.quickstart.machine
 step3_rlhf.paper.quickstart.metrics step3_rlhf.reference step3_rlhf.rewards training
 training.data.batches training.data.tally training.deferred training.errors training.launch
-training.launch.process training.models training.models.decoding training.models.decoding.cache
-training.models.decoding.few_rows training.models.families training.models.families.generation
-training.models.families.own_head training.models.logprobs training.models.plackett_luce
-training.runtime training.runtime.averaging training.runtime.disk training.runtime.extensions
+training.launch.one_node training.launch.process training.models training.models.davidson_luce
+training.models.decoding training.models.decoding.cache training.models.decoding.few_rows
+training.models.families training.models.families.float32_logits
+training.models.families.generation training.models.families.own_head training.models.logprobs
+training.preferences training.preferences.plackett_luce training.runtime
+training.runtime.averaging training.runtime.disk training.runtime.extensions
 training.runtime.json_text training.runtime.random_states training.runtime.weights
 training.statistics training.world training.world.topics
 
@@ -36,30 +38,32 @@ step3_rlhf.chat.shares step3_rlhf.direct.loss step3_rlhf.paper.people.data.quest
 step3_rlhf.paper.people.measure step3_rlhf.ppo training.config training.data.chat_template
 training.data.fields training.data.json_lines training.deepspeed_section training.launch.gpus
 training.launch.launcher training.launch.lock training.memory training.models.families.noise
-training.models.links training.models.packing training.plotting training.plugins
+training.models.packing training.plotting training.plugins training.preferences.links
 training.runtime.ranks training.world.population training.world.prompts
 
-step2_reward.btl_fit step2_reward.calibration step3_rlhf.benchmark.floor step3_rlhf.chat.arguments
+step2_reward.btl_fit step2_reward.calibrate.linked step2_reward.calibration
+step3_rlhf.benchmark.floor step3_rlhf.benchmark.scaling step3_rlhf.chat.arguments
 step3_rlhf.chat.bars step3_rlhf.gpu_check.measurements step3_rlhf.paper.bars
 step3_rlhf.paper.people.alpha step3_rlhf.paper.people.data.records
-step3_rlhf.paper.people.reward_model step3_rlhf.regularizers.classes step3_rlhf.response_sets
-step3_rlhf.rewards.calibration step3_rlhf.rewards.mixture training.data.messages
-training.data.settings training.models.hidden_states training.models.pretrained
-training.runtime.faults training.runtime.signals training.runtime.tracking
-training.settings_reference training.world.base_model
+step3_rlhf.paper.people.reward_model step3_rlhf.paper.quickstart.calibration
+step3_rlhf.regularizers.classes step3_rlhf.response_sets step3_rlhf.rewards.calibration
+step3_rlhf.rewards.mixture training.data.messages training.data.settings
+training.models.hidden_states training.models.pretrained training.runtime.faults
+training.runtime.signals training.runtime.tracking training.settings_reference
+training.world.base_model
 
 step3_rlhf.evaluation.responses step3_rlhf.paper.grid.launcher step3_rlhf.paper.quickstart.shares
 step3_rlhf.regularizers.base training.data.cutting training.data.files training.data.formats
-training.data.split training.models.checks training.models.scalar training.stage_config
-training.world.files
+training.data.split training.models.families.score_head training.models.scalar
+training.stage_config training.world.files
 
 step3_rlhf.chat.sources step3_rlhf.evaluation.pairs step3_rlhf.gpu_check.stages
 step3_rlhf.paper.people.data.convert step3_rlhf.paper.quickstart.findings
 step3_rlhf.regularizers.log_linear step3_rlhf.regularizers.none step3_rlhf.regularizers.optimality
 step3_rlhf.regularizers.optimum step3_rlhf.regularizers.solvers step3_rlhf.rewards.links
-training.data.records training.data.templates training.models.lora training.models.options
-training.runtime.engine training.runtime.model_card training.runtime.resume
-training.world.__main__
+training.data.records training.data.templates training.models.checks training.models.lora
+training.models.options training.runtime.engine training.runtime.model_card
+training.runtime.resume training.world.__main__
 
 step3_rlhf.paper.people.report.findings step3_rlhf.paper.quickstart.groups
 step3_rlhf.paper.quickstart.methods step3_rlhf.regularizers.divergences
@@ -70,9 +74,9 @@ step3_rlhf.paper.people.report.pictures step3_rlhf.paper.people.report.targets
 step3_rlhf.paper.quickstart.table1 step3_rlhf.regularizers.f_divergence
 step3_rlhf.regularizers.generalized_pl training.data training.models.export training.models.policy
 
-step3_rlhf.classes.answer_key step3_rlhf.direct.comparisons step3_rlhf.paper.quickstart.page
-step3_rlhf.regularizers.registry training.fitting training.models.decoding.decoder
-training.models.families.vocabulary
+step2_reward.ties step3_rlhf.classes.answer_key step3_rlhf.direct.comparisons
+step3_rlhf.paper.quickstart.page step3_rlhf.regularizers.registry training.fitting
+training.models.decoding.decoder training.models.families.vocabulary
 
 step3_rlhf.paper.length_figure step3_rlhf.paper.people.report.page step3_rlhf.regularizers
 training.dry_run training.models.comparison
@@ -101,7 +105,8 @@ step3_rlhf.rollout
 
 step3_rlhf.chat.speakers step3_rlhf.classes.labels step3_rlhf.experience
 step3_rlhf.paper.grid.report step3_rlhf.paper.people.__main__ step3_rlhf.reference.centering
-step3_rlhf.reference.cuts step3_rlhf.rewards.answers step3_rlhf.rewards.readings
+step3_rlhf.reference.cuts step3_rlhf.rewards.answers step3_rlhf.rewards.prompt_centers
+step3_rlhf.rewards.readings
 
 step3_rlhf.chat.session step3_rlhf.classes.shares step3_rlhf.iteration_metrics
 step3_rlhf.paper.grid.__main__ step3_rlhf.rewards.functions step3_rlhf.rewards.model

@@ -5,8 +5,9 @@ ZeRO stage 0 in float32.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,14 +29,15 @@ from step3_rlhf.roles import training_roles_of
 from step3_rlhf.trainer import PPOTrainer
 from training import fitting
 from training.config import check_config
-from training.data import read_records, tokenize
+from training.data import Stage, read_records, tokenize
 from training.models.decoding.decoder import Decoder
 from training.models.loading import load_policy, load_scalar_model
 from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained
 from training.runtime.engine import TrainedModule, adamw
+from training.stage_config import SupervisedConfig
 
-pytestmark = pytest.mark.usefixtures("process_group")
+pytestmark = [pytest.mark.usefixtures("process_group"), pytest.mark.long]
 
 Settings = Callable[[str], dict[str, Any]]
 
@@ -116,52 +118,41 @@ def test_adamw_is_fused_on_a_gpu_only(stage_settings: Settings) -> None:
 # The stages
 
 
-@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"lora": LORA}], ids=str)
-def test_stage_1(
-    stage_settings: Settings, world_tokenizer: PreTrainedTokenizerBase, changes: dict[str, Any]
-) -> None:
-    config = check_config(SFTConfig, stage_settings("sft") | changes, "config:")
-    data = tokenize(read_records(config.data, "sft"), world_tokenizer, config.data, "sft")
-    Path(config.output_dir).mkdir()
-    with pretend_gpu(), counted() as syncs:
-        pretrained = Pretrained(config.model_name_or_path)
-        policy = load_policy(pretrained, world_tokenizer, LoadOptions.trained(config))
-        trained = TrainedModule(policy, config, config, 2)
-        assert all(isinstance(parameter, OnGpu) for parameter in policy.parameters())
-        task = ResponseModelling(
-            trained,
-            data.train,
-            fitting.held_out_splits(data.eval, config.data),
-            config,
-            world_tokenizer.pad_token_id,
-        )
-        with counted() as evaluating:
-            task.evaluate("validation")
-        found = fitting.fit(config, trained, task, fitting.EarlyStopping())
-    assert found["test/loss"] > 0
-    assert evaluating.of("main.py") <= EVALUATING, evaluating
-    assert syncs.total - 3 * evaluating.total <= 2 * STEP, syncs  # validation twice, test once
+class Supervised(NamedTuple):
+    """What tells a supervised stage from the other one."""
+
+    name: Stage
+    config: type[SupervisedConfig]
+    task: Callable[..., fitting.Task[Any]]
+    load: Callable[..., nn.Module]
+
+
+SUPERVISED = [
+    Supervised("sft", SFTConfig, ResponseModelling, load_policy),
+    Supervised(
+        "reward", RewardConfig, PreferenceModelling, partial(load_scalar_model, new_head=True)
+    ),
+]
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"lora": LORA}], ids=str)
-def test_stage_2(
-    stage_settings: Settings, world_tokenizer: PreTrainedTokenizerBase, changes: dict[str, Any]
+@pytest.mark.parametrize("stage", SUPERVISED, ids=lambda stage: stage.name)
+def test_stages_1_and_2(
+    stage_settings: Settings,
+    world_tokenizer: PreTrainedTokenizerBase,
+    stage: Supervised,
+    changes: dict[str, Any],
 ) -> None:
-    config = check_config(RewardConfig, stage_settings("reward") | changes, "config:")
-    data = tokenize(read_records(config.data, "reward"), world_tokenizer, config.data, "reward")
+    config = check_config(stage.config, stage_settings(stage.name) | changes, "config:")
+    data = tokenize(read_records(config.data, stage.name), world_tokenizer, config.data, stage.name)
     Path(config.output_dir).mkdir()
     with pretend_gpu(), counted() as syncs:
         pretrained = Pretrained(config.model_name_or_path)
-        options = LoadOptions.trained(config)
-        model = load_scalar_model(pretrained, world_tokenizer, options, new_head=True)
+        model = stage.load(pretrained, world_tokenizer, LoadOptions.trained(config))
         trained = TrainedModule(model, config, config, 2)
-        task = PreferenceModelling(
-            trained,
-            data.train,
-            fitting.held_out_splits(data.eval, config.data),
-            config,
-            world_tokenizer.pad_token_id,
-        )
+        assert all(isinstance(parameter, OnGpu) for parameter in model.parameters())
+        held_out = fitting.held_out_splits(data.eval, config.data)
+        task = stage.task(trained, data.train, held_out, config, world_tokenizer.pad_token_id)
         with counted() as evaluating:
             task.evaluate("validation")
         found = fitting.fit(config, trained, task, fitting.EarlyStopping())

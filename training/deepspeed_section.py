@@ -74,13 +74,14 @@ def _refused(key: str, value: Any) -> list[str]:
 
 def monitor_faults(section: dict[str, Any]) -> list[str]:
     """Faults of the monitors in a `"deepspeed"` section, and packages that are missing for them."""
-    from deepspeed.monitor.config import get_monitor_config
-
     monitors = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
     found = []
     for name in [*monitors, "csv_monitor"]:
         if name not in section:
             continue
+        # Here and above, since an empty section is checked without DeepSpeed, which imports torch.
+        from deepspeed.monitor.config import get_monitor_config
+
         try:
             enabled = getattr(get_monitor_config({name: section[name]}), name).enabled
         except ValidationError as error:

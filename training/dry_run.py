@@ -93,7 +93,7 @@ class DryRun:
         if self.config.packing and model.has_linear_score:
             refuse_unpackable(model.config, str(model))
         check_scalar(model, new_head=True)
-        built = self._built(model, AutoModelForSequenceClassification)
+        built = self._built(model, model.classifier)
         try:
             return Shape.of(built)
         except AttributeError:  # the config names its layers and heads differently
@@ -103,7 +103,7 @@ class DryRun:
     def _built(self, model: Pretrained, build: type) -> PreTrainedModel:
         """Build the model on the meta device, with one label and its tokenizer's pad token."""
         config = copy.deepcopy(model.config)
-        if build is AutoModelForSequenceClassification:
+        if build is AutoModelForSequenceClassification and not model.brings_classifier:
             config.num_labels = 1
         text = config.get_text_config()
         text.vocab_size = max(text.vocab_size, len(model.tokenizer))

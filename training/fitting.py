@@ -21,6 +21,7 @@ from training.data import (
 )
 from training.errors import RunError, Stopped, UserError
 from training.models.checks import check_positions
+from training.models.export import InterimExports
 from training.models.pretrained import Pretrained
 from training.runtime.checkpoint import Checkpoints
 from training.runtime.engine import TrainedModule, optimizer_step
@@ -173,6 +174,7 @@ def fit(
     keep: Callable[[], None] | None = None,
     description: str = "training",
     figures: Callable[[], dict[str, float]] = dict,
+    exports: InterimExports | None = None,
 ) -> dict[str, float]:
     """Train for the configured steps; validate every epoch, every `eval_steps`, and at the end.
 
@@ -182,6 +184,7 @@ def fit(
         keep: saves the weights, after their test, whenever their validation loss is the best so
             far; None keeps the last weights.
         figures: what the task measured in the step just taken; called once a step, on every rank.
+        exports: writes the weights so far every `export_steps`, whatever their validation loss.
 
     Returns:
         The test figures of the weights that are kept.
@@ -247,6 +250,8 @@ def fit(
             tracker.log(done, metrics, shown=("train/loss", "validation/loss"))
             timed = 0
         tracker.advance()
+        if exports:
+            exports.after(done, steps)
         stop = stop_requests.agreed()
         if stop or checkpoints.is_due(done, steps):
             checkpoints.save(done, {"stopping": stopping.state, "tested": tested})

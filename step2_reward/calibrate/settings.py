@@ -8,7 +8,7 @@ from pydantic import Field
 from training.cli import SettingsParser, add_common_options
 from training.config import Count, read_mapping
 from training.data.settings import DataSettings
-from training.models.links import LinkName
+from training.preferences.links import LinkName
 from training.stage_config import RunConfig
 
 EXAMPLES = """examples:
@@ -23,7 +23,7 @@ class CalibrationConfig(RunConfig):
     data: DataSettings = Field(examples=[{"sources": ["owner/dataset"]}])
     """Comparisons, of which the test prompts are used: they neither trained nor chose the model."""
     link: LinkName = "exponential"
-    """Link g with which the reward model was trained."""
+    """Link g with which the reward model was trained; a run of stage 2 has its own."""
     calibration_bins: Count = 10
     """Equally wide bins of the reliability diagrams."""
 
@@ -42,8 +42,8 @@ def calibration_parser() -> SettingsParser:
     return parser
 
 
-def reward_settings(reward_dir: str) -> tuple[dict[str, Any], list[str]]:
-    """The settings that REWARD_DIR determines, and faults of that run.
+def reward_settings(reward_dir: str) -> dict[str, Any]:
+    """The settings that REWARD_DIR determines.
 
     Of a stage-2 run all of them, with `model/` as the model; of another directory only where the
     results go.
@@ -51,16 +51,11 @@ def reward_settings(reward_dir: str) -> tuple[dict[str, Any], list[str]]:
     directory = Path(reward_dir)
     known: dict[str, Any] = {"output_dir": reward_dir}
     if not (directory / "model").is_dir() or not (directory / "config.json").is_file():
-        return known, []
+        return known
     saved = read_mapping(str(directory / "config.json"))
     known |= {name: saved[name] for name in CalibrationConfig.model_fields if name in saved}
     known |= {"output_dir": reward_dir, "model_name_or_path": str(directory / "model")}
-    if saved.get("link", "exponential") == "exponential":
-        return known, []
-    return known, [
-        f"link: the reward model was trained with {saved['link']}; a temperature calibrates only "
-        "models of the link exponential, whose probabilities are sigmoid((r_w - r_l)/T)"
-    ]
+    return known
 
 
 def missing_settings(settings: dict[str, Any]) -> list[str]:

@@ -54,12 +54,19 @@ def calibrated_temperature(margins: Tensor, clusters: Tensor) -> Estimate:
     wrong = (-inverse * m).sigmoid()
     hessian = (m.square() * wrong * (1 - wrong)).sum()
     count = len(clusters.unique())
-    if count < 2:
-        return Estimate(1 / inverse, None, len(m), count, method="log t")
-    error = (cluster_sum_error(m * wrong, clusters) / hessian).item() / inverse
-    factor = math.exp(t_quantile(count - 1) * error)
-    low, high = 1 / inverse / factor, 1 / inverse * factor
-    return Estimate(1 / inverse, (high - low) / 2, len(m), count, low, high, "log t")
+    error = None
+    if count > 1:
+        error = (cluster_sum_error(m * wrong, clusters) / hessian).item() / inverse
+    return with_interval(1 / inverse, error, len(m), count)
+
+
+def with_interval(temperature: float, error: float | None, pairs: int, clusters: int) -> Estimate:
+    """T with exp(log T ± t · SE(log T)); without an interval if there is no `error`, SE(log T)."""
+    if error is None:
+        return Estimate(temperature, None, pairs, clusters, method="log t")
+    factor = math.exp(t_quantile(clusters - 1) * error)
+    low, high = temperature / factor, temperature * factor
+    return Estimate(temperature, (high - low) / 2, pairs, clusters, low, high, "log t")
 
 
 def inverse_temperature(margins: Tensor) -> float:
@@ -84,14 +91,23 @@ def held_out_margins(margins: Tensor, clusters: Tensor, seed: int = 0) -> Tensor
     Raises:
         NoTemperatureError: one of the halves has no temperature, or there is a single cluster.
     """
+    inside = halves(clusters, seed)
+    found = margins.double().clone()
+    for part in (inside, ~inside):
+        found[part] /= calibrated_temperature(margins[~part], clusters[~part]).mean
+    return found
+
+
+def halves(clusters: Tensor, seed: int = 0) -> Tensor:
+    """[pairs] bool: which pairs are in the first half of the clusters, divided at random.
+
+    Raises:
+        NoTemperatureError: there is a single cluster.
+    """
     present, group = clusters.unique(return_inverse=True)
     if len(present) < 2:
         raise NoTemperatureError("Cross-fitting needs at least two groups of comparisons")
     order = torch.randperm(len(present), generator=torch.Generator().manual_seed(seed))
     first = torch.zeros(len(present), dtype=torch.bool)
     first[order[: len(present) // 2]] = True
-    inside = first[group]
-    found = margins.double().clone()
-    for part in (inside, ~inside):
-        found[part] /= calibrated_temperature(margins[~part], clusters[~part]).mean
-    return found
+    return first[group]

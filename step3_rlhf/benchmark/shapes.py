@@ -52,7 +52,7 @@ SHAPES = {
     "tiny": Shape(vocabulary=512, hidden=64, layers=2, batch=4, prompt=16, response=16),
     "small": Shape(vocabulary=8192, hidden=256, layers=4, batch=32, prompt=64, response=64),
     "base": Shape(vocabulary=32000, hidden=512, layers=6, batch=16, prompt=128, response=128),
-    "gpu": Shape(vocabulary=32000, hidden=1536, layers=6, batch=32, prompt=256, response=256),
+    "gpu": Shape(vocabulary=32000, hidden=1536, layers=6, batch=16, prompt=256, response=256),
 }
 
 

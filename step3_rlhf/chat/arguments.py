@@ -55,8 +55,8 @@ def chat_parser() -> ChatParser:
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="whom to ask; several answer side by side")
-    add("--prompt", metavar="TEXT", help="answer this once and end")
-    add("--system", metavar="TEXT", help="a system message before every dialogue")
+    add("--prompt", type=whole, metavar="TEXT", help="answer this once and end")
+    add("--system", type=whole, metavar="TEXT", help="a system message before every dialogue")
     add(
         "--share",
         action="store_true",
@@ -95,6 +95,18 @@ def chat_parser() -> ChatParser:
     add("--trust-remote-code", action="store_true", help="run code that comes with a model")
     add("--debug", action="store_true", help="show the traceback of a mistake")
     return parser
+
+
+def whole(text: str) -> str:
+    """A text that was UTF-8; Python hands over other bytes as halves of characters."""
+    if not is_utf8(text):
+        raise argparse.ArgumentTypeError("it is not UTF-8; convert it with iconv")
+    return text
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written in UTF-8, and so be given to a tokenizer."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def count(text: str) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from step3_rlhf.chat.arguments import is_utf8
 from step3_rlhf.chat.shares import Distribution
 from step3_rlhf.chat.speakers import Answer, Speaker
 from training.data import Dialogue, Message
@@ -54,7 +55,7 @@ class Session:
         forgotten, but `distributions` can still be asked for it.
 
         Raises:
-            UserError: a model cannot take the dialogue.
+            UserError: the question is not UTF-8, or a model cannot take the dialogue.
         """
         self._begin(question)
         seed = (self.seed, ANSWER, self._answered)
@@ -98,5 +99,7 @@ class Session:
         return found
 
     def _begin(self, question: str) -> None:
+        if not is_utf8(question):
+            raise UserError("the question is not UTF-8; convert it with iconv")
         turn = {"role": "user", "content": question}
         self._asked = [(*dialogue, turn) for dialogue in self._dialogues]

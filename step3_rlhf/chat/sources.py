@@ -44,7 +44,10 @@ def sources_of(named: Sequence[str]) -> list[Source]:
     Raises:
         UserError: with every place that has no policy.
     """
-    found = [_policy_at(place) for place in named]
+    try:
+        found = [_policy_at(place) for place in named]
+    except OSError as error:
+        raise UserError(f"MODEL: {error.filename}: {error.strerror}") from None
     faults = [fault for place, (path, _) in zip(named, found, strict=True)
               for fault in _faults(place, path)]  # fmt: skip
     absolute = [str(Path(path).resolve()) for path, _ in found]

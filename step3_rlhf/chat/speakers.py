@@ -95,7 +95,8 @@ class Speaker:
             length = min(length, known - len(ids))
         if length < 1:
             raise UserError(
-                f"{self.name} knows {known} positions, and the dialogue has {len(ids)} tokens"
+                f"{self.name} knows {known} positions, and the dialogue has {len(ids)} tokens; "
+                "shorten the question, or begin a new dialogue"
             )
         return ids, self.settings.model_copy(update={"response_length": length})
 

@@ -6,6 +6,7 @@ of its comparisons name it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class Comparisons:
     """The comparisons of a split, in the order of its rows, and their compared sets."""
 
     def __init__(self, data: Dataset) -> None:
-        """`data`: columns `prompt_ids` and `responses_ids`, best first."""
+        """`data`: columns `prompt_ids` and `responses_ids`, best first, without ties."""
         self.sets: list[ComparedSet] = []
         self.rows: list[Comparison] = []
         numbers: dict[bytes, int] = {}
@@ -149,6 +150,34 @@ class RefLogps:
     def of(self, number: int, member: int) -> Tensor:
         """[length] those of one response of set `number`."""
         return self._parts[self._first[number] + member]
+
+
+def without_ties(data: Dataset) -> Dataset:
+    """The comparisons with the first response of each tie, and of those of unknown order, only.
+
+    Marginals have no likelihood of ties here; a comparison of tied responses alone is left out.
+    """
+
+    def kept(row: dict[str, Any]) -> dict[str, Any]:
+        levels = list(row["levels"])
+        if row["unranked"]:
+            levels[-row["unranked"] :] = [levels[-1]] * row["unranked"]
+        first = [place for place in range(len(levels)) if levels[place] not in levels[:place]]
+        return {
+            "responses_ids": [row["responses_ids"][place] for place in first],
+            "levels": [levels[place] for place in first],
+            "unranked": 0,
+            "largest_tie": 1,
+        }
+
+    tied = [
+        unranked > 0 or len(set(levels)) < len(levels)
+        for levels, unranked in zip(data["levels"][:], data["unranked"][:], strict=True)
+    ]
+    if not any(tied):
+        return data
+    reduced = data.map(kept)
+    return reduced.select([k for k, levels in enumerate(reduced["levels"][:]) if len(levels) > 1])
 
 
 def _arrays(data: Dataset) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:

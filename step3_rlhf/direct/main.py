@@ -12,7 +12,7 @@ from pathlib import Path
 
 from step3_rlhf.config import EvaluationConfig
 from step3_rlhf.direct import reference
-from step3_rlhf.direct.comparisons import Comparisons
+from step3_rlhf.direct.comparisons import Comparisons, without_ties
 from step3_rlhf.direct.config import DirectConfig
 from step3_rlhf.direct.dry_run import dry_run
 from step3_rlhf.direct.task import DirectOptimization
@@ -23,7 +23,7 @@ from step3_rlhf.evaluation.settings import settings_of_run
 from step3_rlhf.roles import roles_of
 from training import fitting
 from training.cli import prepare_output, run_stage
-from training.models.export import export
+from training.models.export import InterimExports, export
 from training.models.loading import load_policy
 from training.models.options import LoadOptions
 from training.runtime import ranks
@@ -33,6 +33,8 @@ from training.runtime.model_card import write_card
 from training.runtime.signals import stop_requests
 from training.runtime.tracking import say
 
+ALGORITHM = "direct optimization of comparisons"
+
 
 def main(config: DirectConfig) -> None:
     tested = train(config)
@@ -41,8 +43,7 @@ def main(config: DirectConfig) -> None:
     say(f"Evaluating; if this is stopped, `bash scripts/evaluate.sh {output}` resumes it")
     evaluate(settings_of_run(str(output)))
     figures = json.loads((output / "evaluation.json").read_text())
-    algorithm = "direct optimization of comparisons"
-    write_card(output / "actor", policy_card(config, config.regularizer, algorithm, figures))
+    write_card(output / "actor", policy_card(config, config.regularizer, ALGORITHM, figures))
     say(
         f"Direct optimization with {config.regularizer.name} is done: on the test comparisons, "
         f"loss {tested['test/loss']:.4f} nats, accuracy {tested['test/rewards/accuracies']:.3f}, "
@@ -62,27 +63,36 @@ def train(config: DirectConfig) -> dict[str, float]:
     evaluation = EvaluationConfig.of(config)
     read_held_out(evaluation, roles_of(evaluation))  # whatever is wrong with it is said now
     roles, tokenizer = roles_of(config), pretrained.tokenizer
-    comparisons = {"train": Comparisons(data.train)}
-    comparisons |= {split: Comparisons(content) for split, content in data.held_out.items()}
+    train_data = without_ties(data.train)
+    comparisons = {"train": Comparisons(train_data)}
+    comparisons |= {
+        split: Comparisons(without_ties(content)) for split, content in data.held_out.items()
+    }
     say(what_is_identified(config, comparisons["train"]))
     ref_logps = reference.reference_logps(config, roles, comparisons)
     policy = load_policy(pretrained, tokenizer, LoadOptions.trained(config))
-    trained = TrainedModule(policy, config, config, fitting.total_steps(config, len(data.train)))
+    trained = TrainedModule(policy, config, config, fitting.total_steps(config, len(train_data)))
     task = DirectOptimization(
-        trained, data.train, comparisons, ref_logps, config, tokenizer.pad_token_id
+        trained, train_data, comparisons, ref_logps, config, tokenizer.pad_token_id
     )
     output = prepare_output(config)
-    reference.keep(ref_logps, roles.reference, comparisons, output)
+    reference.keep(ref_logps, config, roles.reference, comparisons)
     if ranks.rank() == 0:
         recover(output / "actor")
 
+    def write(place: Path) -> None:
+        export(policy.model, tokenizer, place)
+
     def save_best() -> None:
-        export(policy.model, tokenizer, output / "actor")
+        write(output / "actor")
+
+    card = policy_card(config, config.regularizer, ALGORITHM)
+    exports = InterimExports(config, {"actor": write}, card)
 
     stopping = fitting.EarlyStopping(config.early_stopping_patience)
     name = f"direct, {config.regularizer.name}"
     with stop_requests.deferred():
-        return fitting.fit(config, trained, task, stopping, save_best, name, task.figures)
+        return fitting.fit(config, trained, task, stopping, save_best, name, task.figures, exports)
 
 
 def what_is_identified(config: DirectConfig, train: Comparisons) -> str:

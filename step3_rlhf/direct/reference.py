@@ -20,6 +20,7 @@ from step3_rlhf.roles import Roles
 from training import fitting
 from training.data import FILLER, pad_sequences
 from training.errors import UserError
+from training.models.options import precision
 from training.models.pretrained import Pretrained
 from training.runtime import ranks
 from training.runtime.tracking import say
@@ -35,11 +36,11 @@ def reference_logps(
     """Those of each split: from the output directory of a run that resumes, or computed.
 
     Raises:
-        UserError: the run resumes, and its reference or its data have changed.
+        UserError: the run resumes, and its reference, precision or data have changed.
     """
     path = Path(config.output_dir) / FILE
     resumes = config.resume_from_checkpoint is not None
-    found = read(path, fingerprint(roles.reference, splits)) if resumes else None
+    found = read(path, fingerprint(config, roles.reference, splits)) if resumes else None
     if found is None:
         say(f"Scoring the compared responses with the reference, {roles.reference}, once")
         reference = load_frozen_policy(roles.reference, roles.policy.tokenizer, config)
@@ -51,16 +52,16 @@ def reference_logps(
 
 def keep(
     logps: Mapping[str, RefLogps],
+    config: DirectConfig,
     model: Pretrained,
     splits: Mapping[str, Comparisons],
-    output: Path,
 ) -> None:
-    """Write what `model` gave into `output` unless it is there; rank 0 does."""
-    path = output / FILE
+    """Write what `model` gave into the output directory unless it is there; rank 0 does."""
+    path = Path(config.output_dir) / FILE
     if ranks.rank() == 0 and not path.exists():
         draft = path.with_suffix(".unfinished")
         content = {split: found.values for split, found in logps.items()}
-        save_file(content, draft, {FINGERPRINT: fingerprint(model, splits)})
+        save_file(content, draft, {FINGERPRINT: fingerprint(config, model, splits)})
         os.replace(draft, path)
     ranks.barrier()
 
@@ -69,27 +70,30 @@ def read(path: Path, wanted: str) -> dict[str, Tensor] | None:
     """What `keep` wrote; None if there is nothing.
 
     Raises:
-        UserError: it is of another reference or of other data.
+        UserError: it is of another reference, precision or data.
     """
     if not path.is_file():
         return None
     with safe_open(path, framework="pt") as file:
         if (file.metadata() or {}).get(FINGERPRINT) != wanted:
             raise UserError(
-                f"{path} is of another reference or of other data than there are now: the run "
+                f"{path} is of another reference, precision or data than there are now: the run "
                 "would go on towards another optimum. Give it back what it started with, or start "
                 "anew with overwrite_output_dir=true instead of resume_from_checkpoint"
             )
         return {split: file.get_tensor(split) for split in file.keys()}  # noqa: SIM118
 
 
-def fingerprint(reference: Pretrained, splits: Mapping[str, Comparisons]) -> str:
-    """A hash of the reference's weights and of all token ids that it scores.
+def fingerprint(
+    config: DirectConfig, reference: Pretrained, splits: Mapping[str, Comparisons]
+) -> str:
+    """A hash of the reference's weights, of their type and of all token ids that it scores.
 
     A model of the Hub is known by its name.
     """
     name = reference.name_or_path
     digest = hashlib.sha256((weights_digest(Path(name)) or name).encode())
+    digest.update(f"\n{precision(config)}".encode())
     for split, comparisons in sorted(splits.items()):
         digest.update(f"\n{split} {len(comparisons.sets)}\n".encode())
         for found in comparisons.sets:

@@ -12,14 +12,18 @@ from training.runtime.model_card import PAPER, Card, figures_of, sources_of
 
 
 def policy_card(
-    config: AlignmentConfig, regularizer: Regularizer, algorithm: str, figures: dict[str, Any]
+    config: AlignmentConfig,
+    regularizer: Regularizer,
+    algorithm: str,
+    figures: dict[str, Any] | None = None,
 ) -> Card:
     """What the card of `actor/` says.
 
     Args:
         algorithm: how it was trained, for people to read.
-        figures: those of evaluation.json.
+        figures: those of evaluation.json; None before there are any.
     """
+    figures = figures or {"split": "test"}
     settings = {k: v for k, v in dump_regularizer(regularizer).items() if v is not None}
     reference = config.reference_model_name_or_path or config.model_name_or_path
     measured = {**figures, **figures.get("exact", {})}
@@ -34,7 +38,7 @@ def policy_card(
             "reference π_ref": f"`{reference}`",
             "rewards": rewards_of(config),
             "regularizer": f"`{json.dumps(settings, ensure_ascii=False)}`",
-            "its optimum": regularizer.optimum_formula,
+            "its optimum": optimum_of(config, regularizer),
             "data": sources_of([source.label for source in config.data.sources]),
             "algorithm": algorithm,
         },
@@ -54,4 +58,19 @@ def rewards_of(config: AlignmentConfig) -> str:
         return f"the function `{reward.function}`"
     if reward.url:
         return "a reward server"
-    return sources_of([member.model_name_or_path for member in reward.weighted_models])
+    if reward.mixture:
+        parts = [
+            f"`{group.model_name_or_path}` (share {group.share:g})" for group in reward.mixture
+        ]
+        return f"a mixture of groups of people: {', '.join(parts)}"
+    if reward.models:
+        parts = [f"{model.weight:g} · `{model.model_name_or_path}`" for model in reward.models]
+        return f"the sum of {', '.join(parts)}"
+    return f"`{reward.model_name_or_path}`"
+
+
+def optimum_of(config: AlignmentConfig, regularizer: Regularizer) -> str:
+    """The optimal policy: the regularizer's own or, of groups of people, the mixture of theirs."""
+    if config.group_shares:
+        return f"the mixture of the groups' optima, each of which is {regularizer.optimum_formula}"
+    return regularizer.optimum_formula

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -102,8 +102,8 @@ def chosen_rows(count: int, config: EvaluationConfig, what: str) -> list[int]:
 def held_out_texts(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Token ids of prompts and responses that people wrote; empty if the data has none held out."""
     try:
-        records = read_records(config.data, "sft")
-        data = tokenize(replace(records, train=[]), tokenizer, config.data, "sft")
+        records = read_records(config.data, "sft", held_out_only=True)
+        data = tokenize(records, tokenizer, config.data, "sft")
     except UserError as error:
         say(f"No held-out text for perplexity: {error}")
         return Dataset.from_dict({"prompt": [], "group": [], "prompt_ids": [], "response_ids": []})

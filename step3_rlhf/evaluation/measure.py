@@ -76,7 +76,13 @@ def evaluate(
         responses, reference = under_one_reward(responses, reference, config.group_shares, beta)
         reference = responses if is_own else reference
     figures, instances = sampled_metrics(
-        held_out.prompt_texts, responses, reference, temperature, regularizer, held_out.groups
+        held_out.prompt_texts,
+        responses,
+        reference,
+        temperature,
+        regularizer,
+        held_out.groups,
+        config.group_shares,
     )
     calibration = config.beta_calibration
     figures = {

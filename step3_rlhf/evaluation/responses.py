@@ -13,8 +13,8 @@ from step3_rlhf.rewards.mixture import log_sums_of_others, mixture_reward
 class Responses:
     """One response to each prompt, scored by policy, reference and reward; [prompts] each.
 
-    Without a reward, `rewards` and `credit` are None; of a mixture they are [prompts, groups] until
-    `under_one_reward`.
+    Without a reward, `rewards` and `credit` are None; of a mixture they are [prompts, groups], the
+    rewards until `under_one_reward`.
     """
 
     texts: list[str]
@@ -53,10 +53,7 @@ def under_one_reward(
     def single(draw: Responses, log_z: Tensor) -> Responses:
         assert draw.rewards is not None
         rewards = mixture_reward(draw.rewards, log_z, weights, beta)
-        if draw.credit is None:
-            return replace(draw, rewards=rewards)
-        marginal = draw.credit[:, 0] - draw.rewards[:, 0]
-        return replace(draw, rewards=rewards, credit=rewards + marginal)
+        return replace(draw, rewards=rewards)
 
     return (
         [single(draw, by_others[:, number]) for number, draw in enumerate(own)],

@@ -27,6 +27,7 @@ from training.runtime import ranks
 from training.statistics import (
     Estimate,
     estimate,
+    log_estimate,
     log_ratio_estimate,
     numbered,
     ratio_estimate,
@@ -50,6 +51,7 @@ def sampled_metrics(
     temperature: float,
     regularizer: Regularizer | None = None,
     groups: Sequence[str] = (),
+    shares: Sequence[float] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of section 6.1 from independent responses to each prompt.
 
@@ -61,8 +63,8 @@ def sampled_metrics(
             prompt's PM divergence is the mean over its pairs.
         reference: an even number of the reference's draws.
         temperature: T of the softmax(r/T) that a preference-matching policy reaches.
-
         regularizer: the distance from its optimum is measured.
+        shares: of the groups of people whose mixture gives the rewards; empty without a mixture.
 
     Returns:
         The figures of evaluation.json and the lines of instances.jsonl.
@@ -86,7 +88,10 @@ def sampled_metrics(
     ref_losses = every([-y.ref_logp for y in responses])
 
     def mean(value: Callable[[Responses], Tensor]) -> Estimate:
-        return estimate(torch.stack([value(draw).double() for draw in responses]).mean(0), clusters)
+        return estimate(of_prompts(value), clusters)
+
+    def of_prompts(value: Callable[[Responses], Tensor]) -> Tensor:
+        return torch.stack([value(draw).double() for draw in responses]).mean(0)
 
     natural = [draw.natural for draw in responses if draw.natural is not None]
     rewards = [draw.rewards for draw in responses if draw.rewards is not None]
@@ -95,8 +100,12 @@ def sampled_metrics(
         "reward": estimate(torch.stack(rewards).double().mean(0), clusters) if rewards else None,
         "length": mean(lambda y: y.lengths),
         "ended_fraction": mean(lambda y: y.ended),
-        "perplexity": mean(lambda y: response_perplexity(y.logp, y.lengths)),
-        "reference_perplexity": mean(lambda y: response_perplexity(y.ref_logp, y.lengths)),
+        "perplexity": log_estimate(
+            of_prompts(lambda y: response_perplexity(y.logp, y.lengths)), clusters
+        ),
+        "reference_perplexity": log_estimate(
+            of_prompts(lambda y: response_perplexity(y.ref_logp, y.lengths)), clusters
+        ),
         "entropy": mean(lambda y: -y.logp),
         "entropy_per_token": mean(lambda y: -y.logp / y.lengths),
         "kl": mean(lambda y: y.logp - y.ref_logp),
@@ -117,7 +126,7 @@ def sampled_metrics(
         measured = [value for value in values if value is not None]
         if measured:
             estimates[name] = ratio_estimate(every(measured), lengths, drawn)
-    estimates |= optimum_figures(responses, regularizer, clusters)
+    estimates |= optimum_figures(responses, regularizer, clusters, shares)
     figures: dict[str, Any] = {
         "estimand": ESTIMAND,
         "prompts": len(prompts),
@@ -148,13 +157,16 @@ def sampled_metrics(
 
 
 def optimum_figures(
-    responses: list[Responses], regularizer: Regularizer | None, clusters: Tensor
+    responses: list[Responses],
+    regularizer: Regularizer | None,
+    clusters: Tensor,
+    shares: Sequence[float] = (),
 ) -> dict[str, Estimate | None]:
     """How far the policy is from the regularizer's optimum; None where that cannot be known."""
     found: dict[str, Estimate | None] = dict.fromkeys(OPTIMUM_FIGURES)
     credits = [draw.credit for draw in responses if draw.credit is not None]
     if credits and regularizer is not None:
-        by_prompt = certificate(torch.stack(credits, dim=-1), regularizer)
+        by_prompt = certificate(torch.stack(credits, dim=1), regularizer, shares)
         found |= {
             f"optimum_{name}": estimate(values, clusters) for name, values in by_prompt.items()
         }

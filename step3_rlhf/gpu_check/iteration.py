@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from step3_rlhf.benchmark.measure import run_logged
+from step3_rlhf.benchmark.shapes import Shape, stage_config, write_inputs
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.dry_run import dry_run
 from step3_rlhf.gpu_check.rows import Found
@@ -30,29 +31,32 @@ GIB = 2**30
 class Iteration:
     """Measured once, for two rows."""
 
-    def __init__(self, directory: Path, shape: str, bf16: bool) -> None:
+    def __init__(self, directory: Path, shape: Shape, bf16: bool) -> None:
         self.directory, self.shape, self.bf16 = directory, shape, bf16
+        self.config = directory / "inputs" / "config.json"
         self._benchmark: dict[str, Any] = {}
 
     def benchmark(self, log: Path) -> dict[str, Any]:
         """The content of benchmark.json."""
         if not self._benchmark:
-            options = ["--shape", self.shape, "--pairs", "1", "--output", str(self.directory)]
-            options += ["--bf16"] if self.bf16 else []
-            run_logged(["bash", str(SCRIPT), *options], log, LIMIT)
+            self.write_config()
+            options = ["--config", str(self.config), "--pairs", "1", "--output"]
+            run_logged(["bash", str(SCRIPT), *options, str(self.directory)], log, LIMIT)
             self._benchmark = json.loads((self.directory / "benchmark.json").read_text())
         return self._benchmark
 
-    @property
-    def kind(self) -> str:
-        """The benchmark's name for the runs that count."""
-        return "ours, bf16" if self.bf16 else "ours"
+    def write_config(self) -> None:
+        """Write models and prompts of the shape, and a config that trains with them."""
+        self.config.parent.mkdir(parents=True, exist_ok=True)
+        write_inputs(self.shape, self.config.parent)
+        settings = stage_config(self.shape, self.config.parent, iterations=2)
+        self.config.write_text(json.dumps(settings | {"bf16": self.bf16}, indent=2) + "\n")
 
     def speed(self, log: Path) -> Found:
         """Seconds, and the share of the machine's arithmetic that an iteration uses."""
         benchmark = self.benchmark(log)
-        floor = benchmark["floor"][self.kind]
-        seconds = benchmark["runs"][self.kind][0]["seconds"]
+        floor = benchmark["floor"]["ours"]
+        seconds = benchmark["runs"]["ours"][0]["seconds"]
         figures = {"seconds": seconds, **floor}
         text = (
             f"{seconds:.2f} s per iteration, {floor['tokens_per_second']:,.0f} tokens/s, "
@@ -69,8 +73,8 @@ class Iteration:
         Raises:
             RunError: the run needs more than was estimated.
         """
-        peak = self.benchmark(log)["runs"][self.kind][0]["peak_gib"]
-        estimate = estimated_gib(self.directory / self.shape / "config.json", self.bf16)
+        peak = self.benchmark(log)["runs"]["ours"][0]["peak_gib"]
+        estimate = estimated_gib(self.config)
         text = f"{peak:.2f} GiB at the peak, {estimate:.2f} estimated by --dry-run"
         if peak > MOST_MEMORY * estimate:
             raise RunError(text)
@@ -83,9 +87,9 @@ def peak_flops(device: str) -> float | None:
     return known[0] * 1e12 if known else None
 
 
-def estimated_gib(config: Path, bf16: bool) -> float:
+def estimated_gib(config: Path) -> float:
     """GiB of one process, as `--dry-run` estimates them for a config of stage 3."""
-    settings = load_config(PPOConfig, str(config), [f"bf16={str(bf16).lower()}"])
+    settings = load_config(PPOConfig, str(config), [])
     run = DryRun(settings, processes=1)
     dry_run(settings, run)
     return run.needed / GIB

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from step3_rlhf.benchmark.shapes import SHAPES
 from step3_rlhf.gpu_check.iteration import Iteration
 from step3_rlhf.gpu_check.measurements import decode_steps, graph_tokens, waits
 from step3_rlhf.gpu_check.rows import Row
@@ -26,7 +27,7 @@ def all_rows(output: Path, shapes: list[str]) -> list[Row]:
     impossible = impossible_settings()
     stages = Stages(output / "stages", processes_here())
     bf16 = on_gpu() and "bf16" not in impossible
-    iteration = Iteration(output / "iteration", "gpu" if on_gpu() else "tiny", bf16)
+    iteration = Iteration(output / "iteration", SHAPES["gpu" if on_gpu() else "tiny"], bf16)
 
     def without_gpu(reason: str) -> str:
         return "" if on_gpu() else f"there is no GPU: {reason}"

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from step3_rlhf.regularizers.solvers import decreasing_root
 from training.deferred import Tensor, torch
-from training.models.links import log_sigmoid, log_softplus
+from training.preferences.links import log_sigmoid, log_softplus
 
 
 class Link(ABC):

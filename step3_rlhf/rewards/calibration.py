@@ -8,8 +8,14 @@ from training.config import Positive, StrictModel
 from training.runtime.weights import weights_digest
 
 CALIBRATED = "calibrated"
+EXPONENTIAL = "exponential"
 FILE = "calibration.json"
 COMMAND = "bash scripts/calibrate.sh"
+
+OF_MAXIMUM_ENTROPY = (
+    "maximum_entropy has none, and its tau is chosen freely: with the calibrated temperature as "
+    'tau it is pm, which {"name": "pm", "beta": "calibrated"} gives'
+)
 
 
 class BetaCalibration(StrictModel):
@@ -39,11 +45,17 @@ def with_calibrated_beta(settings: Any) -> tuple[Any, str]:
         The settings, and why there is no such number, with the remedy; empty if there is.
     """
     regularizer = settings.get("regularizer") if isinstance(settings, dict) else None
-    if not isinstance(regularizer, dict) or regularizer.get("beta") != CALIBRATED:
+    if not isinstance(regularizer, dict):
         return settings, ""
-    rest = {name: value for name, value in regularizer.items() if name != "beta"}
+    rest = {name: value for name, value in regularizer.items() if value != CALIBRATED}
+    if regularizer.get("name") == "maximum_entropy" and rest != regularizer:
+        return {**settings, "regularizer": rest}, OF_MAXIMUM_ENTROPY
+    if regularizer.get("beta") != CALIBRATED:
+        return settings, ""
+    generalized = regularizer.get("name") == "generalized_pl"
+    link = regularizer.get("g") if generalized else EXPONENTIAL
     try:
-        found = read_calibration(settings.get("reward"))
+        found = read_calibration(settings.get("reward"), str(link))
     except ValueError as error:
         return {**settings, "regularizer": rest}, str(error)
     source = found.model_dump(mode="json")
@@ -54,11 +66,14 @@ def with_calibrated_beta(settings: Any) -> tuple[Any, str]:
     }, ""
 
 
-def read_calibration(reward: Any) -> BetaCalibration:
+def read_calibration(reward: Any, link: str = EXPONENTIAL) -> BetaCalibration:
     """The calibration that lies beside the reward model, or in its directory.
 
+    Args:
+        link: the g under which the regularizer takes rewards.
+
     Raises:
-        ValueError: there is none, or the model has other weights by now.
+        ValueError: there is none, it is of another link, or the model has other weights by now.
     """
     name = reward.get("model_name_or_path") if isinstance(reward, dict) else None
     if not isinstance(name, str):
@@ -86,6 +101,10 @@ def read_calibration(reward: Any) -> BetaCalibration:
     except (KeyError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{path} is no calibration: {message}") from error
+    if (calibrated := content.get("link", EXPONENTIAL)) != link:
+        raise ValueError(
+            f"{path} is of the link {calibrated}, and the regularizer takes rewards under {link}"
+        )
     if weights != weights_digest(model):
         raise ValueError(
             f"{path} is of other weights than {name} has; `{COMMAND} {path.parent}` makes a new one"

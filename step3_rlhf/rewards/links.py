@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 
 from step3_rlhf.regularizers.base import Regularizer
+from step3_rlhf.rewards.calibration import EXPONENTIAL
 from training.errors import UserError
 from training.models.pretrained import Pretrained
 from training.runtime.tracking import say
-
-EXPONENTIAL = "exponential"
 
 
 def check_links(regularizer: Regularizer | None, rewards: Iterable[Pretrained]) -> None:

@@ -27,7 +27,7 @@ from training.errors import RunError, UserError
 from training.runtime.checkpoint import Checkpoints
 from training.runtime.resume import STATE, complete_checkpoints
 
-pytestmark = pytest.mark.usefixtures("process_group")
+pytestmark = [pytest.mark.usefixtures("process_group"), pytest.mark.long]
 
 MEASURED = ("seconds", "time/", "memory/")
 """Metrics that differ between equal runs."""
@@ -53,19 +53,33 @@ REWARD_FUNCTION = (
 Run = Callable[..., Path]
 
 
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all tests run their stages: a run that is copied back has the same paths."""
+    directory = tmp_path_factory.mktemp("resume")
+    (directory / "lengths.py").write_text(REWARD_FUNCTION)
+    return directory
+
+
 @pytest.fixture
 def run(
-    stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings_in: Callable[[str, Path], dict[str, Any]],
+    workshop: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
-    """Six steps of a stage with a checkpoint every two, in its output directory."""
-    (tmp_path / "lengths.py").write_text(REWARD_FUNCTION)
-    monkeypatch.syspath_prepend(tmp_path)
+    """Six steps of a stage with a checkpoint every two, in its output directory.
+
+    Without changes, a stage is run once and copied by the other tests.
+    """
+    monkeypatch.syspath_prepend(workshop)
+    runs, finished = workshop / "runs", workshop / "finished"
+    shutil.rmtree(runs, ignore_errors=True)
 
     def run_stage(stage: str, **changes: Any) -> Path:
         config_class, module, _ = STAGES[stage]
-        settings = stage_settings("ppo" if stage == "rloo" else stage) | {"save_steps": 2}
+        settings = settings_in("ppo" if stage == "rloo" else stage, runs) | {"save_steps": 2}
         if stage == "rloo":
-            settings |= RLOO | {"ptx_data": stage_settings("sft")["data"]}
+            settings |= RLOO | {"ptx_data": settings_in("sft", runs)["data"]}
         if stage in ("ppo", "rloo"):
             settings |= {
                 "total_episodes": 24,
@@ -76,10 +90,15 @@ def run(
         else:
             settings |= {"max_steps": 6, "eval_steps": 3}
         config = check_config(config_class, settings | changes, "test:")
+        output = Path(config.output_dir)
+        if not changes and (finished / stage).is_dir():
+            return Path(shutil.copytree(finished / stage, output))
         # The state at the start differs, as between two processes; what matters is restored.
         torch.manual_seed(torch.seed() if config.resume_from_checkpoint else config.seed)
         module.main(config)
-        return Path(config.output_dir)
+        if not changes:
+            shutil.copytree(output, finished / stage)
+        return output
 
     return run_stage
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from step1_sft import main as sft
@@ -89,11 +90,19 @@ def test_evaluation_is_a_mean_over_tokens(task: ResponseModelling) -> None:
 
 
 def test_the_stage_writes_its_contract(stage_settings) -> None:
-    config = check_config(SFTConfig, stage_settings("sft") | {"max_steps": 1}, "config:")
+    settings = stage_settings("sft") | {"max_steps": 2, "export_steps": 1}
+    config = check_config(SFTConfig, settings, "config:")
     sft.main(config)
     output = Path(config.output_dir)
     assert {"config.json", "metrics.jsonl", "model"} <= {path.name for path in output.iterdir()}
-    (line,) = (output / "metrics.jsonl").read_text().splitlines()
+    assert [path.name for path in (output / "exports").iterdir()] == ["step-00000001"]
+    before, after = (
+        load_file(place / "model.safetensors")
+        for place in (output / "exports" / "step-00000001" / "model", output / "model")
+    )
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    line = (output / "metrics.jsonl").read_text().splitlines()[-1]
     assert {"step", "train/loss", "validation/loss", "test/loss", "test/perplexity"} <= json.loads(
         line
     ).keys()

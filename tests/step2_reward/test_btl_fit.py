@@ -17,7 +17,7 @@ from step2_reward.btl_fit import (
     with_circles_reversed,
 )
 from step2_reward.main import fit_of_one_model, report_of
-from training.models.links import LOG_LINKS
+from training.preferences.links import LOG_LINKS
 
 CONDORCET = torch.tensor([[0.89, 0.10, 0.01], [0.01, 0.89, 0.10]], dtype=torch.float64)
 """Two groups: A > B > C and B > C > A."""
@@ -171,9 +171,10 @@ def test_too_few_comparisons_are_no_test() -> None:
 def test_what_stage_2_reports() -> None:
     """Comparisons of two responses in all held-out data; rankings take no part."""
     pairs = [[[1], [2]], [[2], [3]], [[3], [1]]] * 4 + [[[1], [3]], [[2], [1]]]
-    rows = {"prompt": ["x"] * 15, "responses_ids": [*pairs, [[1], [2], [3]]]}
+    rows = {"prompt": ["x"] * 16, "responses_ids": [*pairs, [[1], [2], [3]], [[1], [2]]]}
+    rows["levels"] = [*[[0, 1]] * 14, [0, 1, 2], [0, 0]]  # the last one is a tie
     data = Dataset.from_dict(rows)
-    fit = fit_of_one_model([data.select(range(5)), data.select(range(5, 15))])
+    fit = fit_of_one_model([data.select(range(5)), data.select(range(5, 16))])
     assert (fit.prompts, fit.comparisons, fit.degrees_of_freedom) == (1, 14, 1)
     report = report_of(fit)
     assert report["meaning"] == fit.meaning

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from transformers import AutoModelForSequenceClassification
 from step2_reward import main as reward
 from step2_reward.config import RewardConfig
 from step2_reward.losses import btl_loss
-from step2_reward.main import PreferenceModelling, by_group, implied_pairs, log_odds, summary
+from step2_reward.main import (
+    PreferenceModelling,
+    Ranked,
+    by_group,
+    implied_pairs,
+    log_odds,
+    summary,
+)
 from training.config import check_config
 from training.data import FILLER, Split, collate_groups
 from training.models.loading import load_scalar_model
@@ -27,6 +35,9 @@ GROUPS = Dataset.from_dict(
         "group": ["one", "another"],
         "prompt_ids": [[1, 5], [1, 6, 6]],
         "responses_ids": [[[7, EOS], [8, 8, EOS]], [[9, EOS], [10, EOS], [11, 4, 4, EOS]]],
+        "levels": [[0, 1], [0, 1, 2]],
+        "unranked": [0, 0],
+        "largest_tie": [1, 1],
     }
 )
 
@@ -41,12 +52,23 @@ def test_rewards_are_put_back_into_their_groups() -> None:
 def test_margins_of_every_pair_that_a_ranking_implies() -> None:
     rewards = torch.tensor([[3.0, 1.0, 0.0], [0.0, 5.0, 99.0], [7.0, 7.0, 7.0]])
     present = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
-    found = implied_pairs(rewards, present)
+    levels, ranked = torch.arange(3).expand(3, 3), torch.ones(3, 3).bool()
+    whole = Ranked(rewards, present, levels, ranked, torch.ones(3).long(), torch.zeros(0))
+    found = implied_pairs(whole)
     assert sorted(found) == [(0.0, 5.0, 1), (1.0, 0.0, 0), (3.0, 0.0, 0), (3.0, 1.0, 0)]
     pairs = torch.tensor([pair[:2] for pair in sorted(found)])
     assert log_odds(pairs, "exponential").tolist() == [-5.0, 1.0, 3.0, 2.0]
     g = torch.nn.functional.softplus(pairs)
     torch.testing.assert_close(log_odds(pairs, "softplus"), (g[:, 0] / g[:, 1]).log())
+    # Ties decide nothing, nor do those that come after the others in unknown order.
+    tied = replace(whole, levels=torch.tensor([[0, 0, 1], [0, 0, 1], [0, 1, 2]]))
+    assert sorted(implied_pairs(tied)) == [(1.0, 0.0, 0), (3.0, 0.0, 0)]
+    best = torch.tensor([True, False, False]).expand(3, 3)
+    assert sorted(implied_pairs(replace(whole, ranked=best))) == [
+        (0.0, 5.0, 1),
+        (3.0, 0.0, 0),
+        (3.0, 1.0, 0),
+    ]
 
 
 @pytest.fixture

@@ -54,6 +54,9 @@ def test_what_fits_passes(
         ({"response_length": 17}, "data.max_prompt_length + response_length is 65 tokens"),
         ({"data": {"max_response_length": 17}},
          "data.max_prompt_length + data.max_response_length is 65 tokens"),
+        ({"ptx_coef": 0.1,
+          "ptx_data": {"sources": ["a/b"], "max_prompt_length": 48, "max_response_length": 17}},
+         "ptx_data.max_prompt_length + ptx_data.max_response_length is 65 tokens"),
         ({"evaluation": {"sampling": {"response_length": 17}}},
          "data.max_prompt_length + evaluation.sampling.response_length is 65 tokens"),
     ],
@@ -70,7 +73,7 @@ def test_every_length_of_every_model(
     settings = stage_settings("ppo")
     for name, value in changes.items():
         both = isinstance(value, dict)
-        settings[name] = {**settings[name], **value} if both else value
+        settings[name] = {**settings.get(name, {}), **value} if both else value
     settings |= {
         "policy": {"model_name_or_path": short_model},
         "reference": {"reference_model_name_or_path": short_model},

@@ -32,7 +32,7 @@ from training.data import read_records, tokenize
 from training.models.export import export
 from training.runtime import ranks
 
-pytestmark = pytest.mark.usefixtures("process_group", "fp16_everywhere")
+pytestmark = [pytest.mark.usefixtures("process_group", "fp16_everywhere"), pytest.mark.long]
 
 PROMPT, RESPONSE, ROWS = 90, 20, 4
 ROTARY = ["llama", "qwen2", "gpt_neox"]

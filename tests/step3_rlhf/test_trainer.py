@@ -29,6 +29,7 @@ from step3_rlhf.trainer import PPOTrainer
 from training.data import collate_texts
 from training.errors import UserError
 from training.models.policy import Policy
+from training.models.pretrained import Pretrained
 from training.models.scalar import ScalarModel
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -596,6 +597,8 @@ def test_a_run_that_has_arrived_ends_and_a_resumed_one_stays_there(build: Build)
         "num_generations": 2,
         "early_stopping": {"optimum_gap": 1e9, "patience": 3},
         "save_steps": 2,
+        "export_steps": 2,
+        "ema_decay": 0.5,
     }
     trainer = build(**changes)
     output = Path(trainer.config.output_dir)
@@ -605,6 +608,12 @@ def test_a_run_that_has_arrived_ends_and_a_resumed_one_stays_there(build: Build)
     assert train(trainer, 10, nothing, evaluation) == (0, 3)
     kept = [path.name for path in sorted((output / "checkpoints").iterdir())]
     assert kept == ["step-00000002", "step-00000003"]
+    exported = sorted(path.relative_to(output) for path in (output / "exports").glob("*/*"))
+    assert list(map(str, exported)) == [
+        "exports/step-00000002/actor",
+        "exports/step-00000002/actor_ema",
+    ]
+    Pretrained(str(output / exported[0])).config  # noqa: B018  # loads
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 3
 
     resumed = build(**changes, resume_from_checkpoint="latest")

@@ -94,6 +94,22 @@ def test_a_config_is_checked_without_torch(module: str) -> None:
     assert ended.stdout == "[]\n"
 
 
+def test_the_shipped_quickstart_is_checked_without_torch() -> None:
+    """Also in full; only a `deepspeed` section that says something is checked by DeepSpeed."""
+    program = (
+        "import sys\n"
+        "from step3_rlhf.config import PPOConfig\n"
+        "from training.config import load_config\n"
+        "from training.errors import UserError\n"
+        "try:\n    load_config(PPOConfig, 'step3_rlhf/configs/quickstart.json', sys.argv[1:])\n"
+        "except UserError as error:\n    print(len(error.faults))\n"
+        f"print([n for n in {HEAVY} if n in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, "output_dir=runs/nowhere", "data.sources=[README.md]"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "[]", ended.stdout
+
+
 def test_the_mathematics_finds_torch_when_it_computes() -> None:
     from step3_rlhf.regularizers.base import log1p_exp
     from training import deferred

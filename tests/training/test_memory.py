@@ -37,6 +37,7 @@ from training.memory import (
     offloaded_weights,
     trained_states,
 )
+from training.models.families.float32_logits import Float32Logits
 from training.models.logprobs import token_logprobs
 from training.models.pretrained import Pretrained
 
@@ -123,10 +124,12 @@ def test_cache_and_logits_by_hand() -> None:
     shape = replace(shape_of("llama-3.2-1b"), vocabulary=100)
     # 2 (keys, values) x 16 layers x 8 heads x 64 x 3 sequences x 50 tokens x 2 bytes
     assert key_value_cache(shape, 3, 50, BF16) == 2 * 16 * 8 * 64 * 3 * 50 * 2
-    assert logits(shape, 10, BF16) == (2 + 2 * 4) * 10 * 100
-    assert logits(shape, 10**6, BF16) == 2 * 10**8 + 2 * 4 * 2**22  # all are kept, in bfloat16
-    assert logits(shape, 10**6, BF16, kept=False) == (2 + 2 * 4) * 1024 * 100  # chunk by chunk
-    assert logits(shape, 10**7, BF16) == (2 + 2 * 4) * 1024 * 100  # too many to keep
+    # Logits in float32, and a block of them once more, or their gradients in bfloat16
+    assert logits(shape, 10, BF16) == (4 + 4) * 10 * 100
+    assert logits(shape, 10**6, BF16) == (4 + 2) * 10**8  # all are kept
+    assert logits(shape, 10**6, BF16, kept=False) == (4 + 4) * 1024 * 100  # chunk by chunk
+    assert logits(shape, 10**7, BF16) == (4 + 4) * 1024 * 100  # too many to keep
+    assert logits(shape, 10, FLOAT32) == (4 + 4) * 10 * 100
 
 
 def peak_of(work: Callable[[], object]) -> int:
@@ -144,7 +147,7 @@ def peak_of(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_logits_are_what_their_backward_pass_holds(with_entropy: bool) -> None:
     rows, vocabulary = 512, 4000
-    head = nn.Linear(16, vocabulary, bias=False).to(BF16)
+    head = Float32Logits.like(nn.Linear(16, vocabulary, bias=False).to(BF16))
     hidden = torch.randn(rows, 16, dtype=BF16, requires_grad=True)
     targets = torch.randint(vocabulary, (rows,))
 

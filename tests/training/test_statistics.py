@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from training.statistics import (
-    bootstrap_estimate,
     estimate,
+    log_estimate,
     log_ratio_estimate,
     mean_ci95,
     numbered,
@@ -129,24 +129,35 @@ def test_a_perplexitys_interval_is_that_of_its_logarithm() -> None:
     assert found.mean - log.ci95 * found.mean < 0  # the delta method's
 
 
-def test_bootstrap_resamples_whole_clusters() -> None:
-    """Clusters of identical values; for a mean it agrees with the percentile of few points."""
-    values = tensor(0, 0, 0, 1, 1, 1)
-    clusters = torch.tensor([5, 5, 5, 8, 8, 8])
-    found = bootstrap_estimate(lambda rows: values[rows].mean().item(), clusters, draws=400)
-    assert (found.mean, found.count, found.clusters, found.method) == (0.5, 6, 2, "bootstrap")
-    assert (found.low, found.high) == (0.0, 1.0)  # one draw in four holds a cluster twice
-    again = bootstrap_estimate(lambda rows: values[rows].mean().item(), clusters, draws=400)
-    assert again == found
-    single = bootstrap_estimate(lambda rows: 1.0, torch.zeros(4).long())
-    assert (single.ci95, single.low, single.high) == (None, None, None)
+def test_the_interval_of_a_skewed_mean_is_that_of_its_logarithm() -> None:
+    """x̄ = 3.25, SE = √(Σ (x − x̄)²/12); the symmetric interval reaches below 0, where none is."""
+    values = tensor(1, 1, 1, 10)
+    found, plain = log_estimate(values), estimate(values)
+    error = math.sqrt((3 * 2.25**2 + 6.75**2) / 12)
+    factor = math.exp(t_quantile(3) * error / 3.25)
+    assert found.mean == plain.mean == 3.25
+    assert found.low == pytest.approx(3.25 / factor, rel=1e-12)
+    assert found.high == pytest.approx(3.25 * factor, rel=1e-12)
+    assert found.ci95 == pytest.approx((found.high - found.low) / 2, rel=1e-12)
+    assert found.method == "log t"
+    assert plain.low < 0 < found.low
+    alone = log_estimate(values, torch.zeros(4).long())
+    assert (alone.mean, alone.ci95, alone.low, alone.high) == (3.25, None, None, None)
+    nothing = log_estimate(tensor(0, 0))
+    assert (nothing.low, nothing.high) == (0.0, 0.0)
 
 
-def test_bootstrap_agrees_with_students_interval_where_both_hold() -> None:
-    random = torch.Generator().manual_seed(3)
-    values = torch.randn(200, generator=random, dtype=torch.float64)
-    drawn = bootstrap_estimate(lambda rows: values[rows].mean().item(), torch.arange(200))
-    assert drawn.ci95 == pytest.approx(estimate(values).ci95, rel=0.1)
+def test_it_covers_a_skewed_mean_more_often() -> None:
+    """1,500 samples of 16 values 1 + 2 e^z; the mean is 1 + 2 √e."""
+    generator, truth = torch.Generator().manual_seed(0), 1 + 2 * math.exp(0.5)
+    covered = {log_estimate: 0, estimate: 0}
+    for _ in range(1500):
+        values = 1 + 2 * torch.randn(16, generator=generator).double().exp()
+        for interval in covered:
+            found = interval(values)
+            covered[interval] += found.low <= truth <= found.high
+    assert covered[log_estimate] / 1500 == pytest.approx(0.88, abs=0.02)
+    assert covered[estimate] / 1500 == pytest.approx(0.85, abs=0.02)
 
 
 def test_numbers_of_groups() -> None:

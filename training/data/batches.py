@@ -61,10 +61,16 @@ class GroupedBatch:
     """[n_groups] long; sums to B."""
     group_mask: torch.Tensor
     """[n_groups] bool: False for filler groups, which carry no loss."""
+    levels: torch.Tensor
+    """[B] long: the same number for tied responses of a group."""
+    unranked: torch.Tensor
+    """[n_groups] long: how many of the last responses come after the others in unknown order."""
+    largest_tie: torch.Tensor
+    """[n_groups] long: the most responses that could be tied; 1 if none could."""
 
     def to(self, device: torch.device | str) -> "GroupedBatch":
         """The same batch on `device`."""
-        groups = (self.group_index, self.group_sizes, self.group_mask)
+        groups = [getattr(self, field.name) for field in fields(self) if field.name != "sequences"]
         return GroupedBatch(
             self.sequences.to(device), *(part.to(device, non_blocking=True) for part in groups)
         )
@@ -144,7 +150,9 @@ def collate_groups(dataset: "Dataset", indices: Sequence[int], pad_token_id: int
     )
     response_mask = batch.response_mask & group_mask[group_index][:, None]
     sequences = SequenceBatch(batch.input_ids, batch.attention_mask, response_mask)
-    return GroupedBatch(sequences, group_index, sizes, group_mask)
+    levels = [level for row in rows for level in row["levels"]]
+    order = [torch.tensor([row[name] for row in rows]) for name in ("unranked", "largest_tie")]
+    return GroupedBatch(sequences, group_index, sizes, group_mask, torch.tensor(levels), *order)
 
 
 def _rows(dataset: "Dataset", indices: Sequence[int]) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ SCORES = ("score", "helpfulness")
 LABELS = ("label", "kto_tag")
 SHAREGPT = ("conversations", "conversation")
 FIELDS = (
-    *"prompt system chosen rejected responses ranking scores completions instruction input".split(),
-    *"context history messages info summaries choice subreddit title post summary".split(),
+    *"prompt system chosen rejected tie responses ranking unranked scores completions".split(),
+    *"instruction input context history messages info summaries choice".split(),
+    *"subreddit title post summary".split(),
     *(*RESPONSES, *SCORES, *LABELS, *SHAREGPT),
 )
 """Names of all fields that some format reads."""

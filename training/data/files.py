@@ -95,7 +95,7 @@ def _renamed(record: RawRecord, source: Source) -> RawRecord:
         value = {key: part for key, part in value.items() if key not in others} | named
     if record.is_table_row:
         value = {key: _typed(key, cell) for key, cell in value.items()}
-    return replace(record, value=value)
+    return record if value is record.value else replace(record, value=value)
 
 
 def _typed(name: str, cell: str) -> Any:

@@ -1,11 +1,13 @@
 r"""Raw records in any of the formats of preference data -> one typed Record.
 
     preference        {"prompt", "chosen", "rejected"}, Dahoas/full-hh-rlhf and UltraFeedback's
-                      pairs among them; or Alpaca's "instruction" and "input" as the prompt
+                      pairs among them; or Alpaca's "instruction" and "input" as the prompt;
+                      with "tie": true neither is better
     transcript        {"chosen", "rejected"}: two whole dialogues that differ in their last turn,
                       as \n\nHuman: / \n\nAssistant: texts (Anthropic) or lists of messages
     ranking           {"prompt", "responses"} with "ranking", which lists every index of
-                      `responses` once, best first, or with "scores"
+                      `responses` once, best first (tied ones as a list of their own, those of
+                      unknown order in "unranked"), or with "scores"
     completions       {"instruction", "completions": [{"response", "overall_score"}, ...]}
                       (openbmb/UltraFeedback)
     scored            {"prompt", "response", "helpfulness" or "score"}: the records of one prompt
@@ -22,8 +24,10 @@ A prompt is a text, a `\n\nHuman:` dialogue, or a list of messages. PPO needs pr
 records need no other field.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise
 
 from training.data.fields import (
     FIELDS,
@@ -71,7 +75,9 @@ class Record:
     origin: "file:line".
     score: of a single response that makes a ranking together with the others of its prompt.
     all_turns: SFT learns the assistant's turns within the prompt as well.
-    ties: responses that were left out, since their scores equal another's.
+    levels: [responses] the same number for responses that are tied; empty if none are.
+    unranked: how many of the last responses come after the others in unknown order.
+    largest_tie: the most responses of one tie among the records of the source; 1 if it has none.
     unlearned: the assistant's turns after the response, which cannot be learned.
     group: what the record shares with others that are not independent of it; empty is its prompt.
     """
@@ -81,9 +87,17 @@ class Record:
     origin: str
     score: float | None = None
     all_turns: bool = False
-    ties: int = 0
+    levels: tuple[int, ...] = ()
+    unranked: int = 0
+    largest_tie: int = 1
     unlearned: int = 0
     group: str = ""
+
+    @property
+    def tie_sizes(self) -> list[int]:
+        """How many responses each level has, without those of unknown order."""
+        ranked = self.levels[: len(self.responses) - self.unranked]
+        return list(Counter(ranked).values())
 
     @property
     def prompt_text(self) -> str:
@@ -135,8 +149,11 @@ def check_usable(record: Record, stage: Stage) -> Record:
         raise Unusable("dropped: an empty prompt")
     if record.prompt[-1]["role"] not in ("user", "tool"):
         raise Unusable("dropped: the prompt does not end with the user's turn")
+    if stage != "reward":
+        record = replace(record, levels=(), unranked=0, largest_tie=1)
     if stage == "ppo":
-        return replace(record, responses=(), score=None)
+        empty = not record.responses and record.score is None
+        return record if empty else replace(record, responses=(), score=None)
     if stage == "sft":
         if not record.responses[0]:
             raise Unusable(EMPTY_RESPONSE)
@@ -150,21 +167,18 @@ def check_usable(record: Record, stage: Stage) -> Record:
     return record
 
 
-def ranked_by_score(
-    prompt: Dialogue, responses: Sequence[str], scores: Sequence[float], stage: Stage
-) -> Record:
-    """The responses, best first; of those with one score, the first stays.
+def ranked_by_score(prompt: Dialogue, responses: Sequence[str], scores: Sequence[float]) -> Record:
+    """The responses, best first; those with one score are tied."""
+    once = dict.fromkeys(zip(responses, scores, strict=True))  # not the same one twice in a tie
+    ranked = sorted(once, key=lambda pair: -pair[1])
+    levels = levels_of([score for _, score in ranked])
+    return Record(prompt, tuple(response for response, _ in ranked), "", levels=levels)
 
-    Raises:
-        Unusable: all have the same score, and the stage compares them.
-    """
-    best: dict[float, str] = {}
-    for response, score in zip(responses, scores, strict=True):
-        best.setdefault(score, response)
-    if stage == "reward" and len(best) == 1 < len(responses):
-        raise Unusable("dropped: all responses have the same score")
-    ranked = tuple(best[score] for score in sorted(best, reverse=True))
-    return Record(prompt, ranked, "", ties=len(responses) - len(ranked))
+
+def levels_of(marks: Sequence[float]) -> tuple[int, ...]:
+    """Number the levels of responses that are in order; () if no neighbours have one mark."""
+    changes = [later != before for before, later in pairwise(marks)]
+    return () if all(changes) else (0, *accumulate(map(int, changes)))
 
 
 def _format_of(raw: Raw, stage: Stage) -> SourceFormat:
@@ -323,7 +337,8 @@ def _preference(raw: Raw, stage: Stage) -> Record:
     (before, chosen), (other, rejected) = (_answer(raw, n, prompt) for n in ("chosen", "rejected"))
     if before != other:
         raise Unusable(DIFFERENT_PROMPTS)
-    return Record(before, (chosen, rejected), "")
+    tied = has(raw, "tie") and truth(raw, "tie")
+    return Record(before, (chosen, rejected), "", levels=(0, 0) if tied else ())
 
 
 def _prompt_of_messages(raw: Raw, prompt: Dialogue) -> Dialogue:
@@ -351,7 +366,8 @@ def _transcript(raw: Raw, stage: Stage) -> Record:
     (prompt, chosen), (other, rejected) = (_dialogue(raw, name) for name in ("chosen", "rejected"))
     if prompt != other:
         raise Unusable(DIFFERENT_PROMPTS)
-    return Record(prompt, (chosen, rejected), "")
+    tied = has(raw, "tie") and truth(raw, "tie")
+    return Record(prompt, (chosen, rejected), "", levels=(0, 0) if tied else ())
 
 
 def _ranking(raw: Raw, stage: Stage) -> Record:
@@ -363,18 +379,28 @@ def _ranking(raw: Raw, stage: Stage) -> Record:
         if not isinstance(given, list) or len(given) != len(responses):
             raise RecordFault("'scores' is not a list of one number per response")
         scores = [number({"scores": score}, "scores") for score in given]
-        return ranked_by_score(prompt, responses, scores, stage)
+        return ranked_by_score(prompt, responses, scores)
     required(raw, "responses")
     ranking = required(raw, "ranking")
     responses = texts_of(raw, "responses")
-    if not isinstance(ranking, list) or any(type(index) is not int for index in ranking):
-        raise RecordFault("'ranking' is not a list of indices")
-    if sorted(ranking) != list(range(len(responses))):
+    unranked = raw.get("unranked") or []
+    if not isinstance(ranking, list) or not isinstance(unranked, list):
+        raise RecordFault("'ranking' and 'unranked' are not lists of indices")
+    ties = [tie if isinstance(tie, list) else [tie] for tie in ranking]
+    order = [*chain.from_iterable(ties), *unranked]
+    if any(type(index) is not int for index in order):
+        raise RecordFault("'ranking' is not a list of indices, or of lists of tied ones")
+    if sorted(order) != list(range(len(responses))) or not ties or not all(ties):
         raise RecordFault(
             f"'ranking' {ranking} does not list the indices 0 to {len(responses) - 1}, "
-            "best first, each once"
+            "best first, each once; those of unknown order belong in 'unranked'"
         )
-    return Record(prompt, tuple(responses[index] for index in ranking), "")
+    if len(unranked) == 1:  # alone behind the others, its place is known
+        ties, unranked = [*ties, unranked], []
+    marks = [float(place) for place, tie in enumerate([*ties, unranked]) for _ in tie or ()]
+    levels = levels_of(marks) if any(len(tie) > 1 for tie in ties) else ()
+    ranked = tuple(responses[index] for index in order)
+    return Record(prompt, ranked, "", levels=levels, unranked=len(unranked))
 
 
 def _completions(raw: Raw, stage: Stage) -> Record:
@@ -390,7 +416,7 @@ def _completions(raw: Raw, stage: Stage) -> Record:
         number(entry, first_of(entry, ("overall_score", "score"), "overall_score"))
         for entry in completions
     ]
-    return ranked_by_score(prompt, responses, scores, stage)
+    return ranked_by_score(prompt, responses, scores)
 
 
 def _completion(raw: Raw, stage: Stage) -> Record:

@@ -40,6 +40,9 @@ FOR_TEMPLATES = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thi
 UNLEARNED = "weight"
 """Key of an assistant's turn that is not to be learned; its value is 0 (OpenAI's name)."""
 
+NOT_LEARNED = ("train", "loss")
+"""Keys whose value false says the same, in data for axolotl and for LLaMA-Factory."""
+
 SYSTEM = "System: "
 _LABELS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -83,7 +86,7 @@ def _message(item: Any, name: str) -> Message:
         raise RecordFault(f"{name!r} is a list, but not of {{'role', 'content'}}")
     message: dict[str, Any] = {"role": role, "content": _content(content, name).strip()}
     message |= {key: given[key] for key in FOR_TEMPLATES if given.get(key)}
-    if given.get(UNLEARNED) == 0 or given.get("train") is False:
+    if given.get(UNLEARNED) == 0 or any(given.get(mark) is False for mark in NOT_LEARNED):
         message[UNLEARNED] = 0
     try:
         json.dumps(message)

@@ -47,13 +47,19 @@ class Faults:
             raise kind(faults[:MAX_FAULTS] + more, "The data cannot be used:")
 
 
-def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
+def read_records(settings: DataSettings, stage: Stage, held_out_only: bool = False) -> StageRecords:
     """Read the records of `stage`; training and evaluation share no prompt.
+
+    Args:
+        held_out_only: leave out the records to train on. Where evaluation has sources of its own,
+            the others are not even read.
 
     Raises:
         UserError: files are unreadable, lines malformed or fields missing (each fault with file and
             line), or no records are left.
     """
+    if held_out_only and settings.eval_sources:
+        settings = settings.model_copy(update={"sources": []})
     tally = Tally()
     faults = Faults()
     counts = [tally.under(heading) for heading in headings(settings)]
@@ -87,10 +93,11 @@ def read_records(settings: DataSettings, stage: Stage) -> StageRecords:
         evaluation = _distinct(evaluation, tally.under("evaluation"), set())
     train = _limited(train, settings.max_train_samples, settings, "training", tally)
     evaluation = _limited(evaluation, settings.max_eval_samples, settings, "evaluation", tally)
-    _require(train, "training", stage, settings.sources, tally)
+    if not held_out_only:
+        _require(train, "training", stage, settings.sources, tally)
     if settings.eval_sources:
         _require(evaluation, "evaluation", stage, settings.eval_sources, tally)
-    return StageRecords(train, evaluation, tally)
+    return StageRecords([] if held_out_only else train, evaluation, tally)
 
 
 def headings(settings: DataSettings) -> list[str]:
@@ -135,7 +142,9 @@ def _usable(
                 record = parse_record(
                     raw.value, raw.origin, stage, source.format, settings.train_on
                 )
-                parsed.append(replace(record, group=group_of(raw.value)))
+                if group := group_of(raw.value):
+                    record = replace(record, group=group)
+                parsed.append(record)
             except RecordFault as fault:
                 mistakes.add(raw.origin, str(fault))
             except RecursionError:
@@ -152,18 +161,22 @@ def _usable(
         for what, number in mistakes.left_out():
             count(what, number)
     records = []
-    for record in _with_rankings(parsed, stage, count):
+    ranked = _with_rankings(parsed, count)
+    largest = max((size for record in ranked for size in record.tie_sizes), default=1)
+    for record in (replace(record, largest_tie=largest) for record in ranked):
         try:
             records.append(check_usable(record, stage))
         except Unusable as reason:
             count(str(reason))
         else:
             count(UNLEARNED_ANSWERS, record.unlearned if stage == "sft" else 0)
-            count("responses left out, with the score of another one", record.ties)
+            tied = sum(size for size in record.tie_sizes if size > 1)
+            count("responses tied with another one of their ranking", tied)
+            count("responses behind the others of their ranking, in unknown order", record.unranked)
     return records
 
 
-def _with_rankings(records: list[Record], stage: Stage, count: CountUp) -> list[Record]:
+def _with_rankings(records: list[Record], count: CountUp) -> list[Record]:
     """The records, in which scored responses to one prompt have become one ranking."""
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -175,11 +188,7 @@ def _with_rankings(records: list[Record], stage: Stage, count: CountUp) -> list[
         scores = [member.score for member in members if member.score is not None]
         responses = [member.responses[0] for member in members]
         count("joined with others of their prompt into a ranking", len(members) - 1)
-        try:
-            ranking = ranked_by_score(first.prompt, responses, scores, stage)
-        except Unusable as reason:
-            count(str(reason))
-            continue
+        ranking = ranked_by_score(first.prompt, responses, scores)
         found.append(replace(ranking, origin=first.origin, group=first.group))
     return found
 

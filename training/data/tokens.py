@@ -1,7 +1,8 @@
 """Records -> token ids, encoded in batches and cached on disk.
 
 Columns: "prompt" and "group" (texts) and "prompt_ids"; for sft also "response_ids"; for reward also
-"responses_ids", a list of lists, best first; for ppo also "messages", the prompt as JSON.
+"responses_ids", a list of lists, best first, with "levels", "unranked" and "largest_tie" as in
+formats.py, one level a response; for ppo also "messages", the prompt as JSON.
 """
 
 import hashlib
@@ -165,7 +166,8 @@ def cache_key(
         digest.update(f"{part}\x1e".encode())
     for record in records:
         prompt = [dict(message) for message in record.prompt]
-        line = json.dumps([prompt, record.responses, record.all_turns, record.group])
+        ranked = [record.responses, record.levels, record.unranked, record.largest_tie]
+        line = json.dumps([prompt, ranked, record.all_turns, record.group])
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()[:32]
 
@@ -266,14 +268,14 @@ def _encode_batch(
             try:
                 rendered.append(render_prompt(prompt, tokenizer))
                 group = record.group or normalized(record.prompt_text)
-                kept.append((prompt, responses, group))
+                kept.append((prompt, responses, group, record))
             except TemplateRefusal as refusal:
                 outcome.refused.setdefault(number, str(refusal))
     prompt_ids = encode_prompts(rendered, tokenizer)
-    flat = [response for _, responses, _ in kept for response in responses]
+    flat = [response for _, responses, *_ in kept for response in responses]
     encoded = iter(encode_responses(flat, tokenizer))
     columns: dict[str, list[Any]] = {name: [] for name in _features(stage)}
-    for (prompt, responses, group), whole in zip(kept, prompt_ids, strict=True):
+    for (prompt, responses, group, record), whole in zip(kept, prompt_ids, strict=True):
         answers = [next(encoded) for _ in responses]
         ids = _within_length(prompt, whole, tokenizer, settings, outcome)
         if ids is None:
@@ -294,6 +296,9 @@ def _encode_batch(
             columns["response_ids"].append(cut[0])
         elif stage == "reward":
             columns["responses_ids"].append(cut)
+            columns["levels"].append(list(record.levels or range(len(cut))))
+            columns["unranked"].append(record.unranked)
+            columns["largest_tie"].append(record.largest_tie)
         else:
             columns["messages"].append(json.dumps(prompt))
     return columns
@@ -342,6 +347,7 @@ def _features(stage: Stage) -> "Features":
         columns["response_ids"] = ids
     elif stage == "reward":
         columns["responses_ids"] = List(ids)
+        columns |= {"levels": ids, "unranked": Value("int32"), "largest_tie": Value("int32")}
     else:
         columns["messages"] = Value("string")
     return Features(columns)

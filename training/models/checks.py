@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.errors import UserError
+from training.models.families.score_head import label_weights, stored_head
 from training.models.pretrained import Pretrained, has_linear_score
 
 
@@ -43,17 +44,22 @@ def check_scalar(model: Pretrained, new_head: bool) -> bool:
     """
     refuse_quantized(model)
     config = model.config
-    trained = any("SequenceClassification" in name for name in config.architectures or [])
-    if trained and config.num_labels != 1:
-        raise UserError(
-            f"{model} has {config.num_labels} labels; a reward model has one (num_labels=1)"
-        )
+    head = stored_head(model)
+    trained = (
+        any("SequenceClassification" in name for name in config.architectures or [])
+        or model.brings_classifier
+        or head is not None
+    )
+    if model.brings_classifier and model.labels:
+        raise UserError(f"reward.labels: the code of {model} gives one number already")
+    if trained and not model.brings_classifier:
+        label_weights(model, head.rows if head else config.num_labels)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{model} is an encoder-decoder; reward models read one sequence")
     if not trained and not new_head:
         raise UserError(
             f"{model} is not a sequence-classification model, so its rewards would be "
-            "arbitrary; stage 2 makes one from it"
+            f"arbitrary; stage 2 makes one from it{model.untrusted_code}"
         )
     return trained
 

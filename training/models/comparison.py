@@ -226,6 +226,9 @@ def require_own_rewards(
     """
     model: PreTrainedModel = scalar.model
     whole, beginning = (own_logits(model, ids, name) for ids in (text.ids, text.beginning))
+    if whole.numel() != 1:
+        raise UserError(f"{name} gives {whole.numel()} numbers for a text; a reward is one")
+    whole, beginning = whole.reshape(1), beginning.reshape(1)
     if isinstance(scalar, Classifier):  # is given rows that are padded on the right only
         ids, mask = (part[[0, 2]] for part in text.rows())
         expected = torch.cat([whole, beginning])

@@ -1,9 +1,10 @@
-"""Export of a trained model as a Hugging Face directory."""
+"""Exports of trained models as Hugging Face directories, at the end of a run and on its way."""
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -13,7 +14,10 @@ from training.errors import RunError
 from training.models.lora import merged_state
 from training.models.partitioned import is_partitioned
 from training.runtime.disk import draft_of, is_disk_full, publish, remove_draft
+from training.runtime.model_card import Card, write_card
 from training.runtime.ranks import barrier, rank
+from training.runtime.tracking import say
+from training.stage_config import StageConfig
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -38,6 +42,43 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory
 
             write_where_there_is_room(write, directory)
     barrier()
+
+
+class InterimExports:
+    """`output_dir/exports/step-N/NAME`, a Hugging Face directory for each of the trained models.
+
+    They are complete or absent. A resumed run writes those again whose steps it takes again. The
+    weights after the last step are the run's own export.
+    """
+
+    def __init__(
+        self, config: StageConfig, write: Mapping[str, Callable[[Path], None]], card: Card
+    ) -> None:
+        """
+        Args:
+            write: how to export each model into a directory; every rank calls it.
+            card: what the card of the run's own export says.
+        """
+        self.every = config.export_steps
+        self.directory = Path(config.output_dir) / "exports"
+        self.write = write
+        self.card = card
+
+    def after(self, step: int, steps: int) -> None:
+        """Export if it is time to, after `step` of `steps`."""
+        if not self.every or step % self.every or step == steps:
+            return
+        card = replace(
+            self.card,
+            title=f"{self.card.title}, step {step}",
+            evaluated_on=f"None: these are the weights after {step} of {steps} steps.",
+            figures=(),
+        )
+        place = self.directory / f"step-{step:08d}"
+        for name, write in self.write.items():
+            write(place / name)
+            write_card(place / name, card)
+        say(f"Exported after step {step}: {place}")
 
 
 def write_where_there_is_room(write: Callable[[Path], None], directory: Path) -> None:

@@ -2,11 +2,13 @@
 
 import copy
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,12 +25,22 @@ from training.models.comparison import (
     require_own_log_probs,
     require_own_rewards,
 )
+from training.models.families.float32_logits import Float32Logits
+from training.models.families.score_head import (
+    SCORE,
+    StoredHead,
+    head_name,
+    label_weights,
+    other_shapes,
+    stored_head,
+    weighted,
+)
 from training.models.families.vocabulary import absent_ids, ids_needed, named_tokens, response_ends
 from training.models.lora import add_adapter
 from training.models.options import PLAIN, LoadOptions
 from training.models.packing import refuse_unpackable
 from training.models.policy import Policy
-from training.models.pretrained import UNREADABLE, Pretrained
+from training.models.pretrained import UNREADABLE, Pretrained, has_linear_score
 from training.models.scalar import Classifier, Float32Head, ScalarModel
 from training.runtime.faults import remedy
 from training.runtime.tracking import say
@@ -86,11 +98,28 @@ def as_policy(
         ends = response_ends(model, tokenizer, absent)
         _say_what_is_unusual(name, tokenizer, absent, ends)
     if model.generation_config is not None:  # exported with the model
+        _keep_what_can_be_saved(model, name)
         model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     policy = Policy(model, options.packing, absent, ends)
     require_own_log_probs(policy, own, text, name, options.noise_is_wanted)
     require_own_draws(policy, own, text, name)
     return policy
+
+
+def _keep_what_can_be_saved(model: PreTrainedModel, name: str) -> None:
+    """Drop settings of generation that contradict one another: transformers refuses to save them.
+
+    It would do so at the end of the run, when the trained model is exported.
+    """
+    own = model.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        say(f"{name}: its generation_config.json is left out of exports: {first}")
+        model.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id, pad_token_id=own.pad_token_id
+        )
 
 
 def _say_what_is_unusual(
@@ -126,13 +155,7 @@ def load_scalar_model(
     trained = check_scalar(pretrained, new_head)
     if options.packing:
         refuse_unpackable(pretrained.config, str(pretrained))
-    model = _load(
-        AutoModelForSequenceClassification,
-        pretrained,
-        _with_one_label(pretrained.config),
-        options,
-        new=() if trained else ("score.weight",),
-    )
+    model = _load_classifier(pretrained, options, trained)
     check_head(model, str(pretrained))
     scalar = ScalarModel(_ready(model, tokenizer, options), options.packing)
     require_own_rewards(scalar, _text(model, tokenizer), str(pretrained), options.noise_is_wanted)
@@ -154,12 +177,7 @@ def load_reward_model(pretrained: Pretrained, options: LoadOptions) -> ScalarMod
     check_scalar(pretrained, new_head=False)
     if pretrained.has_linear_score:
         return load_scalar_model(pretrained, pretrained.tokenizer, options)
-    model = _load(
-        AutoModelForSequenceClassification,
-        pretrained,
-        _with_one_label(pretrained.config),
-        options,
-    )
+    model = _load_classifier(pretrained, options, trained=True)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module.out_features == 1:
             model.set_submodule(name, Float32Head.like(module))
@@ -172,10 +190,36 @@ def _text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Text:
     return Text.of(tokenizer, getattr(model.config, "max_position_embeddings", None))
 
 
-def _with_one_label(config: PretrainedConfig) -> PretrainedConfig:
-    config = copy.deepcopy(config)
-    config.num_labels = 1
-    return config
+def _load_classifier(
+    pretrained: Pretrained, options: LoadOptions, trained: bool
+) -> PreTrainedModel:
+    """Load a classification model, whose head then has one row.
+
+    Args:
+        trained: it has a head; otherwise `score` gets a new one.
+    """
+    if pretrained.brings_classifier:
+        return _load(pretrained.classifier, pretrained, pretrained.config, options)
+    head = stored_head(pretrained) if trained else None
+    config = copy.deepcopy(pretrained.config)
+    stated = config.num_labels if trained else 1
+    config.num_labels = rows = head.rows if head else stated
+    elsewhere = head is not None and not head.is_read_by_transformers
+    model = _load(
+        AutoModelForSequenceClassification,
+        pretrained,
+        config,
+        options,
+        new=() if trained and not elsewhere else (f"{SCORE}.weight",),
+        head=head,
+    )
+    if head is not None and elsewhere and has_linear_score(model):
+        model.score = head.read(pretrained, like=model.score.weight)
+    weights = label_weights(pretrained, rows) if trained else None
+    if weights is not None and (name := head_name(model)):
+        model.set_submodule(name, weighted(model.get_submodule(name), weights))
+        model.config.num_labels = model.num_labels = 1
+    return model
 
 
 def _load(
@@ -184,8 +228,13 @@ def _load(
     config: PretrainedConfig,
     options: LoadOptions,
     new: tuple[str, ...] = (),
+    head: StoredHead | None = None,
 ) -> PreTrainedModel:
-    """Load the model with all of its weights, except those that `new` names."""
+    """Load the model with all of its weights, except those that `new` names.
+
+    Args:
+        head: its weights may have names that transformers does not know.
+    """
     config = copy.deepcopy(config)
     if not options.dropout:
         for field in DROPOUT_FIELDS:
@@ -208,6 +257,8 @@ def _load(
     except (*UNREADABLE, SafetensorError, RuntimeError) as error:
         if remedy(error):  # a lack of memory is not the model's fault
             raise
+        if other := other_shapes(pretrained, auto_class, config):
+            raise UserError(f"{pretrained} has weights of another shape: {other}") from error
         raise UserError(f"no model could be loaded from {pretrained}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -217,7 +268,8 @@ def _load(
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         )
     # A scalar model that starts from a language model drops the language model's head.
-    unexpected = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})
+    known = {"lm_head.weight", *(head.weights if head else ())}
+    unexpected = sorted(set(found["unexpected_keys"]) - known)
     if unexpected:
         names = ", ".join(unexpected[:5]) + (" …" if len(unexpected) > 5 else "")
         say(f"{pretrained}: {len(unexpected)} weights have no place in the model: {names}")
@@ -250,6 +302,9 @@ def _ready(
         config.pad_token_id = tokenizer.pad_token_id
     # The embedding at padding_idx gets no gradient; in a model with pad = EOS that would be EOS.
     model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.weight.dtype != torch.float32:
+        model.set_output_embeddings(Float32Logits.like(head))
     if isinstance(getattr(model, "score", None), nn.Linear):
         model.score = Float32Head.like(model.score)
     if options.lora is not None:

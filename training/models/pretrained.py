@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -24,8 +25,12 @@ RESPONSE_END = "response_end"
 """Key in a reward model's config.json: what followed complete responses in its training."""
 LINK = "preference_link"
 """Key in a reward model's config.json: the link g of the preferences that it learned (§3.4)."""
-UNREADABLE = (OSError, ValueError, KeyError, struct.error)
-"""What transformers raises for a model that is missing, truncated or of another kind."""
+UNREADABLE = (
+    *(OSError, ValueError, LookupError, struct.error),
+    *(AttributeError, TypeError, AssertionError, ArithmeticError),
+)
+"""What transformers raises for a model that is missing, truncated or of another kind, or whose
+config.json has values that it does not expect."""
 
 
 class Pretrained:
@@ -42,11 +47,13 @@ class Pretrained:
         config: PretrainedConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         template: ChatTemplate | None = None,
+        labels: dict[str, float] | None = None,
     ) -> None:
         """
         Args:
             scores_only: the model never generates, so its tokenizer may lack an EOS token if it
                 joins two texts with its own tokens (`reads_pairs`).
+            labels: the weights of a classifier's labels in its reward, by their names.
             config, tokenizer: these objects, if they have been read already.
             template: the chat template to give to the tokenizer that is read.
         """
@@ -54,6 +61,7 @@ class Pretrained:
         self.trust_remote_code = trust_remote_code
         self.scores_only = scores_only
         self.template = template or ChatTemplate()
+        self.labels = labels or {}
         if config is not None:
             self.config = config
         if tokenizer is not None:
@@ -77,12 +85,23 @@ class Pretrained:
         Raises:
             UserError: there is no config, or transformers cannot read it.
         """
+        if Path(self.name_or_path, "adapter_config.json").is_file():
+            # transformers would load the adapter's base model in place of any weights beside it.
+            raise UserError(
+                f"{self} holds an adapter (adapter_config.json); name a model into which it has "
+                "been merged (merge_and_unload of peft)"
+            )
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 **self.location, trust_remote_code=self.trust_remote_code
             )
         except UNREADABLE as error:
             raise UserError(f"no model config could be loaded from {self}: {error}") from error
+        # The pad token is the tokenizer's; some configs name one beyond the embeddings.
+        for part in (config, config.get_text_config()):
+            pad, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+            if pad is not None and size is not None and not 0 <= pad < size:
+                part.pad_token_id = None
         return config
 
     @cached_property
@@ -136,10 +155,40 @@ class Pretrained:
         link: str | None = getattr(self.config, LINK, known)
         return link
 
+    @property
+    def brings_classifier(self) -> bool:
+        """Whether code that comes with the model, and is trusted, makes its rewards (ArmoRM)."""
+        return self.trust_remote_code and bool(self._own_classifiers)
+
+    @property
+    def _own_classifiers(self) -> list[str]:
+        """The Auto classes for which code that comes with the model has a reward model."""
+        built = [name.rpartition(".")[2] for name in self.config.architectures or []]
+        own = getattr(self.config, "auto_map", None) or {}
+        return [
+            name
+            for name in ("AutoModelForSequenceClassification", "AutoModel")
+            if str(own.get(name, "")).rpartition(".")[2] in built
+        ]
+
+    @property
+    def classifier(self) -> type:
+        """The Auto class that builds the model as a classifier."""
+        if self.brings_classifier and self._own_classifiers[0] == "AutoModel":
+            return AutoModel
+        return AutoModelForSequenceClassification
+
+    @property
+    def untrusted_code(self) -> str:
+        """What to do about code that comes with the model and is not run; "" if there is none."""
+        if not self._own_classifiers or self.trust_remote_code:
+            return ""
+        return "; it comes with code of its own, which trust_remote_code=true runs"
+
     @cached_property
     def has_linear_score(self) -> bool:
         """Whether the classification model gives a value after every token, as a critic must."""
-        return has_linear_score(self.on_meta(AutoModelForSequenceClassification))
+        return has_linear_score(self.on_meta(self.classifier))
 
     def on_meta(self, build: type, config: PretrainedConfig | None = None) -> PreTrainedModel:
         """Build the model with the Auto class `build`, without any weights.
@@ -156,10 +205,11 @@ class Pretrained:
                 model: PreTrainedModel = build.from_config(  # type: ignore[attr-defined]  # Auto class
                     config, trust_remote_code=self.trust_remote_code
                 )
-        except ValueError as error:
-            raise UserError(
-                f"a {config.model_type} model has no {build.__name__}: {error}"
-            ) from error
+        except UNREADABLE as error:
+            lacks = f"a {config.model_type} model has no {build.__name__}"
+            known = isinstance(error, ValueError)
+            what = lacks if known else f"no model can be built from the config of {self}"
+            raise UserError(f"{what}: {error}") from error
         return model
 
 

@@ -44,7 +44,7 @@ class Classifier(Quiet):
             more: further outputs of the model's tokenizer, such as token_type_ids.
         """
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **more).logits
-        return logits.squeeze(-1).float()
+        return logits.reshape(len(input_ids)).float()  # [batch, 1], or [batch] of foreign code
 
 
 class Float32Head(nn.Linear):

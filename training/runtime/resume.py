@@ -17,7 +17,7 @@ STATE = "state.json"
 
 NO_EFFECT = frozenset(
     "description resume_from_checkpoint overwrite_output_dir output_dir save_steps "
-    "save_total_limit logging_steps".split()
+    "export_steps save_total_limit logging_steps".split()
 )
 """Settings that do not affect what a run computes."""
 

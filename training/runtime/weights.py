@@ -7,12 +7,14 @@ CHUNK = 2**20
 """Bytes that are read at the beginning and at the end of each file; training changes both."""
 
 
-def weights_digest(directory: Path) -> str | None:
-    """A hash of the sizes, beginnings and ends of a model's safetensors; None if it has none here.
+def weights_digest(model: Path) -> str | None:
+    """A hash of the sizes, beginnings and ends of a model's files; None if it is not here.
 
-    It does not depend on where the model lies, nor on when its files were written.
+    These are the safetensors in a directory, or one GGUF file. The hash does not depend on where
+    the model lies, nor on when its files were written.
     """
-    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    files = sorted(model.glob("*.safetensors")) if model.is_dir() else []
+    files += [model] if model.is_file() else []
     if not files:
         return None
     digest = hashlib.sha256()

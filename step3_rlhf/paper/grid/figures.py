@@ -18,6 +18,7 @@ from step3_rlhf.paper.grid.cells import Cell
 from step3_rlhf.paper.grid.paper_models import PAPER_MODELS, PaperModel
 from step3_rlhf.paper.grid.results import (
     HELD_OUT,
+    OWN,
     Results,
     best_alpha,
     cell_label,
@@ -25,6 +26,7 @@ from step3_rlhf.paper.grid.results import (
     threshold_name,
 )
 from training import plotting
+from training.statistics import Estimate
 
 PROBABILITY_BINS = [i / 20 for i in range(21)]
 
@@ -133,25 +135,29 @@ def joint_perplexity(sweeps: Sequence[Results]) -> Figure:
     return figure
 
 
+def draw_bar(axes: Axes, place: float, value: Estimate, colour: str, opacity: float) -> None:
+    """A mean with its interval and its number."""
+    axes.bar(place, value.mean, width=0.36, color=colour, alpha=opacity, zorder=2)
+    low, high = value.low or value.mean, value.high or value.mean
+    error = [[value.mean - low], [high - value.mean]]
+    axes.errorbar(place, value.mean, yerr=error, color="black", capsize=4, zorder=3)
+    axes.annotate(
+        f"{value.mean:.2f}", (place, high), xytext=(0, 5), textcoords="offset points", ha="center"
+    )
+
+
 def draw_perplexity(axes: Axes, results: Results) -> None:
     cells = {results.grid.pm: plotting.PM, Cell("kl", results.grid.main_beta): plotting.KL}
     require(results, list(cells))
     if any(HELD_OUT not in results.measured[cell].estimates for cell in cells):
         raise MissingCellsError("no perplexity of held-out texts was measured")
-    found = [results.measured[cell].estimate(HELD_OUT) for cell in cells]
-    for place, (colour, value) in enumerate(zip(cells.values(), found, strict=True)):
-        axes.bar(place, value.mean, width=0.55, color=colour, zorder=2)
-        low, high = value.low or value.mean, value.high or value.mean
-        error = [[value.mean - low], [high - value.mean]]
-        axes.errorbar(place, value.mean, yerr=error, color="black", capsize=4, zorder=3)
-        axes.annotate(
-            f"{value.mean:.2f}",
-            (place, high),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="center",
-        )
-    means = [value.mean for value in found]
+    means = []
+    for place, (cell, colour) in enumerate(cells.items()):
+        estimates = results.measured[cell].estimates
+        for shift, metric, opacity in ((-0.2, HELD_OUT, 1.0), (0.2, OWN, 0.35)):
+            if (value := estimates.get(metric)) is not None:
+                draw_bar(axes, place + shift, value, colour, opacity)
+                means.append(value.mean)
     axes.margins(y=0.15)
     if max(means) > 20 * min(means):
         axes.set_yscale("log")
@@ -352,7 +358,7 @@ MISSING_LABEL: dict[str, Any] = {
 }
 
 
-PERPLEXITY_LABEL = "perplexity of held-out texts"
+PERPLEXITY_LABEL = "perplexity: held-out texts, own responses (pale)"
 
 
 JOINT = "figure1_perplexity_models"
@@ -364,7 +370,8 @@ FIGURES = (
         "perplexity",
         perplexity,
         "Perplexity of PM RLHF and KL RLHF at β = {beta}, of held-out texts that people "
-        "chose, fine-tuning {model}; with 95 % confidence intervals.",
+        "chose, as in the paper, and (pale) of the policy's own responses, exp of the mean loss "
+        "per token, fine-tuning {model}; with 95 % confidence intervals.",
     ),
     Kind(
         "output_probabilities",

@@ -19,6 +19,9 @@ from training.statistics import Estimate
 HELD_OUT = "held_out_perplexity"
 """Of people's own texts under the policy: `held_out_text` in evaluation.json."""
 
+OWN = "perplexity_pooled"
+"""Of the policy's own responses."""
+
 CHOOSES = "pm_divergence_reference"
 """The figure by which the best α is chosen."""
 

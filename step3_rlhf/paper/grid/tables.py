@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from step3_rlhf.paper.grid.cells import Cell
-from step3_rlhf.paper.grid.results import HELD_OUT, Results, cell_label
+from step3_rlhf.paper.grid.results import HELD_OUT, OWN, Results, cell_label
 from training.statistics import Estimate
 
 
@@ -61,7 +61,7 @@ FURTHER_CAPTION = (
 
 OWN_COLUMNS = (
     Column("eval pm ↓", "pm_squared_difference", 4),
-    Column("Own perplexity", "perplexity_pooled", 2),
+    Column("Own perplexity", OWN, 2),
     Column("Own entropy", "entropy_per_token", 3),
     Column("Own KL", "kl_per_token", 3),
 )

@@ -30,7 +30,7 @@ def write_report(directory: Path) -> str:
     require_matplotlib()
     started = time.perf_counter()
     findings = read_findings(directory)
-    reward_model = findings.reward_model
+    reward_model, calibrated = findings.reward_model, findings.calibration
     shares = draw_shares(topic_shares({name: run.sets for name, run in findings.runs.items()}))
     shares.savefig(directory / "shares.png", dpi=150)
     of_groups = group_shares(findings.runs)
@@ -44,6 +44,11 @@ def write_report(directory: Path) -> str:
         figure2_f_divergences=svg_uri(analytic_figures.figure2_f_divergences()),
         figure9=svg_uri(analytic_figures.figure9()),
         groups=svg_uri(groups) if groups else None,
+        calibrated=(
+            svg_uri(reliability_diagram(calibrated.reliability, calibrated.ece))
+            if calibrated
+            else ""
+        ),
     )
     machine = this_machine()
     seconds = all_seconds(findings.seconds, time.perf_counter() - started)

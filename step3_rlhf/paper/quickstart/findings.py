@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from step3_rlhf.paper.quickstart.calibration import Calibration, calibration_of
 from training.data.settings import DataSettings
 from training.data.split import split_rows
 from training.errors import UserError
@@ -123,6 +124,8 @@ class Findings:
     """Of each phase of the quickstart."""
     commands: dict[str, str]
     pm: Convergence
+    calibration: Calibration | None = None
+    """Of the reward model; None if its phase has not run."""
 
 
 def read_findings(directory: Path) -> Findings:
@@ -146,6 +149,7 @@ def read_findings(directory: Path) -> Findings:
         phases.get("seconds", {}),
         phases.get("commands", {}),
         pm_convergence(directory),
+        read_calibration(directory),
     )
 
 
@@ -192,6 +196,11 @@ def read_reward_model(directory: Path) -> RewardModel:
         measured["ece"],
         measured["reliability"],
     )
+
+
+def read_calibration(directory: Path) -> Calibration | None:
+    path = directory / "reward" / "calibration.json"
+    return calibration_of(read_json(path)) if path.is_file() else None
 
 
 def pm_convergence(directory: Path) -> Convergence:

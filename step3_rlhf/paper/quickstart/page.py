@@ -95,6 +95,8 @@ class Pictures:
     figure9: str
     groups: str | None = None
     """Of two groups of people; None where those runs are missing."""
+    calibrated: str = ""
+    """Reliability at the calibrated β; empty where that is unknown."""
 
 
 @dataclass(frozen=True)

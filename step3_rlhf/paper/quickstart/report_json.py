@@ -10,6 +10,8 @@ from step3_rlhf.paper.quickstart.methods import runs_of_methods
 from step3_rlhf.paper.quickstart.metrics import METRICS
 from step3_rlhf.paper.quickstart.table1 import THRESHOLDS, in_papers_order, verdict
 
+REWARD_FIGURES = ("accuracy", "log_loss", "bayes_log_loss", "ece")
+
 
 def report_json(findings: Findings, seconds: dict[str, float], machine: Machine) -> dict[str, Any]:
     """Plain numbers are means over test prompts; "ci95" has their intervals, by topic.
@@ -20,9 +22,13 @@ def report_json(findings: Findings, seconds: dict[str, float], machine: Machine)
     runs, sft = findings.runs, findings.runs["sft"]
     means = {key: {m.name: run.mean(m.name) for m in METRICS} for key, run in runs.items()}
     reward_model = asdict(findings.reward_model)
+    calibration = findings.calibration and asdict(findings.calibration)
+    if calibration:
+        calibration.pop("reliability")
     report: dict[str, Any] = {
         "reward_model": {
-            name: reward_model[name] for name in ("accuracy", "log_loss", "bayes_log_loss", "ece")
+            **{name: reward_model[name] for name in REWARD_FIGURES},
+            "calibration": calibration,
         },
         "runs": {name: means[name] for name in RUNS},
         "ci95": {key: {m.name: run.ci95(m.name) for m in METRICS} for key, run in runs.items()},

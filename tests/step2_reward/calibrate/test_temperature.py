@@ -115,7 +115,10 @@ def test_after_is_measured_on_other_groups_than_those_that_calibrated() -> None:
 
 
 def test_the_report_shows_what_it_mends() -> None:
-    report = calibration(*choices(200, 10, 3.0), bins=10)
+    margins, clusters = choices(200, 10, 3.0)
+    pairs = torch.stack([margins + 5, torch.full_like(margins, 5)], dim=-1)
+    report = calibration(pairs, clusters, bins=10)
+    assert report["beta"]["mean"] == pytest.approx(calibrated_temperature(margins, clusters).mean)
     assert report["after"]["log_loss"] < report["before"]["log_loss"] - 0.05
     assert report["after"]["ece"] < 0.5 * report["before"]["ece"]
     assert report["after"]["accuracy"] == report["before"]["accuracy"]

@@ -95,6 +95,14 @@ def test_a_mistake_ends_with_its_message_alone(
         (["pm", "--samples", "0"], "argument --samples: 0: a whole number above 0 was expected"),
         (["pm", "--temperature", "0"], "argument --temperature: 0: a number above 0 was expected"),
         (["pm", "--seed", "-1"], "argument --seed: -1: a whole number from 0 to 4294967295"),
+        (
+            ["pm", "--prompt", "caf\udce9"],
+            "argument --prompt: it is not UTF-8; convert it with iconv",
+        ),
+        (
+            ["pm", "--system", "caf\udce9"],
+            "argument --system: it is not UTF-8; convert it with iconv",
+        ),
         (["pm", "--shares"], "--shares: unknown option; did you mean '--share'?"),
         ([], "name at least one MODEL"),
     ],

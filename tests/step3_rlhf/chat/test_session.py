@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from step3_rlhf.chat.plain import answer_lines
 from step3_rlhf.chat.session import ANSWER, Session
+from step3_rlhf.chat.settings import ChatSettings
 from step3_rlhf.chat.sources import sources_of
 from step3_rlhf.chat.speakers import Speaker, load_speakers
 from step3_rlhf.config import SamplingSettings
@@ -77,6 +79,13 @@ def test_a_stopped_answer_is_not_remembered(base: Speaker) -> None:
 def test_nothing_was_asked(base: Speaker) -> None:
     with pytest.raises(UserError, match="ask something first"):
         Session([base], (), seed=3).distributions(4, 4)
+
+
+def test_a_question_that_is_not_utf8(base: Speaker) -> None:
+    """Python reads the byte of é in Latin-1 as half of a character, which has no token."""
+    lines = ["Drink?\n", "Caf\udce9?\n"]
+    with pytest.raises(UserError, match="line 2: the question is not UTF-8; convert it"):
+        answer_lines(Session([base], (), seed=3), ChatSettings(), lines)
 
 
 def test_a_dialogue_beyond_the_positions(two_answers: Path) -> None:

@@ -96,3 +96,8 @@ def test_a_relative_path_of_two_parts_is_no_hub_name(
 def test_one_model_named_twice(run: Path) -> None:
     with pytest.raises(UserError, match="one model, named twice"):
         sources_of([str(run / "pm"), str(run / "pm" / "actor")])
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(UserError, match=r"MODEL: x{300}.*: File name too long"):
+        sources_of(["x" * 300])

@@ -1,6 +1,8 @@
 """Compared sets, batches in which each response stands once, and the reference's cache."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from step3_rlhf.direct import reference
-from step3_rlhf.direct.comparisons import Comparisons, RefLogps
+from step3_rlhf.direct.comparisons import Comparisons, RefLogps, without_ties
+from step3_rlhf.direct.config import DirectConfig
+from training.config import check_config
 from training.data import FILLER
 from training.errors import UserError
 from training.models.pretrained import Pretrained
@@ -102,20 +106,54 @@ def test_scores_come_back_in_order(comparisons: Comparisons, batch_size: int) ->
 
 
 def test_the_cache_is_read_by_its_own_reference_and_data_alone(
-    comparisons: Comparisons, tmp_path: Path
+    comparisons: Comparisons,
+    stage_settings: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
+    settings = stage_settings("direct") | {"output_dir": str(tmp_path)}
+    config, in_bf16 = (
+        check_config(DirectConfig, settings | {"bf16": wanted}, "test:") for wanted in (False, True)
+    )
     splits, model = {"train": comparisons}, Pretrained("owner/model")
-    wanted = reference.fingerprint(model, splits)
+    wanted = reference.fingerprint(config, model, splits)
     assert reference.read(tmp_path / reference.FILE, wanted) is None
     logps = {"train": numbered_logps(comparisons)}
-    reference.keep(logps, model, splits, tmp_path)
+    reference.keep(logps, config, model, splits)
     found = reference.read(tmp_path / reference.FILE, wanted)
     assert found is not None
     assert torch.equal(found["train"], logps["train"].values)
     fewer = Comparisons(Dataset.from_dict({"prompt_ids": [[5]], "responses_ids": [[A, B]]}))
     for other in (
-        reference.fingerprint(Pretrained("owner/other"), splits),
-        reference.fingerprint(model, {"train": fewer}),
+        reference.fingerprint(config, Pretrained("owner/other"), splits),
+        reference.fingerprint(in_bf16, model, splits),
+        reference.fingerprint(config, model, {"train": fewer}),
     ):
-        with pytest.raises(UserError, match="of another reference or of other data"):
+        with pytest.raises(UserError, match="of another reference, precision or data"):
             reference.read(tmp_path / reference.FILE, other)
+
+
+def test_ties_are_left_out() -> None:
+    """The first of each tie and of those of unknown order stays; a tie alone is no comparison."""
+    rows = {
+        "prompt_ids": [[5], [5], [6], [6]],
+        "responses_ids": [[A, B], [C, A, B], [A, B, C], [A, C]],
+        "levels": [[0, 0], [0, 0, 1], [0, 1, 2], [0, 1]],
+        "unranked": [0, 0, 2, 0],
+        "largest_tie": [2, 2, 1, 1],
+    }
+    found = without_ties(Dataset.from_dict(rows))
+    assert found["responses_ids"][:] == [[C, B], [A, B], [A, C]]
+    assert found["prompt_ids"][:] == [[5], [6], [6]]
+    untied = Dataset.from_dict({name: values[3:] for name, values in rows.items()})
+    assert without_ties(untied) is untied
+
+
+def test_a_gguf_file_is_known_by_its_content(
+    comparisons: Comparisons, stage_settings: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    config = check_config(DirectConfig, stage_settings("direct"), "test:")
+    file, found = tmp_path / "model.gguf", []
+    for content in (b"one", b"two", b"one"):
+        file.write_bytes(content)
+        found.append(reference.fingerprint(config, Pretrained(str(file)), {"train": comparisons}))
+    assert found[0] == found[2] != found[1]

@@ -96,7 +96,7 @@ def test_a_resumed_run_reads_the_reference_and_refuses_another(
         run(save_steps=1, max_steps=3, resume_from_checkpoint="latest")
 
     monkeypatch.setattr(reference, "weights_digest", lambda place: "other weights")
-    with pytest.raises(UserError, match="is of another reference or of other data"):
+    with pytest.raises(UserError, match="is of another reference, precision or data"):
         again()
     monkeypatch.undo()
     capsys.readouterr()

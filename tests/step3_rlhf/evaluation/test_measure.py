@@ -391,8 +391,8 @@ def test_draws_under_a_mixture_by_hand() -> None:
     found, others = under_one_reward(own, reference, shares, 2.0)
     expected = [reward([2.0, 0.0], z[1]), reward([0.0, 4.0], z[0])]
     assert [y.rewards.item() for y in found] == pytest.approx(expected, abs=1e-12)
-    credits = [expected[0] + 3.0, expected[1] + 1.0]  # the marginals are 3 and 1
-    assert [y.credit.item() for y in found] == pytest.approx(credits, abs=1e-12)
+    # The distance from the optimum is told from the credits of each group.
+    assert [y.credit.tolist() for y in found] == [[[5.0, 3.0]], [[1.0, 5.0]]]
     assert others[0].rewards.item() == pytest.approx(reward([1.0, 1.0], both), abs=1e-12)
     # Without a regularizer w is 1: e^{a/β} = e^{r/β}/π.
     bare = [replace(y, credit=None) for y in own]

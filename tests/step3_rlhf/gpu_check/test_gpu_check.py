@@ -130,18 +130,16 @@ def test_data_sheets() -> None:
 
 
 def test_memory_is_compared_with_the_dry_run(tmp_path: Path) -> None:
-    shape, directory = SHAPES["tiny"], tmp_path / "tiny"
-    directory.mkdir()
-    config = directory / "config.json"
-    config.write_text(json.dumps(tiny_inputs(directory)))
-    estimate = estimated_gib(config, bf16=False)
+    shape = SHAPES["tiny"]
+    iteration = Iteration(tmp_path, shape, bf16=False)
+    iteration.write_config()
+    estimate = estimated_gib(iteration.config)
     layer = 16 * shape.hidden**2 + 2 * shape.hidden
     body = shape.layers * layer + shape.hidden * (shape.vocabulary + 1)
     policy, scalar = body + shape.hidden * shape.vocabulary, body + shape.hidden
     # Weights, gradients and moments of actor and critic; weights of reference and reward model.
     states = 16 * (policy + scalar) + 4 * (policy + scalar)
     assert states < estimate * 2**30 < 1.6 * states
-    iteration = Iteration(tmp_path, "tiny", bf16=False)
     for peak in (0.9 * estimate, 1.1 * estimate):
         iteration._benchmark = {"runs": {"ours": [{"peak_gib": peak}]}}
         if peak < estimate:

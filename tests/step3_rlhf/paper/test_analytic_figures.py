@@ -64,6 +64,7 @@ def test_grid_lies_inside_and_is_symmetric() -> None:
     assert [1 - p for p in reversed(grid)] == pytest.approx(grid)
 
 
+@pytest.mark.long
 def test_command_draws_every_figure(tmp_path: Path) -> None:
     figures.main([str(tmp_path / "new")])
     written = {path.name: path for path in (tmp_path / "new").iterdir()}

@@ -444,6 +444,7 @@ def measured(directory: Path, grid: Grid, perplexity: float) -> None:
         (directory / cell.name / "instances.jsonl").write_text(instance + "\n")
 
 
+@pytest.mark.long
 def test_a_report_on_several_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other, joint = tmp_path / "one", tmp_path / "other", tmp_path / "together"
     opt = Grid("facebook/opt-1.3b", (0.3,), (1.0,), paper_model="opt-1.3b")

@@ -360,17 +360,18 @@ def test_the_joint_figure_1_has_a_panel_for_each_model(
     file = tmp_path / "sweep" / GRID.pm.name / "evaluation.json"
     higher = json.loads(file.read_text())
     higher["held_out_text"] |= {"perplexity": 9.0, "perplexity_high": 12.0}
+    higher["perplexity_pooled"]["mean"] = 5.0  # beside it, of the policy's own responses
     file.write_text(json.dumps(higher))
     opt = read_results(tmp_path / "sweep", "OPT-$1.3B$")
     figure = sweep_figures.joint_perplexity([opt, llama])
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["(a) OPT-\\$1.3B\\$\nβ = 1", "(b) Llama-2-7B\nβ = 1"]
     heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
-    assert heights == [[9.0, 0.125], [0.125, 0.125]]
+    assert heights == [[9.0, 5.0, 0.125, 0.125], [0.125] * 4]
     for axes in figure.axes:
         assert [label.get_text() for label in axes.get_xticklabels()] == ["PM RLHF", "KL RLHF"]
     swapped = sweep_figures.joint_perplexity([llama, opt])
-    assert [bar.get_height() for bar in swapped.axes[0].patches] == [0.125, 0.125]
+    assert [bar.get_height() for bar in swapped.axes[0].patches] == [0.125] * 4
 
 
 def test_the_joint_figure_1_needs_every_model(

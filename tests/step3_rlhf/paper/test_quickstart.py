@@ -174,6 +174,7 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
+@pytest.mark.long
 def test_files_are_written_in_the_agreed_form(
     quickstart: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,7 +186,9 @@ def test_files_are_written_in_the_agreed_form(
     assert (quickstart / "shares.png").read_bytes().startswith(b"\x89PNG")
 
     found = json.loads((quickstart / "report.json").read_text())
-    assert set(found["reward_model"]) == {"accuracy", "log_loss", "bayes_log_loss", "ece"}
+    figures = {"accuracy", "log_loss", "bayes_log_loss", "ece", "calibration"}
+    assert set(found["reward_model"]) == figures
+    assert found["reward_model"]["calibration"] is None
     assert found["reward_model"]["bayes_log_loss"] == pytest.approx(0.780323874)
     assert "groups" in found["estimand"]
     # 16 log 1000 less the spread of the rewards, 1.0 − (−0.25); what was reached is 0.163
@@ -225,6 +228,28 @@ def test_files_are_written_in_the_agreed_form(
         for metric, cell in zip(METRICS, row[1:], strict=True):
             value = means[metric.name]
             assert cell == ("–" if value is None else f"{number(value)}± 0.005")
+
+
+def test_the_reward_models_calibration_is_shown(quickstart: Path) -> None:
+    before = rendered(quickstart)
+    assert "bash scripts/calibrate.sh" in before
+    bins = [{"low": 0.5, "high": 0.55, "pairs": 9, "confidence": 0.51, "accuracy": 0.5}]
+    measured = {
+        "beta": {"mean": 1.25, "low": 1.1, "high": 1.42, "clusters": 16},
+        "after": {"log_loss": 0.612, "ece": 0.0123, "reliability": bins},
+    }
+    write(quickstart / "reward" / "calibration.json", measured)
+    report.main([str(quickstart)])
+    found = json.loads((quickstart / "report.json").read_text())["reward_model"]["calibration"]
+    assert found == {
+        "beta": 1.25, "low": 1.1, "high": 1.42, "clusters": 16, "log_loss": 0.612, "ece": 0.0123,
+    }  # fmt: skip
+    html = Page(quickstart / "report.html")
+    assert len(html.fetched) == 6  # the diagram after beside that before
+    rows = [row for table in html.tables for row in table]
+    assert ["Calibrated β", "1.250 (1.100 to 1.420)"] in rows
+    assert ["Log-loss, nats", "0.6300", "0.6120"] in rows
+    assert ["Expected calibration error\xa0↓", "0.0200", "0.0123"] in rows
 
 
 def rendered(quickstart: Path) -> str:
@@ -533,8 +558,10 @@ def test_quickstart_passes_what_the_stages_understand(
     ]
     assert calls.pop() == ["-m", "step3_rlhf.paper.quickstart", str(directory)]
     phases = json.loads((directory / "phases.json").read_text())
-    expected = "world sft reward kl pm conditional_pm maximum_entropy js_divergence forward_kl"
-    expected += " chi_squared rloo classes reward_luce luce ptx ema ema_average dpo direct"
+    expected = "world sft reward calibration kl pm conditional_pm maximum_entropy js_divergence"
+    expected += (
+        " forward_kl chi_squared rloo classes reward_luce luce ptx ema ema_average dpo direct"
+    )
     expected += " two_groups reward_group1 reward_group2 reward_pooled weighted_sum pooled mixture"
     expected += " sft_evaluation report"
     assert list(phases["commands"]) == expected.split()

@@ -15,6 +15,7 @@ from step3_rlhf.iteration_metrics import EarlyStopping
 from step3_rlhf.regularizers import Regularizer, ResponseSet, parse_regularizer
 from step3_rlhf.regularizers.optimality import certificate, kl_to_optimum, spread
 from step3_rlhf.regularizers.optimum import optimum
+from step3_rlhf.rewards.mixture import log_sums_of_others, mixture_reward
 
 EOS, A, B = 0, 1, 2
 RESPONSES = [
@@ -231,3 +232,57 @@ def test_a_run_ends_after_enough_iterations_in_a_row() -> None:
     never = EarlyStopping(None)
     never.observe({})
     assert not never.has_arrived()
+
+
+# Of a mixture
+
+OPPOSITE = torch.tensor([[0.89, 0.01], [0.10, 0.10], [0.01, 0.89]], dtype=torch.float64).log()
+"""[3, 2]: rewards of two groups, half of the people each; their mixture is (.45, .10, .45)."""
+HALVES = (0.5, 0.5)
+
+
+def averaged(figure: Any, log_pi: Tensor, count: int) -> float:
+    """The mean of a figure of credits [tuples, count, 2] over every tuple of `count` responses."""
+    rows = torch.tensor(list(itertools.product(range(3), repeat=count)))
+    values = OPPOSITE[rows] - log_pi[rows][..., None]
+    return (log_pi[rows].sum(-1).exp() @ figure(values)).item()
+
+
+def test_a_mixture_of_one_group_is_no_mixture() -> None:
+    values = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double()
+    regularizer = parse_regularizer({"name": "pm", "beta": 0.7})
+    plain = certificate(values, regularizer)
+    mixed = certificate(values[..., None], regularizer, (1.0,))
+    alike = certificate(values[..., None].expand(5, 4, 2), regularizer, (0.3, 0.7))
+    for name, expected in plain.items():
+        torch.testing.assert_close(mixed[name], expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(alike[name], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("count", "largest"), [(4, 0.1), (7, 0.03)])
+def test_at_the_optimum_of_a_mixture_it_is_nearly_zero_on_average(
+    count: int, largest: float
+) -> None:
+    best = torch.tensor([0.45, 0.10, 0.45], dtype=torch.float64).log()
+
+    def of_the_mixture(values: Tensor) -> Tensor:
+        return kl_to_optimum(values, 1.0, HALVES)
+
+    def under_its_own_rewards(values: Tensor) -> Tensor:
+        """The wrong variant: each response's reward has other normalizers, from the others."""
+        log_z = log_sums_of_others(values)
+        credit = mixture_reward(values, log_z, torch.tensor(HALVES).double(), 1.0)
+        return kl_to_optimum(credit, 1.0)
+
+    found = averaged(of_the_mixture, best, count)
+    wrong = averaged(under_its_own_rewards, best, count)
+    gaps = averaged(lambda values: 0.5 * spread(values, 1.0, HALVES), best, count)
+    print(f"{count} responses: KL {found:.4f}, gap {gaps:.4f}; with own normalizers {wrong:.4f}")
+    assert abs(found) < largest < 0.25 * wrong
+    # Elsewhere it is about the exact KL.
+    for shares in ([0.3, 0.4, 0.3], [0.7, 0.2, 0.1]):
+        log_pi = torch.tensor(shares, dtype=torch.float64).log()
+        exact = kl_divergence(log_pi, best).item()
+        elsewhere = averaged(of_the_mixture, log_pi, count)
+        print(f"  at {shares}: {elsewhere:.3f} of {exact:.3f}")
+        assert elsewhere == pytest.approx(exact, rel=0.35)

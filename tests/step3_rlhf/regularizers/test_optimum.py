@@ -116,6 +116,7 @@ def mirror_ascent(regularizer: Regularizer, ref_logp: Tensor, rewards: Tensor) -
 # --- proof 2: gradient ascent ---------------------------------------------------------------------
 
 
+@pytest.mark.long
 @every(SMOOTH)
 @quick
 @given(problem=problems(size=5, spread=2.5, bias=2.5), beta=st.floats(0.5, 2.0))
@@ -131,6 +132,7 @@ def test_gradient_ascent_ends_at_the_optimum(
     assert total_variation(found, optimum_of(regularizer, rewards, ref_logp)) <= 1e-4
 
 
+@pytest.mark.long
 @quick
 @given(problem=problems(size=5, spread=2.0, bias=1.5), beta=st.floats(0.5, 2.0))
 def test_gradient_ascent_ends_at_the_optimum_of_total_variation(

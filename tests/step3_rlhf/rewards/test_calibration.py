@@ -1,6 +1,8 @@
 """ "beta": "calibrated", from scripts/calibrate.sh to the config of stage 3."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,27 @@ from training.runtime import ranks
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-@pytest.fixture
-def reward_run(stage_settings, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A calibrated stage-2 run; the test's process group stands in for the launcher's."""
-    settings = stage_settings("reward") | {"max_steps": 60, "learning_rate": 2e-3}
-    settings |= {"per_device_train_batch_size": 16}
+@pytest.fixture(scope="module")
+def trained(
+    settings_in: Callable[[str, Path], dict[str, Any]],
+    process_group: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A stage-2 run that several tests copy."""
+    settings = settings_in("reward", tmp_path_factory.mktemp("trained"))
+    settings |= {"max_steps": 60, "learning_rate": 2e-3, "per_device_train_batch_size": 16}
     settings["data"]["max_eval_samples"] = 60
     config = check_config(RewardConfig, settings, "config:")
     train_reward(config)
+    return Path(config.output_dir)
+
+
+@pytest.fixture
+def reward_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run to calibrate; the test's process group stands in for the launcher's."""
     monkeypatch.setattr(ranks, "connect", lambda: None)
     monkeypatch.setattr(ranks, "disconnect", lambda: None)
-    return Path(config.output_dir)
+    return shutil.copytree(trained, tmp_path / "reward")
 
 
 def settings_with(stage_settings, reward: Any, **regularizer: Any) -> dict[str, Any]:
@@ -55,12 +67,15 @@ def test_from_the_command_to_the_config(
         "kl": {},
         "conditional_pm": {"alpha": 0.1},
         "f_divergence": {"divergence": "forward_kl"},
-        "generalized_pl": {"g": "softplus"},
+        "generalized_pl": {"g": "exponential"},
     }
     for name, parameters in others.items():
         settings = settings_with(stage_settings, reward, name=name, **parameters)
         config = check_config(PPOConfig, settings, "config:")
         assert config.regularizer.beta == found["beta"]["mean"]
+    settings = settings_with(stage_settings, reward, name="generalized_pl", g="softplus")
+    with pytest.raises(UserError, match="is of the link exponential, and the regularizer takes"):
+        check_config(PPOConfig, settings, "config:")
     source = config.beta_calibration
     assert source is not None
     assert (source.low, source.high) == (found["beta"]["low"], found["beta"]["high"])
@@ -104,6 +119,19 @@ def test_what_has_no_calibration_is_refused_with_the_remedy(
     assert "is of other weights" in refused(model)
     (reward_run / "calibration.json").write_text("{}")
     assert "is no calibration" in refused(model)
+
+
+@pytest.mark.parametrize("parameter", ["beta", "tau"])
+def test_maximum_entropy_is_not_calibrated(stage_settings, parameter: str) -> None:
+    """With τ the calibrated temperature, softmax(r/τ) is what pm ends at."""
+    settings = stage_settings("ppo") | {
+        "reward": {"model_name_or_path": "anything"},
+        "regularizer": {"name": "maximum_entropy", parameter: "calibrated"},
+    }
+    with pytest.raises(UserError) as refusal:
+        check_config(PPOConfig, settings, "config:")
+    assert "regularizer.beta: maximum_entropy has none" in str(refusal.value)
+    assert '{"name": "pm", "beta": "calibrated"}' in str(refusal.value)
 
 
 def test_a_directory_that_is_no_run_needs_more(

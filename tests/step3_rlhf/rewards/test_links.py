@@ -14,8 +14,8 @@ from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.rewards.links import check_links
 from training.config import check_config
 from training.errors import UserError
-from training.models.links import LOG_LINKS
 from training.models.pretrained import LINK, Pretrained
+from training.preferences.links import LOG_LINKS
 
 LUCE = {"name": "generalized_pl", "g": "softplus", "target": "luce"}
 

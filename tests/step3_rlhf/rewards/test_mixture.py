@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from step3_rlhf.config import EvaluationConfig, PPOConfig
+from step3_rlhf.evaluation.metrics import pm_divergence
+from step3_rlhf.regularizers.optimality import certificate
+from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.rewards import mixture as module
 from step3_rlhf.rewards.mixture import DECAY, Mixture, log_sums_of_others, mixture_reward
 from training.config import check_config
@@ -208,6 +211,11 @@ def test_a_mixture_is_read(stage_settings: Any) -> None:
         PPOConfig, settings_with(stage_settings, GROUPS, num_generations=8), "config:"
     )
     assert not any("mixture" in warning for warning in more.warnings())
+    stopping = settings_with(
+        stage_settings, GROUPS, num_generations=8, early_stopping={"optimum_gap": 0.1}
+    )
+    (warning,) = check_config(PPOConfig, stopping, "config:").warnings()
+    assert warning.startswith("early_stopping: optimum/gap falls to 0 for no mixture")
 
 
 @pytest.mark.parametrize(
@@ -255,3 +263,27 @@ def test_an_evaluation_refuses_what_training_refuses(stage_settings: Any) -> Non
     known["regularizer"] = {"name": "generalized_pl", "g": "softplus"}
     with pytest.raises(UserError, match=r"reward\.mixture: generalized_pl cannot have"):
         check_config(EvaluationConfig, known, "config:")
+
+
+@pytest.mark.parametrize(
+    ("draws", "gap", "kl", "divergence"),
+    [(2, 0.11, 0.10, 0.04), (4, 0.33, 0.51, 0.13), (8, 0.07, 0.11, 0.03), (16, 0.03, 0.03, 0.01)],
+)
+def test_what_estimated_normalizers_add_at_the_exact_optimum(
+    draws: int, gap: float, kl: float, divergence: float
+) -> None:
+    """The figures in the evaluation's README; with the exact Z_k all of them are 0."""
+    policy = OPPOSITE @ HALVES
+    torch.manual_seed(0)
+    drawn = torch.multinomial(policy, 20_000 * draws, replacement=True).view(-1, draws)
+    logp, by_group = policy.log()[drawn], OPPOSITE.log()[drawn]
+
+    def figures(log_z: torch.Tensor) -> list[float]:
+        rewards = mixture_reward(by_group, log_z, HALVES, 1.0)
+        found = certificate(rewards - logp, parse_regularizer({"name": "pm"}))
+        pairs = pm_divergence(logp[:, 0], logp[:, 1], rewards[:, 0], rewards[:, 1], 1.0)
+        return [found["gap"].mean().item(), found["kl"].mean().item(), pairs.mean().item()]
+
+    estimated = log_sums_of_others(by_group - logp[..., None])
+    assert figures(estimated) == pytest.approx([gap, kl, divergence], abs=0.005)
+    assert figures(torch.zeros_like(estimated)) == pytest.approx([0, 0, 0], abs=1e-12)

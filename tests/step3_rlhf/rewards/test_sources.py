@@ -150,6 +150,8 @@ def test_the_configured_source(
         ({"model_name_or_path": path}, own),
         ({"models": [{"model_name_or_path": path, "weight": 0.25}]}, 0.25 * own),
         ({"models": [{"model_name_or_path": path}, {"model_name_or_path": path}]}, 2 * own),
+        ({"model_name_or_path": path, "labels": {"LABEL_0": -3.0}}, -3 * own),
+        ({"models": [{"model_name_or_path": path, "labels": {"0": 2.0}, "weight": 0.5}]}, own),
     ):
         config = check_config(PPOConfig, stage_settings("ppo") | {"reward": settings}, "config:")
         source = load_reward(config, roles_of(config))

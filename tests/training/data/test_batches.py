@@ -78,6 +78,9 @@ def test_groups_of_different_sizes():
         {
             "prompt_ids": [[5], [6, 6]],
             "responses_ids": [[[7, EOS], [8, 8, EOS]], [[1, EOS], [3, EOS], [4, EOS]]],
+            "levels": [[0, 1], [0, 0, 1]],
+            "unranked": [0, 1],
+            "largest_tie": [1, 2],
         }
     )
     batch = collate_groups(dataset, [1, 0, FILLER], PAD)
@@ -88,6 +91,8 @@ def test_groups_of_different_sizes():
     assert batch.group_index.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert batch.group_sizes.tolist() == [3, 2, 3]
     assert batch.group_mask.tolist() == [True, True, False]
+    assert batch.levels.tolist() == [0, 0, 1, 0, 1, 0, 0, 1]
+    assert (batch.unranked.tolist(), batch.largest_tie.tolist()) == ([1, 0, 1], [2, 1, 2])
     assert batch.sequences.response_mask.sum(dim=1).tolist() == [2, 2, 2, 2, 3, 0, 0, 0]
     assert batch.to("meta").sequences.input_ids.device.type == "meta"
 

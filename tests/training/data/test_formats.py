@@ -80,7 +80,12 @@ def test_a_dialogue_is_learned_turn_by_turn_or_at_its_end(form: str) -> None:
 
 
 def test_turns_that_are_not_to_be_learned_are_not_the_response() -> None:
-    for mark in ({"weight": 0}, {"train": False}, {"reasoning_content": "Trees ..."}):
+    for mark in (
+        {"weight": 0},
+        {"train": False},
+        {"loss": False},
+        {"reasoning_content": "Trees ..."},
+    ):
         record = parsed({"messages": [*DIALOGUE[:3], DIALOGUE[3] | mark]})
         assert (record.prompt, record.responses) == ((user("Hi"),), ("Hello.",))
     assert parsed({"messages": [*DIALOGUE[:3], DIALOGUE[3] | {"weight": 1}]}).responses == ("Oak",)
@@ -206,10 +211,12 @@ def test_scores_make_rankings() -> None:
     raw = {"prompt": "a", "responses": ["one", "two", "three"], "scores": [0.5, 2, -1]}
     assert parsed(raw, "reward").responses == ("two", "one", "three")
     assert parsed(raw).responses == ("two",)
-    tied = parsed(raw | {"scores": [1, 1, 0]}, "reward")
-    assert (tied.responses, tied.ties) == (("one", "three"), 1)
-    with pytest.raises(Unusable, match="the same score"):
-        parsed(raw | {"scores": [1, 1, 1]}, "reward")
+    tied = parsed(raw | {"scores": [0, 1, 1]}, "reward")
+    assert (tied.responses, tied.levels) == (("two", "three", "one"), (0, 0, 1))
+    assert (tied.tie_sizes, parsed(raw, "reward").levels) == ([2, 1], ())
+    assert parsed(raw | {"scores": [1, 1, 1]}, "reward").levels == (0, 0, 0)
+    again = raw | {"responses": ["one", "two", "one"], "scores": [1, 1, 1]}
+    assert parsed(again, "reward").responses == ("one", "two")  # not a tie with itself
     for scores in ([1, 2], [1, 2, "3"], [1, 2, float("nan")], [1, 2, True], 3):
         with pytest.raises(RecordFault, match="'scores'"):
             parsed(raw | {"scores": scores}, "reward")
@@ -224,6 +231,43 @@ def test_scores_make_rankings() -> None:
     assert parsed(ultra).prompt == (user("a"),)
 
 
+def test_ties_and_partial_rankings() -> None:
+    raw = {"prompt": "a", "responses": ["one", "two", "three", "four"]}
+    tied = parsed(raw | {"ranking": [3, [0, 2], 1]}, "reward")
+    assert (tied.responses, tied.levels) == (("four", "one", "three", "two"), (0, 1, 1, 2))
+    best = parsed(raw | {"ranking": [3, 1], "unranked": [0, 2]}, "reward")
+    assert best.responses == ("four", "two", "one", "three")
+    assert (best.levels, best.unranked, best.tie_sizes) == ((), 2, [])
+    both = parsed(raw | {"ranking": [[3, 1]], "unranked": [0, 2]}, "reward")
+    assert (both.levels, both.unranked, both.tie_sizes) == ((0, 0, 1, 1), 2, [2])
+    last = parsed(raw | {"ranking": [3, 1, 0], "unranked": [2]}, "reward")  # its place is known
+    assert (last.responses[-1], last.unranked) == ("three", 0)
+    for ranking, unranked in (
+        ([3, 1], None), ([3, 1], [0]), ([3, 1], [0, 1]), ([], [0, 1, 2, 3]), ([3, 1, 0, 2, []], []),
+        ([[[3]], 1, 0, 2], []), ([3, 1, 0, True], []), ([3, 1], "0, 2"),
+    ):  # fmt: skip
+        with pytest.raises(RecordFault, match="'ranking'"):
+            parsed(raw | {"ranking": ranking, "unranked": unranked}, "reward")
+    pair = {"prompt": "a", "chosen": "one", "rejected": "two"}
+    assert parsed(pair | {"tie": True}, "reward").levels == (0, 0)
+    assert parsed(pair | {"tie": False}, "reward").levels == ()
+    with pytest.raises(RecordFault, match="'tie'"):
+        parsed(pair | {"tie": "tie"}, "reward")
+    for stage in ("sft", "ppo"):
+        used = check_usable(parsed(raw | {"ranking": [3, [0, 2], 1]}, stage), stage)
+        assert (used.levels, used.responses) == ((), ("four",) if stage == "sft" else ())
+
+
+def test_ties_are_possible_in_sources_that_have_some(tmp_path: Path) -> None:
+    pair = {"prompt": "a", "chosen": "one", "rejected": "two"}
+    decided = write(tmp_path / "decided.jsonl", pair)
+    mixed = write(tmp_path / "mixed.jsonl", pair, {**pair, "prompt": "b", "tie": True})
+    found = read(mixed, "reward")
+    assert [record.largest_tie for record in found.train] == [2, 2]
+    assert found.tally.count("responses tied with another one of their ranking") == 2
+    assert [record.largest_tie for record in read(decided, "reward").train] == [1]
+
+
 def test_helpsteer_rows_of_one_prompt_make_a_ranking(tmp_path: Path) -> None:
     def row(prompt: str, response: str, helpfulness: int) -> dict[str, Any]:
         return {"prompt": prompt, "response": response, "helpfulness": helpfulness, "verbosity": 1}
@@ -234,14 +278,14 @@ def test_helpsteer_rows_of_one_prompt_make_a_ranking(tmp_path: Path) -> None:
         row("c", "alone", 2), row("a", "as good", 4),
     )  # fmt: skip
     found = read(path, "reward")
-    assert texts(found) == [("a", "good", "poor")]
+    assert texts(found) == [("a", "good", "as good", "poor"), ("b", "fine", "same")]
+    assert [record.levels for record in found.train] == [(0, 0, 1), (0, 0)]
     assert found.tally.counts[str(path)] == {
         "read": 6,
         "joined with others of their prompt into a ranking": 3,
-        "dropped: all responses have the same score": 1,
         "skipped: a text for SFT only, nothing to compare": 1,
-        "responses left out, with the score of another one": 1,
-        "used by reward": 1,
+        "responses tied with another one of their ranking": 4,
+        "used by reward": 2,
     }
     assert texts(read(path, "sft")) == [("a", "good"), ("b", "fine"), ("c", "alone")]
     assert [record.prompt_text for record in read(path, "ppo").train] == ["a", "b", "c"]

@@ -92,9 +92,11 @@ def test_a_transcript_is_the_same_as_text_and_as_messages() -> None:
 
 def test_a_ranking_is_read_best_first() -> None:
     rankings = [example for example in RECORDS if example.heading == "ranking"]
-    assert len(rankings) == 2
-    for ranking in rankings:
-        assert parse_record(ranking.value, "", "reward").responses == ("Coffee", "Water", "Tea")
+    assert len(rankings) == 4
+    records = [parse_record(ranking.value, "", "reward") for ranking in rankings]
+    assert {record.responses[:3] for record in records} == {("Coffee", "Water", "Tea")}
+    assert [record.levels for record in records] == [(), (), (0, 1, 1), ()]
+    assert [record.unranked for record in records] == [0, 0, 0, 2]
 
 
 def test_the_sections_of_a_config_are_valid() -> None:

@@ -390,3 +390,25 @@ def test_half_a_character_in_a_name_is_replaced_like_one_in_a_text(tmp_path):
     assert "\ud800" not in str(found.train)
     assert "'\ufffd': ['\ufffd']" in str(found.train)
     assert any("invalid Unicode" in line for line in found.tally.lines())
+
+
+def test_held_out_records_alone(tmp_path):
+    """They are those of a whole reading; sources that have none of them are not read."""
+    lines = [{"prompt": f"Q{i}", "response": f"A{i}", "group": "g"} for i in range(8)]
+    write(tmp_path / "own.jsonl", *lines)
+    write(tmp_path / "eval.jsonl", *lines[:3])
+    for more in ({}, {"eval_sources": [str(tmp_path / "eval.jsonl")]}):
+        data = {"sources": [str(tmp_path / "own.jsonl")], "stage_proportions": ALL_SFT, **more}
+        settings = check_config(DataSettings, {"eval_fraction": 0.25, **data}, "bad:")
+        alone, whole = (
+            read_records(settings, "sft", held_out_only=True),
+            read_records(settings, "sft"),
+        )
+        assert alone.eval == whole.eval
+        assert whole.eval
+        assert whole.train
+        assert alone.train == []
+    (tmp_path / "own.jsonl").write_text("no JSON")
+    assert read_records(settings, "sft", held_out_only=True).eval == whole.eval
+    with pytest.raises(UserError, match=r"own\.jsonl:1"):
+        read_records(settings, "sft")

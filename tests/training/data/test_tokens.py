@@ -47,9 +47,10 @@ def test_columns(tokenizer, settings):
     )
     prompt = "Suggest a drink."
     common = {"prompt": prompt, "group": prompt, "prompt_ids": prompt_ids}
+    untied = {"levels": [0, 1], "unranked": 0, "largest_tie": 1}
     for stage, count, expected in (
         ("sft", 1, {**common, "response_ids": tea}),
-        ("reward", 2, {**common, "responses_ids": [tea, cat]}),
+        ("reward", 2, {**common, "responses_ids": [tea, cat], **untied}),
         ("ppo", 0, {**common, "messages": json.dumps(PAIR.prompt)}),
     ):
         found = tokenize(stage_records(keep(PAIR, count)), tokenizer, settings(), stage)

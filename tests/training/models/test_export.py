@@ -13,12 +13,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from step1_sft.config import SFTConfig
+from training.config import check_config
 from training.errors import RunError
-from training.models.export import export, write_where_there_is_room
+from training.models.export import InterimExports, export, write_where_there_is_room
 from training.models.partitioned import is_partitioned
 from training.models.policy import Policy
 from training.runtime import engine
 from training.runtime.disk import draft_of, publish
+from training.runtime.model_card import Card, Figure
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -121,3 +124,29 @@ def test_other_errors_of_writing_are_not_taken_for_a_full_disk(tmp_path: Path) -
 
     with pytest.raises(PermissionError):
         write_where_there_is_room(write, tmp_path)
+
+
+def test_exports_on_the_way(stage_settings, tmp_path: Path) -> None:
+    settings = stage_settings("sft") | {"export_steps": 2, "output_dir": str(tmp_path / "run")}
+    config = check_config(SFTConfig, settings, "config:")
+    weights = iter("abc")
+
+    def write(place: Path) -> None:
+        place.mkdir(parents=True)
+        (place / "weights").write_text(next(weights))
+
+    figure = Figure("loss", 0.5)
+    card = Card("run", "A model.", "text-generation", "a/b", {"data": "`d`"}, "On d:", [figure])
+    exports = InterimExports(config, {"model": write}, card)
+    for step in range(1, 7):
+        exports.after(step, steps=6)
+    assert sorted(path.name for path in exports.directory.iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]  # the weights after the last step are the run's own export
+    written = exports.directory / "step-00000004" / "model"
+    assert (written / "weights").read_text() == "b"
+    text = (written / "README.md").read_text()
+    assert "# run, step 4" in text
+    assert "these are the weights after 4 of 6 steps" in text
+    assert "0.5" not in text  # no figures of other weights

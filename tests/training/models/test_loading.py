@@ -396,6 +396,60 @@ def test_what_cannot_be_a_reward_model_is_said(tmp_path: Path, world_tokenizer) 
         _ = Pretrained("m", config=MambaConfig(num_hidden_layers=1, hidden_size=8)).has_linear_score
 
 
+def edited(directory: Path, file: str, **changes: object) -> Pretrained:
+    """A Llama with its tokenizer, some of whose settings are other ones."""
+    write_tokenizer(directory, bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+    write_model(directory)
+    path = directory / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return Pretrained(str(directory))
+
+
+@pytest.mark.parametrize("pad", [-1, 5, 32000])
+def test_a_pad_token_beyond_the_embeddings_is_not_the_models(tmp_path: Path, pad: int) -> None:
+    """Llamas of the first year: config.json says 32000 or −1, and there are 32,000 tokens."""
+    pretrained = edited(tmp_path, "config.json", pad_token_id=pad)
+    policy = load_policy(pretrained, pretrained.tokenizer)
+    assert policy.model.config.pad_token_id == pretrained.tokenizer.pad_token_id == 0
+
+
+def test_settings_of_generation_that_could_not_be_saved(tmp_path: Path, capsys) -> None:
+    """transformers refuses them when it saves the model: at the end of the run."""
+    contradictory = {"num_beams": 1, "early_stopping": True}
+    pretrained = edited(tmp_path, "generation_config.json", **contradictory)
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        LlamaForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "as it is")
+    policy = load_policy(pretrained, pretrained.tokenizer)
+    assert "generation_config.json is left out of exports" in capsys.readouterr().out
+    policy.model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == EOS
+    assert "early_stopping" not in saved
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "auto"}, "no model config could be loaded from"),
+        (
+            {"vocab_size": 4},
+            r"weights of another shape: model\.embed_tokens\.weight is \[5, 8\], and config\.json "
+            r"says \[4, 8\]",
+        ),
+    ],
+)
+def test_configs_that_are_not_of_these_weights(tmp_path: Path, changes: dict, message: str) -> None:
+    pretrained = edited(tmp_path, "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        load_policy(pretrained, pretrained.tokenizer)
+
+
+def test_a_config_that_is_a_list(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="no model config could be loaded"):
+        _ = Pretrained(str(tmp_path)).config
+
+
 def test_a_tokenizer_that_joins_pairs_needs_no_end(tmp_path: Path) -> None:
     assert reads_pairs(Pretrained(_short(tmp_path), scores_only=True).tokenizer)
     with pytest.raises(UserError, match="has no EOS token"):

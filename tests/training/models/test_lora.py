@@ -178,6 +178,7 @@ STAGES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("zero", [0, 2, 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_trains_resumes_and_exports(

@@ -40,10 +40,10 @@ class Sizes:
     """Texts of each question for SFT, under people's prior."""
     sft_questions: int | None = 500
     """Questions that SFT learns; None is all of its share, as in the others."""
-    reward_questions: int | None = 320
+    reward_questions: int | None = 640
     """Questions that the reward model learns."""
-    rankings: int = 1
-    """Rankings of each of them."""
+    rankings: int = 3
+    """Rankings of each of them, each asked with the answers in another order."""
     elsewhere: int = 1
     """Answers of other questions that each ranking ends with."""
     shared: int | None = 240
@@ -54,11 +54,11 @@ class Sizes:
     held_out: int = 48
     """Held-out questions of SFT and of the reward model, half of which choose the weights. Direct
     optimization takes half as many."""
-    measured: int = 44
+    measured: int = 80
     """Questions of each held-out set that are measured."""
     sampled: int = 8
     """Unseen questions to which each policy draws answers, for the page."""
-    validation: int = 24
+    validation: int = 32
     """Questions by which α is chosen."""
 
 
@@ -111,14 +111,14 @@ def convert(kept: Kept, prior: Prior, form: Form, sizes: Sizes, seed: int) -> Fi
     """
     parts = split(kept.questions, seed)
 
-    def words(question: Question, text: str | None = None) -> str:
-        return asked(question, text or question.text, form, seed)
+    def words(question: Question, text: str | None = None, number: int = 0) -> str:
+        return asked(question, text or question.text, form, seed, number)
 
     def rewards(questions: list[Question]) -> list[Record]:
         return [
             ranking(
                 question,
-                words(question),
+                words(question, number=number),
                 answers_elsewhere(question, kept.questions, sizes.elsewhere, seed, number),
                 seed,
                 number,

@@ -23,16 +23,17 @@ def source_of(question: Question, seed: int, purpose: str) -> random.Random:
     return random.Random(f"{seed} {purpose} {question.id}")
 
 
-def asked(question: Question, text: str, form: Form, seed: int) -> str:
+def asked(question: Question, text: str, form: Form, seed: int, number: int = 0) -> str:
     """The prompt.
 
     Args:
         text: the question's own words, or others. Other words list the answers in another order.
+        number: of the order, for a question that is asked several times.
     """
     if form == "open":
         return text
     answers = list(question.answers)
-    source_of(question, seed, f"order {text}").shuffle(answers)
+    source_of(question, seed, f"order {text}" + f" {number}" * bool(number)).shuffle(answers)
     return f"{text}\nAnswers: {'; '.join(answers)}"
 
 
