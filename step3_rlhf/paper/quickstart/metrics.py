@@ -127,9 +127,8 @@ METRICS = (
 
 
 DISTANCES = tuple(
-    metric
-    for metric in METRICS
-    if metric.name in ("tv_to_optimum", "tv_to_population", "outside_mass")
+    next(metric for metric in METRICS if metric.name == name)
+    for name in ("tv_to_optimum", "tv_to_population", "outside_mass")
 )
 """The columns by which methods are compared."""
 
