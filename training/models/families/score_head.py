@@ -6,6 +6,7 @@ which is then taken for 2; the weights say how many rows there are.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -66,6 +67,7 @@ class StoredHead:
         return found.to(like)
 
 
+@lru_cache(maxsize=16)  # of one model that is asked for by the checks and by its loading
 def stored_head(pretrained: Pretrained) -> StoredHead | None:
     """The linear head that is stored with the model; None if there is none or it is not known.
 
