@@ -258,7 +258,7 @@ def _load(
         if remedy(error):  # a lack of memory is not the model's fault
             raise
         if other := other_shapes(pretrained, auto_class, config):
-            raise UserError(f"{pretrained} has weights of another shape: {other}") from error
+            raise UserError(f"no model could be loaded from {pretrained}: {other}") from error
         raise UserError(f"no model could be loaded from {pretrained}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

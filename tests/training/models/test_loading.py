@@ -414,17 +414,20 @@ def test_a_pad_token_beyond_the_embeddings_is_not_the_models(tmp_path: Path, pad
 
 
 def test_settings_of_generation_that_could_not_be_saved(tmp_path: Path, capsys) -> None:
-    """transformers refuses them when it saves the model: at the end of the run."""
-    contradictory = {"num_beams": 1, "early_stopping": True}
-    pretrained = edited(tmp_path, "generation_config.json", **contradictory)
+    """transformers refuses them when a changed model is saved: at the end of the run."""
+    pretrained = edited(tmp_path, "config.json")
+    contradictory = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}  # as Llama-2 had
+    (tmp_path / "generation_config.json").write_text(json.dumps(contradictory))
+    as_it_is = LlamaForCausalLM.from_pretrained(tmp_path)
+    as_it_is.generation_config.eos_token_id = EOS
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
-        LlamaForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "as it is")
+        as_it_is.save_pretrained(tmp_path / "as it is")
     policy = load_policy(pretrained, pretrained.tokenizer)
     assert "generation_config.json is left out of exports" in capsys.readouterr().out
     policy.model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert saved["eos_token_id"] == EOS
-    assert "early_stopping" not in saved
+    assert "temperature" not in saved
 
 
 @pytest.mark.parametrize(
@@ -433,15 +436,17 @@ def test_settings_of_generation_that_could_not_be_saved(tmp_path: Path, capsys) 
         ({"dtype": "auto"}, "no model config could be loaded from"),
         (
             {"vocab_size": 4},
-            r"weights of another shape: model\.embed_tokens\.weight is \[5, 8\], and config\.json "
+            r"could be loaded .*: model\.embed_tokens\.weight is \[5, 8\], and config\.json "
             r"says \[4, 8\]",
         ),
     ],
 )
-def test_configs_that_are_not_of_these_weights(tmp_path: Path, changes: dict, message: str) -> None:
+def test_configs_that_are_not_of_these_weights(
+    tmp_path: Path, world_tokenizer, changes: dict, message: str
+) -> None:
     pretrained = edited(tmp_path, "config.json", **changes)
     with pytest.raises(UserError, match=message):
-        load_policy(pretrained, pretrained.tokenizer)
+        load_policy(pretrained, world_tokenizer)
 
 
 def test_a_config_that_is_a_list(tmp_path: Path) -> None:

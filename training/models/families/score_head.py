@@ -6,6 +6,7 @@ which is then taken for 2; the weights say how many rows there are.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -66,6 +67,7 @@ class StoredHead:
         return found.to(like)
 
 
+@lru_cache(maxsize=16)  # of one model that is asked for by the checks and by its loading
 def stored_head(pretrained: Pretrained) -> StoredHead | None:
     """The linear head that is stored with the model; None if there is none or it is not known.
 
@@ -75,12 +77,16 @@ def stored_head(pretrained: Pretrained) -> StoredHead | None:
     hidden = getattr(pretrained.config.get_text_config(), "hidden_size", None)
     if not stored:
         return None
-    names = [_own_name(pretrained)]
-    if f"{names[0]}.weight" not in stored:
+    own, decoder = _own_names(pretrained)
+    names = [own]
+    if f"{own}.weight" not in stored:
         names = [
             name.removesuffix(".weight")
             for name, (shape, _) in stored.items()
-            if shape == (1, hidden) and name.endswith(".weight") and _is_outside_layers(name)
+            if shape == (1, hidden)
+            and name.endswith(".weight")
+            and not name.startswith(decoder)
+            and "embed" not in name  # embeddings may have a single row too
         ]
     if len(names) != 1:
         return None
@@ -92,13 +98,13 @@ def stored_head(pretrained: Pretrained) -> StoredHead | None:
     )
 
 
-def _own_name(pretrained: Pretrained) -> str:
-    """Where the architecture itself has its head: the last linear layer with a row per label."""
+def _own_names(pretrained: Pretrained) -> tuple[str, str]:
+    """Where the architecture itself has its head, and how the names of its decoder begin."""
     try:
         model = pretrained.on_meta(pretrained.classifier)
     except UserError:  # the role's own check says so
-        return SCORE
-    return head_name(model) or SCORE
+        return SCORE, "model."
+    return head_name(model) or SCORE, f"{model.base_model_prefix}."
 
 
 def head_name(model: PreTrainedModel) -> str | None:
@@ -112,11 +118,6 @@ def head_name(model: PreTrainedModel) -> str | None:
         and module not in inside
     ]
     return found[-1] if found else None
-
-
-def _is_outside_layers(name: str) -> bool:
-    """Not in a numbered layer, and not one of the embeddings, which may have a single row too."""
-    return not any(part.isdigit() for part in name.split(".")) and "embed" not in name
 
 
 def stored_weights(pretrained: Pretrained) -> dict[str, tuple[tuple[int, ...], str]]:
