@@ -214,7 +214,7 @@ def check_classes(
 
     Raises:
         UserError: the function cannot be imported; or the answer key cannot be read, or has
-            responses that are longer than those that are drawn.
+            responses that are longer than those that are drawn, or that read alike.
     """
     classes = regularizer.response_classes if regularizer else None
     if classes is None:
@@ -223,7 +223,9 @@ def check_classes(
         import_labels(classes.function)
     if not classes.answer_key:
         return
-    responses = sorted({y for known in read_answer_key(classes.answer_key).values() for y in known})
+    key = read_answer_key(classes.answer_key)
+    as_drawn(key, tokenizer)  # for what it refuses
+    responses = sorted({y for known in key.values() for y in known})
     lengths = [len(ids) for ids in encode_responses(responses, tokenizer)]
     if max(lengths) > response_length:
         longest = responses[lengths.index(max(lengths))]
@@ -234,12 +236,25 @@ def check_classes(
 
 
 def as_drawn(key: AnswerKey, tokenizer: PreTrainedTokenizerBase) -> AnswerKey:
-    """The key with its responses as they read when they are drawn: encoded, and decoded again."""
+    """The key with its responses as they read when they are drawn: encoded, and decoded again.
+
+    Raises:
+        UserError: responses of two classes read alike, because of what the tokenizer leaves out.
+    """
     responses = sorted({response for known in key.values() for response in known})
     ids = [row[:-1] for row in encode_responses(responses, tokenizer)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     drawn = {y: text.strip() for y, text in zip(responses, texts, strict=True)}
-    return {prompt: {drawn[y]: name for y, name in known.items()} for prompt, known in key.items()}
+    found: AnswerKey = {prompt: {} for prompt in key}
+    for prompt, known in key.items():
+        for y, name in known.items():
+            if found[prompt].setdefault(drawn[y], name) != name:
+                raise UserError(
+                    f"regularizer.classes.answer_key: the tokenizer writes {y!r} as {drawn[y]!r}, "
+                    f"which is in both {found[prompt][drawn[y]]!r} and {name!r} for the prompt "
+                    f"{prompt!r}; put them into one class"
+                )
+    return found
 
 
 def prompts_of(rollout: Rollout) -> list[PromptIds]:

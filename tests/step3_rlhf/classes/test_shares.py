@@ -1,5 +1,6 @@
 """Class shares under a reference, by the model's own logits, and by its draws."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -131,6 +133,22 @@ def test_an_answer_that_is_never_drawn_whole_is_refused(
     check_classes(None, world_tokenizer, 3)
     check_classes(parse_regularizer({"name": "pm"}), world_tokenizer, 3)
     assert class_shares(parse_regularizer({"name": "pm"}), None, None, None) is None  # type: ignore[arg-type]
+
+
+def test_classes_that_the_tokenizer_does_not_tell_apart_are_refused(
+    shares: Any, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    line = {"prompt": "Drink?", "classes": {"drink": ["Tea"], "letter": ["tea"]}}
+    (tmp_path / "key.jsonl").write_text(json.dumps(line))
+    settings = {"answer_key": str(tmp_path / "key.jsonl")}
+    regularizer = parse_regularizer(
+        {"name": "conditional_pm", "level": "class", "classes": settings}
+    )
+    check_classes(regularizer, world_tokenizer, 16)
+    uncased = copy.deepcopy(world_tokenizer)
+    uncased.backend_tokenizer.normalizer = Lowercase()
+    with pytest.raises(UserError, match="writes 'tea' as 'tea', which is in both 'drink' and"):
+        check_classes(regularizer, uncased, 16)
 
 
 # Classes that are drawn
