@@ -25,13 +25,13 @@ from step2_reward.calibrate.settings import (
 from step2_reward.calibration import calibration_figures, draw_reliability
 from step2_reward.main import PreferenceModelling, log_odds
 from step2_reward.ties import require_decided
+from training.choices.links import LinkName
 from training.cli import errors_end_cleanly, start
 from training.config import apply_overrides, check_config
 from training.data import read_records, tokenize
 from training.errors import UserError
 from training.fitting import held_out_splits, require_evaluation
 from training.models.checks import check_positions
-from training.models.links import LinkName
 from training.models.loading import load_reward_model
 from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained

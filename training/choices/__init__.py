@@ -1,0 +1,1 @@
+"""Models of how people choose among responses: likelihoods as pure functions of scores."""
