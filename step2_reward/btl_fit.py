@@ -28,7 +28,7 @@ from itertools import chain, permutations
 import torch
 from torch import Tensor
 
-from training.choices.links import LinkName
+from training.preferences.links import LinkName
 
 Comparison = tuple[str, Sequence[int], Sequence[int]]
 """Prompt, preferred response and other response; responses as token ids."""

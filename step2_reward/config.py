@@ -1,7 +1,7 @@
 """Settings of stage 2, the reward model."""
 
-from training.choices.links import LinkName
 from training.config import Count
+from training.preferences.links import LinkName
 from training.stage_config import SupervisedConfig
 
 

@@ -1,13 +1,13 @@
 """Preference losses: pure functions, in nats, one term per comparison.
 
-They take scores s = log g(r) of the link g (training/choices/links.py): rewards, if it is e^r.
+They take scores s = log g(r) of the link g (training/preferences/links.py): rewards, if it is e^r.
 """
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.choices.davidson_luce import davidson_luce_loss
-from training.choices.plackett_luce import plackett_luce_loss
+from training.preferences.davidson_luce import davidson_luce_loss
+from training.preferences.plackett_luce import plackett_luce_loss
 
 __all__ = ["btl_loss", "davidson_luce_loss", "plackett_luce_loss"]
 

@@ -22,7 +22,6 @@ from step2_reward.config import RewardConfig
 from step2_reward.losses import davidson_luce_loss, plackett_luce_loss
 from step2_reward.ties import WithTies, first_prevalences, require_decided
 from training import fitting
-from training.choices.links import LOG_LINKS, LinkName
 from training.cli import prepare_output, run_stage
 from training.data import GroupedBatch, Split, collate_groups, response_end
 from training.dry_run import DryRun, supervised_steps
@@ -33,6 +32,7 @@ from training.models.loading import load_scalar_model
 from training.models.options import LoadOptions, precision
 from training.models.pretrained import LINK, RESPONSE_END
 from training.models.scalar import last_token
+from training.preferences.links import LOG_LINKS, LinkName
 from training.runtime import ranks
 from training.runtime.disk import recover
 from training.runtime.engine import TrainedModule

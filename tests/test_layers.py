@@ -21,22 +21,22 @@ step3_rlhf.paper.pages step3_rlhf.paper.people step3_rlhf.paper.people.boards
 step3_rlhf.paper.people.data step3_rlhf.paper.people.data.phrasing step3_rlhf.paper.people.report
 step3_rlhf.paper.people.report.word_list step3_rlhf.paper.quickstart
 step3_rlhf.paper.quickstart.machine step3_rlhf.paper.quickstart.metrics step3_rlhf.rewards
-training training.choices training.choices.davidson_luce training.choices.plackett_luce
-training.data.batches training.data.tally training.deferred training.errors training.launch
-training.launch.process training.models training.models.decoding training.models.decoding.cache
-training.models.decoding.few_rows training.models.families training.models.families.generation
-training.models.families.own_head training.models.logprobs training.runtime
-training.runtime.averaging training.runtime.disk training.runtime.extensions
+training training.data.batches training.data.tally training.deferred training.errors
+training.launch training.launch.process training.models training.models.decoding
+training.models.decoding.cache training.models.decoding.few_rows training.models.families
+training.models.families.generation training.models.families.own_head training.models.logprobs
+training.preferences training.preferences.davidson_luce training.preferences.plackett_luce
+training.runtime training.runtime.averaging training.runtime.disk training.runtime.extensions
 training.runtime.json_text training.runtime.random_states training.runtime.weights
 training.statistics training.world training.world.topics
 
 step2_reward.calibrate.temperature step2_reward.losses step3_rlhf.benchmark.measure
 step3_rlhf.chat.shares step3_rlhf.direct.loss step3_rlhf.paper.people.data.questions
-step3_rlhf.paper.people.measure step3_rlhf.ppo training.choices.links training.config
-training.data.chat_template training.data.fields training.data.json_lines
-training.deepspeed_section training.launch.gpus training.launch.launcher training.launch.lock
-training.memory training.models.families.noise training.models.packing training.plotting
-training.plugins training.runtime.ranks training.world.population training.world.prompts
+step3_rlhf.paper.people.measure step3_rlhf.ppo training.config training.data.chat_template
+training.data.fields training.data.json_lines training.deepspeed_section training.launch.gpus
+training.launch.launcher training.launch.lock training.memory training.models.families.noise
+training.models.packing training.plotting training.plugins training.preferences.links
+training.runtime.ranks training.world.population training.world.prompts
 
 step2_reward.btl_fit step2_reward.calibrate.linked step2_reward.calibration
 step3_rlhf.benchmark.floor step3_rlhf.chat.arguments step3_rlhf.chat.bars

@@ -25,7 +25,6 @@ from step2_reward.calibrate.settings import (
 from step2_reward.calibration import calibration_figures, draw_reliability
 from step2_reward.main import PreferenceModelling, log_odds
 from step2_reward.ties import require_decided
-from training.choices.links import LinkName
 from training.cli import errors_end_cleanly, start
 from training.config import apply_overrides, check_config
 from training.data import read_records, tokenize
@@ -35,6 +34,7 @@ from training.models.checks import check_positions
 from training.models.loading import load_reward_model
 from training.models.options import LoadOptions
 from training.models.pretrained import Pretrained
+from training.preferences.links import LinkName
 from training.runtime import engine, ranks
 from training.runtime.disk import write_whole
 from training.runtime.json_text import json_text

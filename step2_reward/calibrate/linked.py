@@ -20,7 +20,7 @@ from step2_reward.calibrate.temperature import (
     held_out_margins,
     with_interval,
 )
-from training.choices.links import LOG_LINKS, LinkName
+from training.preferences.links import LOG_LINKS, LinkName
 from training.statistics import Estimate, cluster_sum_error
 
 DECADES = 6.0

@@ -5,10 +5,10 @@ from typing import Any
 
 from pydantic import Field
 
-from training.choices.links import LinkName
 from training.cli import SettingsParser, add_common_options
 from training.config import Count, read_mapping
 from training.data.settings import DataSettings
+from training.preferences.links import LinkName
 from training.stage_config import RunConfig
 
 EXAMPLES = """examples:

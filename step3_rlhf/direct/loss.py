@@ -11,7 +11,7 @@ Shapes: C comparisons of up to K responses each, best first.
 import torch
 from torch import Tensor
 
-from training.choices.plackett_luce import plackett_luce_loss
+from training.preferences.plackett_luce import plackett_luce_loss
 
 
 def direct_loss(marginals: Tensor, present: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from step3_rlhf.regularizers.solvers import decreasing_root
-from training.choices.links import log_sigmoid, log_softplus
 from training.deferred import Tensor, torch
+from training.preferences.links import log_sigmoid, log_softplus
 
 
 class Link(ABC):

@@ -17,7 +17,7 @@ from step2_reward.btl_fit import (
     with_circles_reversed,
 )
 from step2_reward.main import fit_of_one_model, report_of
-from training.choices.links import LOG_LINKS
+from training.preferences.links import LOG_LINKS
 
 CONDORCET = torch.tensor([[0.89, 0.10, 0.01], [0.01, 0.89, 0.10]], dtype=torch.float64)
 """Two groups: A > B > C and B > C > A."""

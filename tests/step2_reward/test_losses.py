@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from step2_reward.losses import btl_loss, plackett_luce_loss
-from training.choices.links import LOG_LINKS, LinkName
+from training.preferences.links import LOG_LINKS, LinkName
 
 
 def all_present(rewards: torch.Tensor) -> torch.Tensor:

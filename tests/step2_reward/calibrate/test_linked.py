@@ -14,7 +14,7 @@ from step2_reward.calibrate.linked import (
     tempered,
 )
 from step2_reward.calibrate.temperature import NoTemperatureError, calibrated_temperature
-from training.choices.links import LOG_LINKS, LinkName
+from training.preferences.links import LOG_LINKS, LinkName
 
 REWARDS = torch.tensor([2.0, 1.0, -0.5, -2.0], dtype=torch.float64)
 

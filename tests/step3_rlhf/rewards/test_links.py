@@ -12,10 +12,10 @@ from step2_reward.main import main as train_reward
 from step3_rlhf.regularizers.links import LINKS
 from step3_rlhf.regularizers.registry import parse_regularizer
 from step3_rlhf.rewards.links import check_links
-from training.choices.links import LOG_LINKS
 from training.config import check_config
 from training.errors import UserError
 from training.models.pretrained import LINK, Pretrained
+from training.preferences.links import LOG_LINKS
 
 LUCE = {"name": "generalized_pl", "g": "softplus", "target": "luce"}
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.choices.links import LOG_LINKS, LinkName
+from training.preferences.links import LOG_LINKS, LinkName
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.choices.davidson_luce import davidson_luce_loss
-from training.choices.plackett_luce import plackett_luce_loss
+from training.preferences.davidson_luce import davidson_luce_loss
+from training.preferences.plackett_luce import plackett_luce_loss
 
 Outcome = tuple[tuple[int, ...], ...]
 """Sets of tied responses, best first."""

@@ -1,1 +1,0 @@
-"""Models of how people choose among responses: likelihoods as pure functions of scores."""

@@ -1,0 +1,1 @@
+"""Models of what people prefer: the probabilities of choices and rankings, given rewards."""
