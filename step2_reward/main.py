@@ -133,22 +133,24 @@ class PreferenceModelling:
         found = self.model(sequences.input_ids, sequences.attention_mask)
         values, log_ties = found if isinstance(found, tuple) else (found, found.new_zeros(0))
         rewards, present = by_group(last_token(values, sequences.attention_mask), batch)
-        levels, _ = by_group(batch.levels, batch)
+        unranked = batch.unranked.to(rewards.device, non_blocking=True)
         columns = torch.arange(rewards.shape[1], device=rewards.device)
-        ranked = columns < (batch.group_sizes - batch.unranked)[:, None]
-        return Ranked(rewards, present, levels, ranked, batch.largest_tie, log_ties)
+        ranked = columns < (batch.group_sizes - unranked)[:, None]
+        partial = bool(batch.unranked.any())
+        return Ranked(rewards, present, batch.levels, ranked, partial, batch.largest_tie, log_ties)
 
     def _losses(self, of: "Ranked") -> torch.Tensor:
         """[groups] losses in nats; 0 for filler."""
         scores = self.log_link(of.rewards)
-        if not len(of.log_ties) and bool(of.ranked[of.present].all()):
-            return plackett_luce_loss(scores, of.present)
+        if not of.partial and int(of.largest_tie.max()) == 1:
+            losses = plackett_luce_loss(scores, of.present)
+            # All ranks average the gradient of δ, also those whose batch cannot have ties.
+            return losses + 0.0 * of.log_ties.sum() if len(of.log_ties) else losses
         # Held-out ties may be larger than any in training; those have δ_n = 1.
         unknown = int(of.largest_tie.max()) - 1 - len(of.log_ties)
         log_ties = torch.cat([of.log_ties, of.log_ties.new_zeros(max(unknown, 0))])
-        return davidson_luce_loss(
-            scores, of.levels, of.ranked, of.present, log_ties, of.largest_tie
-        )
+        order = of.largest_tie.to(scores.device, non_blocking=True)
+        return davidson_luce_loss(scores, of.levels, of.ranked, of.present, log_ties, order)
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ class Ranked:
     present: torch.Tensor  # [G, K] bool: where there is a response; nowhere in filler
     levels: torch.Tensor  # [G, K] long: the same number for tied responses
     ranked: torch.Tensor  # [G, K] bool: False for those behind the others in unknown order
-    largest_tie: torch.Tensor  # [G] long: the most responses that could be tied
+    partial: bool  # whether there are any of unknown order
+    largest_tie: torch.Tensor  # [G] long, on the host: the most responses that could be tied
     log_ties: torch.Tensor  # [D − 1] log δ_n of the Davidson–Luce model; empty without ties
 
 
@@ -179,12 +182,14 @@ def by_group(rewards: torch.Tensor, batch: GroupedBatch) -> tuple[torch.Tensor, 
 
 def implied_pairs(of: Ranked) -> list[tuple[float, float, int]]:
     """r(better), r(worse) and the group of every pair that the rankings decide."""
-    count = of.present.shape[1]
-    better, worse = torch.triu_indices(count, count, offset=1, device=of.present.device)
-    decided = of.present[:, better] & of.present[:, worse] & of.ranked[:, better]
-    decided &= of.levels[:, better] != of.levels[:, worse]
-    rewards = (of.rewards[:, better][decided], of.rewards[:, worse][decided])
-    columns = (*rewards, decided.nonzero()[:, 0])
+    parts = (of.rewards, of.levels, of.present & of.ranked, of.present)
+    # One copy to the host: a GPU waits for each.
+    rewards, levels, ranked, present = torch.stack([part.double() for part in parts]).cpu()
+    better, worse = torch.triu_indices(present.shape[1], present.shape[1], offset=1)
+    decided = (ranked[:, better] > 0) & (present[:, worse] > 0)
+    decided &= levels[:, better] != levels[:, worse]
+    pairs = (rewards[:, better][decided], rewards[:, worse][decided])
+    columns = (*pairs, decided.nonzero()[:, 0])
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 

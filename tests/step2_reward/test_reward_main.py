@@ -53,7 +53,7 @@ def test_margins_of_every_pair_that_a_ranking_implies() -> None:
     rewards = torch.tensor([[3.0, 1.0, 0.0], [0.0, 5.0, 99.0], [7.0, 7.0, 7.0]])
     present = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
     levels, ranked = torch.arange(3).expand(3, 3), torch.ones(3, 3).bool()
-    whole = Ranked(rewards, present, levels, ranked, torch.ones(3).long(), torch.zeros(0))
+    whole = Ranked(rewards, present, levels, ranked, False, torch.ones(3).long(), torch.zeros(0))
     found = implied_pairs(whole)
     assert sorted(found) == [(0.0, 5.0, 1), (1.0, 0.0, 0), (3.0, 0.0, 0), (3.0, 1.0, 0)]
     pairs = torch.tensor([pair[:2] for pair in sorted(found)])

@@ -131,6 +131,13 @@ def test_the_loss_of_ties_and_of_the_best_of_several(
     for row, loss in enumerate(expected):
         assert task.loss_sum(task.collate([row])).item() == pytest.approx(loss, rel=1e-6)
     assert task.loss_sum(task.collate([2, 0, 1])).item() == pytest.approx(sum(expected), rel=1e-6)
+    log_ties = torch.tensor([0.3], requires_grad=True)
+    task.model = lambda ids, mask: (model(ids, mask)[0], log_ties)
+    untied = data.select([1]).map(lambda row: {"largest_tie": 1})
+    task.train = untied
+    task.loss_sum(task.collate([0])).backward()
+    assert log_ties.grad.item() == 0.0  # there, for the average over ranks
+    task.train, task.model = data, model
     figures = task.evaluate("test")
     assert figures["test/loss"] == pytest.approx(sum(expected) / 3, rel=1e-6)
     assert task.calibration["pairs"] == 3  # 5 over 6; 6 over 5 and over 7

@@ -1,7 +1,7 @@
 """Token ids -> padded tensors, and the order in which a run sees its data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,18 +62,18 @@ class GroupedBatch:
     group_mask: torch.Tensor
     """[n_groups] bool: False for filler groups, which carry no loss."""
     levels: torch.Tensor
-    """[B] long: the same number for tied responses of a group."""
+    """[n_groups, largest group] long: the same number for tied responses; −1 behind the last."""
     unranked: torch.Tensor
     """[n_groups] long: how many of the last responses come after the others in unknown order."""
     largest_tie: torch.Tensor
-    """[n_groups] long: the most responses that could be tied; 1 if none could."""
+    """[n_groups] long: the most responses that could be tied; 1 if none could. Both stay on the
+    host, where it is decided which likelihood the batch needs."""
 
     def to(self, device: torch.device | str) -> "GroupedBatch":
         """The same batch on `device`."""
-        groups = [getattr(self, field.name) for field in fields(self) if field.name != "sequences"]
-        return GroupedBatch(
-            self.sequences.to(device), *(part.to(device, non_blocking=True) for part in groups)
-        )
+        names = ("group_index", "group_sizes", "group_mask", "levels")
+        parts = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, sequences=self.sequences.to(device), **parts)
 
 
 def pad_sequences(
@@ -150,7 +150,8 @@ def collate_groups(dataset: "Dataset", indices: Sequence[int], pad_token_id: int
     )
     response_mask = batch.response_mask & group_mask[group_index][:, None]
     sequences = SequenceBatch(batch.input_ids, batch.attention_mask, response_mask)
-    levels = [level for row in rows for level in row["levels"]]
+    width = int(sizes.max())
+    levels = [row["levels"] + [-1] * (width - len(row["levels"])) for row in rows]
     order = [torch.tensor([row[name] for row in rows]) for name in ("unranked", "largest_tie")]
     return GroupedBatch(sequences, group_index, sizes, group_mask, torch.tensor(levels), *order)
 

@@ -91,7 +91,7 @@ def test_groups_of_different_sizes():
     assert batch.group_index.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert batch.group_sizes.tolist() == [3, 2, 3]
     assert batch.group_mask.tolist() == [True, True, False]
-    assert batch.levels.tolist() == [0, 0, 1, 0, 1, 0, 0, 1]
+    assert batch.levels.tolist() == [[0, 0, 1], [0, 1, -1], [0, 0, 1]]
     assert (batch.unranked.tolist(), batch.largest_tie.tolist()) == ([1, 0, 1], [2, 1, 2])
     assert batch.sequences.response_mask.sum(dim=1).tolist() == [2, 2, 2, 2, 3, 0, 0, 0]
     assert batch.to("meta").sequences.input_ids.device.type == "meta"

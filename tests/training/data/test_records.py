@@ -192,7 +192,8 @@ def test_every_fault_has_its_file_and_line():
         f"{path}:6: 'prompt' is int, a text was expected",
         f"{path}:7: 'rejected' is null",
         f"{path}:8: no 'prompt'; did you mean 'promt'?",
-        f"{path}:9: 'ranking' [1, 2] does not list the indices 0 to 1, best first, each once",
+        f"{path}:9: 'ranking' [1, 2] does not list the indices 0 to 1, best first, each once; "
+        "those of unknown order belong in 'unranked'",
         f"{path}:10: a prompt without 'chosen' and 'rejected', 'responses' and 'ranking', "
         "or 'response'",
         f"{path}:11: no 'prompt'; known here: chosen, rejected",
