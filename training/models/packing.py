@@ -184,8 +184,15 @@ def refuse_unpackable(config: PretrainedConfig, name_or_path: str) -> None:
     """Refuse a model whose layers do not simply follow a mask and would mix packed sequences.
 
     Raises:
-        UserError: the model is not in `PACKABLE`, or has sliding windows.
+        UserError: the model is not in `PACKABLE`, has sliding windows, or names another attention
+            than torch's, which takes the mask for numbers to add.
     """
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "sdpa"):
+        raise UserError(
+            f"packing: the config.json of {name_or_path} sets attn_implementation to {attention}, "
+            "and packing needs sdpa; remove it there, or packing=false"
+        )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = not hasattr(config, "layer_types") and getattr(config, "sliding_window", None)
     if config.model_type not in PACKABLE or kinds != {"full_attention"} or window:

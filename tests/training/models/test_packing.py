@@ -188,3 +188,10 @@ def test_packed_values_are_the_padded_ones(model: PreTrainedModel) -> None:
 def test_models_of_other_attention_are_refused(config: PretrainedConfig) -> None:
     with pytest.raises(UserError, match=r"packing: models/one is a .*packing=false"):
         refuse_unpackable(config, "models/one")
+
+
+def test_attention_that_adds_the_mask_is_refused() -> None:
+    config = AutoConfig.for_model("llama", attn_implementation="eager")
+    with pytest.raises(UserError, match=r"of models/one sets attn_implementation to eager, .*sdpa"):
+        refuse_unpackable(config, "models/one")
+    refuse_unpackable(AutoConfig.for_model("llama", attn_implementation="sdpa"), "models/one")
