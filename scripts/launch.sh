@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced: `launch MODULE ARGUMENTS...` checks a stage's config and starts its processes
-# (training/launch/launcher.py), with DeepSpeed's launcher for several nodes or with DEEPSPEED_ARGS.
+# Sourced: `launch MODULE ARGUMENTS...` checks a stage's config and starts its processes with the
+# DeepSpeed launcher (training/launch/launcher.py).
 #   NUM_PROCESSES=2   processes per node (default: every visible GPU; one on a CPU)
 #   HOSTFILE=path     several nodes, in DeepSpeed's hostfile format, reached by pdsh over ssh
 #   NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=port    with HOSTFILE: only this node's processes,
 #                     without ssh; start the same command on every node, each with its own number
 #   MASTER_PORT=port  the port at which the processes meet (default: a free one)
-#   DEEPSPEED_ARGS=…  options of DeepSpeed's launcher
+#   DEEPSPEED_ARGS=…  anything else for the launcher
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 source "$root/scripts/nodes.sh"
 

@@ -6,7 +6,7 @@ They take scores s = log g(r) of the link g (training/preferences/links.py): rew
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.models.davidson_luce import davidson_luce_loss
+from training.preferences.davidson_luce import davidson_luce_loss
 from training.preferences.plackett_luce import plackett_luce_loss
 
 __all__ = ["btl_loss", "davidson_luce_loss", "plackett_luce_loss"]

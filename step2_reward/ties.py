@@ -1,6 +1,6 @@
 """How often people call responses tied: the prevalences δ_n of the Davidson–Luce model.
 
-They are learned together with the rewards (training/models/davidson_luce.py) and are of no use
+They are learned together with the rewards (training/preferences/davidson_luce.py) and are of no use
 afterwards: what a policy has to match are the choices of those who decide.
 """
 

@@ -24,12 +24,11 @@ step3_rlhf.paper.people.report step3_rlhf.paper.people.report.word_list
 step3_rlhf.paper.quickstart step3_rlhf.paper.quickstart.machine
 step3_rlhf.paper.quickstart.metrics step3_rlhf.reference step3_rlhf.rewards training
 training.data.batches training.data.tally training.deferred training.errors training.launch
-training.launch.one_node training.launch.process training.models training.models.davidson_luce
-training.models.decoding training.models.decoding.cache training.models.decoding.few_rows
-training.models.families training.models.families.float32_logits
+training.launch.process training.models training.models.decoding training.models.decoding.cache
+training.models.decoding.few_rows training.models.families training.models.families.float32_logits
 training.models.families.generation training.models.families.own_head training.models.logprobs
-training.preferences training.preferences.plackett_luce training.runtime
-training.runtime.averaging training.runtime.disk training.runtime.extensions
+training.preferences training.preferences.davidson_luce training.preferences.plackett_luce
+training.runtime training.runtime.averaging training.runtime.disk training.runtime.extensions
 training.runtime.json_text training.runtime.random_states training.runtime.weights
 training.statistics training.world training.world.topics
 

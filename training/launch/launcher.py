@@ -1,8 +1,7 @@
-"""Starts the processes of a run, once the config is known to be sound.
+"""Starts the processes of a run with DeepSpeed's launcher, once the config is known to be sound.
 
 This process checks the config first and then is the launcher, so that a mistake ends before any
-process is started. The processes of one node are started here (one_node.py); for everything else
-there is DeepSpeed's launcher.
+process is started, and the launcher's imports are paid for once.
 
 scripts/launch.sh says what to start in these variables:
     LAUNCH_DEVICES      one node: the GPUs, or the numbers of the processes on a CPU, as in 0,1
@@ -10,15 +9,17 @@ scripts/launch.sh says what to start in these variables:
     LAUNCH_BY_PDSH      set: that command reaches several nodes through pdsh
 """
 
+import base64
 import gc
+import json
 import os
 import re
 import shlex
 import signal
 import socket
+import sys
 
 from training.errors import RunError
-from training.launch.one_node import run_on_this_node
 
 PROCESS = "training.launch.process"
 
@@ -30,27 +31,31 @@ def launch(module: str, arguments: list[str]) -> None:
         SystemExit: with the exit code of the first process that failed, which said why.
         RunError: a process was killed by a signal, and could not say why.
     """
+    gc.disable()  # see process.py
     if os.environ.get("LAUNCH_BY_PDSH"):
         arguments = [quoted_for_nodes(word) for word in arguments]
+    command = ["--log_level=critical", "--module", PROCESS, module, *arguments]
     try:
         if devices := os.environ.get("LAUNCH_DEVICES"):
-            port = int(os.environ.get("MASTER_PORT") or free_port())
-            run_on_this_node(devices.split(","), port, [PROCESS, module, *arguments])
+            on_this_node(devices.split(","), command)
         else:
-            by_deepspeed([PROCESS, module, *arguments])
+            from deepspeed.launcher import runner
+
+            runner.main([*os.environ["LAUNCH_ARGUMENTS"].splitlines(), *command])
     except SystemExit as ended:
         if isinstance(ended.code, int) and ended.code < 0:
             raise RunError(killed(-ended.code)) from None
         raise
 
 
-def by_deepspeed(command: list[str]) -> None:
-    """Call DeepSpeed's launcher, with the options that LAUNCH_ARGUMENTS has."""
-    gc.disable()  # see process.py
-    from deepspeed.launcher import runner
+def on_this_node(devices: list[str], command: list[str]) -> None:
+    """Call DeepSpeed's launcher of one node; its command would import torch once more for that."""
+    from deepspeed.launcher import launch
 
-    options = os.environ["LAUNCH_ARGUMENTS"].splitlines()
-    runner.main([*options, "--log_level=critical", "--module", *command])
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    port = os.environ.get("MASTER_PORT") or str(free_port())
+    sys.argv = [launch.__file__, f"--world_info={world}", f"--master_port={port}", *command]
+    launch.main()
 
 
 def quoted_for_nodes(word: str) -> str:

@@ -1,4 +1,4 @@
-"""One process of a run, which a launcher starts:
+"""One process of a run, which DeepSpeed's launcher starts:
 
     python -m training.launch.process --local_rank=0 step1_sft.main CONFIG.json [...]
 

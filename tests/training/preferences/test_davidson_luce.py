@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.models.davidson_luce import davidson_luce_loss
+from training.preferences.davidson_luce import davidson_luce_loss
 from training.preferences.plackett_luce import plackett_luce_loss
 
 Outcome = tuple[tuple[int, ...], ...]

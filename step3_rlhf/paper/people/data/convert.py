@@ -40,9 +40,9 @@ class Sizes:
     """Texts of each question for SFT, under people's prior."""
     sft_questions: int | None = 500
     """Questions that SFT learns; None is all of its share, as in the others."""
-    reward_questions: int | None = 640
+    reward_questions: int | None = 240
     """Questions that the reward model learns."""
-    rankings: int = 3
+    rankings: int = 12
     """Rankings of each of them, each asked with the answers in another order."""
     elsewhere: int = 1
     """Answers of other questions that each ranking ends with."""
