@@ -486,7 +486,7 @@ case "$*" in
         set -- --module "${module%.settings}" "${@:3}"
         printf '%s\\0' "$@" >"$NOTES/call_$(date +%s%N)"
         [[ "$*" != *"$FAIL_ON"* ]] ;;
-    "-m training.world"* | "-m step3_rlhf.paper.quickstart"*)
+    "-m training.world"* | "-m step2_reward.calibrate"* | "-m step3_rlhf.paper.quickstart"*)
         printf '%s\\0' "$@" >"$NOTES/call_$(date +%s%N)"
         [[ "$*" != *"$FAIL_ON"* ]] ;;
     *) exec "$PYTHON" "$@" ;;
@@ -581,6 +581,9 @@ def test_quickstart_passes_what_the_stages_understand(
             made = ["-m", "training.world", "--output_dir", f"{directory}/two_groups"]
             assert call == [*made, "--seed", "5", "--groups", "2"]
             continue
+        if phase == "calibration":
+            assert call == ["-m", "step2_reward.calibrate", f"{directory}/reward"]
+            continue
         module, config, *overrides = call[call.index("--module") + 1 :]
         if module == "step3_rlhf.evaluation":
             if phase == "ema_average":
@@ -655,9 +658,10 @@ def test_quickstart_leaves_the_shipped_configs_as_they_are(
     given = {
         tuple(o.partition("=")[0] for o in call[call.index("--module") + 3 :])
         for call in calls[1:-2]
+        if "--module" in call
     }
     assert given == {("seed", "output_dir"), ("seed", "output_dir", "regularizer")}
-    assert "output_dir=runs/quickstart/kl" in calls[3]
+    assert "output_dir=runs/quickstart/kl" in calls[4]
 
 
 def test_quickstart_names_the_phase_that_failed(
