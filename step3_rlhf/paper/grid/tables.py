@@ -180,7 +180,7 @@ def _environment(results: Results, table: Table, below: Sequence[str] = ()) -> l
             if cell.alpha is not None:
                 label = f"${label}$".replace("log ", "\\log ").replace("α", "\\alpha")
             entries = table.entries(results, cell, " \\pm ")
-            shown = [f"${e}$" if cell in results.measured else _tex(e) for e in entries]
+            shown = [f"${e}$" if any(map(str.isdigit, e)) else _tex(e) for e in entries]
             lines.append(" & ".join([group, label, *shown]) + " \\\\")
     return [*lines, "\\bottomrule", "\\end{tabular}", *below, "\\end{table}"]
 

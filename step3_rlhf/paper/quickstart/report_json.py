@@ -22,7 +22,7 @@ def report_json(findings: Findings, seconds: dict[str, float], machine: Machine)
     runs, sft = findings.runs, findings.runs["sft"]
     means = {key: {m.name: run.mean(m.name) for m in METRICS} for key, run in runs.items()}
     reward_model = asdict(findings.reward_model)
-    calibration = findings.calibration and asdict(findings.calibration)
+    calibration = asdict(findings.calibration) if findings.calibration else None
     if calibration:
         calibration.pop("reliability")
     report: dict[str, Any] = {
