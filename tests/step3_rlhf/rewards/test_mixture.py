@@ -215,7 +215,7 @@ def test_a_mixture_is_read(stage_settings: Any) -> None:
         stage_settings, GROUPS, num_generations=8, early_stopping={"optimum_gap": 0.1}
     )
     (warning,) = check_config(PPOConfig, stopping, "config:").warnings()
-    assert warning.startswith("early_stopping: optimum/gap falls to 0 for no mixture")
+    assert warning.startswith("early_stopping: of few draws, optimum/gap of a mixture")
 
 
 @pytest.mark.parametrize(
@@ -267,12 +267,17 @@ def test_an_evaluation_refuses_what_training_refuses(stage_settings: Any) -> Non
 
 @pytest.mark.parametrize(
     ("draws", "gap", "kl", "divergence"),
-    [(2, 0.11, 0.10, 0.04), (4, 0.33, 0.51, 0.13), (8, 0.07, 0.11, 0.03), (16, 0.03, 0.03, 0.01)],
+    [
+        (2, 0.018, 0.018, 0.04),
+        (4, 0.077, 0.097, 0.13),
+        (8, 0.014, 0.013, 0.03),
+        (16, 0.002, 0.0, 0.01),
+    ],
 )
-def test_what_estimated_normalizers_add_at_the_exact_optimum(
+def test_what_few_draws_add_at_the_exact_optimum(
     draws: int, gap: float, kl: float, divergence: float
 ) -> None:
-    """The figures in the evaluation's README; with the exact Z_k all of them are 0."""
+    """The figures in the evaluation's README; with the exact Z_k the divergence is 0."""
     policy = OPPOSITE @ HALVES
     torch.manual_seed(0)
     drawn = torch.multinomial(policy, 20_000 * draws, replacement=True).view(-1, draws)
@@ -280,10 +285,13 @@ def test_what_estimated_normalizers_add_at_the_exact_optimum(
 
     def figures(log_z: torch.Tensor) -> list[float]:
         rewards = mixture_reward(by_group, log_z, HALVES, 1.0)
-        found = certificate(rewards - logp, parse_regularizer({"name": "pm"}))
+        credit = by_group - logp[..., None]
+        found = certificate(credit, parse_regularizer({"name": "pm"}), HALVES.tolist())
         pairs = pm_divergence(logp[:, 0], logp[:, 1], rewards[:, 0], rewards[:, 1], 1.0)
         return [found["gap"].mean().item(), found["kl"].mean().item(), pairs.mean().item()]
 
     estimated = log_sums_of_others(by_group - logp[..., None])
-    assert figures(estimated) == pytest.approx([gap, kl, divergence], abs=0.005)
-    assert figures(torch.zeros_like(estimated)) == pytest.approx([0, 0, 0], abs=1e-12)
+    found = figures(estimated)
+    assert found[:2] == pytest.approx([gap, kl], abs=0.001)
+    assert found[2] == pytest.approx(divergence, abs=0.005)
+    assert figures(torch.zeros_like(estimated))[2] == pytest.approx(0, abs=1e-12)
