@@ -482,8 +482,8 @@ class PPOConfig(StageConfig, AlignmentConfig):
             )
         if self.reward.mixture and self.early_stopping:
             found.append(
-                "early_stopping: of few draws, optimum/gap of a mixture stays above 0 at the optimum, "
-                "because the level of each group's rewards is estimated"
+                "early_stopping: of few draws, optimum/gap of a mixture stays above 0 at the "
+                "optimum, because the level of each group's rewards is estimated"
             )
         if self.num_generations > 1 and not self.regularizer.levels_credit:
             found.append(f"num_generations: no optimum/gap is logged, {NO_CERTIFICATE}")
