@@ -4,16 +4,16 @@ The law and its quantities are in ../regularizers/truncation.py; here they are m
 prefixes of the reference's responses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from step3_rlhf.config import PPOConfig
 from step3_rlhf.regularizers.log_linear import LogLinear
-from step3_rlhf.regularizers.truncation import cut_share, end_weight_of, log_growth_of
+from step3_rlhf.regularizers.truncation import cut_share, law_statistics
 from step3_rlhf.rollout import Rollout
-from training.models.logprobs import Statistic, masked_sum
+from training.models.logprobs import masked_sum
 from training.models.lora import WithoutAdapter
 from training.runtime.ranks import sum_over_ranks
 
@@ -36,22 +36,13 @@ def foreseen_cuts(
         rollout: this rank's responses of the reference.
         ends: the token ids that end a response.
     """
-
-    def statistic(of: Callable[[LogLinear, Tensor, Tensor], Tensor]) -> Statistic:
-        def value(logits: Tensor, log_normalizer: Tensor) -> Tensor:
-            is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            is_end[list(ends)] = True
-            return of(regularizer, logits - log_normalizer[:, None], is_end)
-
-        return value
-
     sums = torch.zeros(3, dtype=torch.float64, device=rollout.input_ids.device)
     size = config.per_device_eval_batch_size
     for first in range(0, len(rollout), size):
         part = rollout.rows(first, first + size)
         views = (part.input_ids, part.attention_mask, part.scored_mask)
-        for place, of in enumerate((log_growth_of, end_weight_of)):
-            _, values = reference(*views, statistic=statistic(of))
+        for place, statistic in enumerate(law_statistics(regularizer, ends)):
+            _, values = reference(*views, statistic=statistic)
             sums[place] += masked_sum(values.double(), part.scored_mask)
         sums[2] += part.lengths.sum()
     growth, end_weight, tokens = sum_over_ranks(sums.cpu()).tolist()

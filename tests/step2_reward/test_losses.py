@@ -1,10 +1,10 @@
 """Preference losses against literal numbers and closed forms."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from lbfgs import lowest
 
 from step2_reward.losses import btl_loss, plackett_luce_loss
 from training.preferences.links import LOG_LINKS, LinkName
@@ -130,31 +130,10 @@ def expected_loss(scores: torch.Tensor) -> torch.Tensor:
     return losses.mean()
 
 
-def minimized(loss: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor) -> torch.Tensor:
-    """The parameters at which `loss` is smallest."""
-    found = start.clone().requires_grad_()
-    solver = torch.optim.LBFGS(
-        [found],
-        max_iter=500,
-        tolerance_grad=1e-12,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> torch.Tensor:
-        solver.zero_grad()
-        value = loss(found)
-        value.backward()
-        return value
-
-    solver.step(closure)
-    return found.detach()
-
-
 @pytest.mark.parametrize("link", LOG_LINKS)
 def test_a_table_of_rewards_recovers_the_population_under_its_link(link: LinkName) -> None:
     log_g = LOG_LINKS[link]
-    rewards = minimized(lambda r: expected_loss(log_g(r)), torch.zeros(4, dtype=torch.float64))
+    rewards = lowest(lambda r: expected_loss(log_g(r)), 4)
     torch.testing.assert_close(log_g(rewards).softmax(0), POPULATION, rtol=0, atol=1e-6)
     if link != "exponential":  # the same rewards read as those of Bradley-Terry
         assert 0.5 * (rewards.softmax(0) - POPULATION).abs().sum() > 0.05
@@ -172,7 +151,7 @@ def test_the_exponential_link_cannot_hold_what_softplus_made() -> None:
             s = LOG_LINKS[link](theta * x)
             return (wins * btl_loss(s[i], s[j]) + (1 - wins) * btl_loss(s[j], s[i])).mean()
 
-        theta = minimized(loss, torch.ones(1, dtype=torch.float64))
+        theta = lowest(loss, start=torch.ones(1, dtype=torch.float64))
         return LOG_LINKS[link](theta * x).softmax(0)
 
     torch.testing.assert_close(fitted("softplus"), true, rtol=0, atol=1e-6)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lbfgs import lowest
 from torch import Tensor
 
 from step2_reward.losses import btl_loss
@@ -40,23 +41,12 @@ def solution(
     start: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor] = btl_loss,
 ) -> Tensor:
-    rewards = start.clone().requires_grad_()
-    solver = torch.optim.LBFGS(
-        [rewards],
-        max_iter=1000,
-        tolerance_grad=1e-14,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
+    return lowest(
+        lambda rewards: population_loss(rewards, pairs, loss),
+        start=start,
+        iterations=1000,
+        tolerance=1e-14,
     )
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        value = population_loss(rewards, pairs, loss)
-        value.backward()
-        return value
-
-    solver.step(closure)
-    return rewards.detach()
 
 
 @pytest.mark.parametrize("level", [0.0, 7.0])

@@ -9,18 +9,20 @@ from torch import Tensor
 def lowest(
     loss: Callable[[Tensor], Tensor],
     *shape: int,
+    start: Tensor | None = None,
     iterations: int = 400,
     tolerance: float = 1e-11,
     rounds: int = 1,
 ) -> Tensor:
-    """[shape] float64: the logits at the end of L-BFGS, which starts from 0.
+    """[shape] float64: the logits at the end of L-BFGS, which starts from 0 or from `start`.
 
     Args:
         loss: logits -> [].
         tolerance: the search ends at a gradient as small as this.
         rounds: how often the search is started again from where it ended.
     """
-    logits = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    first = torch.zeros(shape, dtype=torch.float64) if start is None else start.clone()
+    logits = first.requires_grad_()
     search = torch.optim.LBFGS(
         [logits],
         max_iter=iterations,

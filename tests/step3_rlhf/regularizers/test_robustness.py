@@ -6,10 +6,9 @@ The derivation in the paper loses a sign on its way (E_π r' is E_π r − E_π 
 its last line has again.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from lbfgs import lowest
 from torch import Tensor
 
 from step3_rlhf.regularizers.base import ResponseSet
@@ -26,27 +25,6 @@ def problem(seed: int, size: int = 5) -> tuple[Tensor, Tensor]:
     return rewards, (2 * logits).softmax(0)
 
 
-def minimized(objective: Callable[[Tensor], Tensor], size: int) -> Tensor:
-    """The argument [size] at which `objective` is smallest, by L-BFGS from zero."""
-    found = torch.zeros(size, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [found],
-        max_iter=500,
-        tolerance_grad=1e-13,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        value = objective(found)
-        value.backward()
-        return value
-
-    solver.step(closure)
-    return found.detach()
-
-
 def entropy(policy: Tensor) -> Tensor:
     return -torch.xlogy(policy, policy).sum()
 
@@ -57,7 +35,7 @@ def robust_value(policy: Tensor, rewards: Tensor, epsilon: float) -> Tensor:
     def under_attack(z: Tensor) -> Tensor:
         return policy @ (rewards - epsilon - z.log_softmax(0))
 
-    return under_attack(minimized(under_attack, len(rewards)))
+    return under_attack(lowest(under_attack, len(rewards), tolerance=1e-13))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -68,7 +46,7 @@ def test_example_1_the_inner_minimum_is_the_objective_of_pm(seed: int) -> None:
     def penalized(other: Tensor) -> Tensor:
         return policy @ other + (rewards - other).logsumexp(0)
 
-    worst = minimized(penalized, len(rewards))
+    worst = lowest(penalized, len(rewards), tolerance=1e-13)
     expected = policy @ rewards + entropy(policy)
     assert penalized(worst).item() == pytest.approx(expected.item(), abs=1e-10)
     # There Δr is log π, up to a constant: the conjugate of log-sum-exp is attained.
@@ -107,7 +85,7 @@ def test_example_1_the_worst_rewards_leave_no_response_to_prefer() -> None:
     """A saddle point: against the matching policy, r' is the same for every response."""
     rewards, _ = problem(0)
     matched = rewards.softmax(0)
-    z = minimized(lambda z: matched @ (rewards - z.log_softmax(0)), len(rewards))
+    z = lowest(lambda z: matched @ (rewards - z.log_softmax(0)), len(rewards), tolerance=1e-13)
     worst = rewards - z.log_softmax(0)
     expected = rewards.logsumexp(0).expand(5)
     torch.testing.assert_close(worst, expected, rtol=0, atol=1e-5)

@@ -6,6 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from lbfgs import lowest
 from torch import Tensor
 
 from training.preferences.davidson_luce import davidson_luce_loss
@@ -135,27 +136,17 @@ def estimated(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, float]:
     Args:
         loss: of the scores of two responses and log δ_2: [3] −log of i wins, j wins and a tie.
     """
-    parameters = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [parameters],
-        max_iter=500,
-        tolerance_grad=1e-13,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
 
-    def closure() -> Tensor:
-        solver.zero_grad()
-        total = tensor(0.0)
+    def total(parameters: Tensor) -> Tensor:
+        losses = tensor(0.0)
         for i, j in combinations(range(3), 2):
             a, b = WORTHS[i], WORTHS[j]
             shares = torch.stack([a, b, PREVALENCE * (a * b).sqrt()])
-            total = total + shares / shares.sum() @ loss(parameters[[i, j]], parameters[3:])
-        total.sum().backward()
-        return total.sum()
+            losses = losses + shares / shares.sum() @ loss(parameters[[i, j]], parameters[3:])
+        return losses.sum()
 
-    solver.step(closure)
-    return parameters[:3].detach().softmax(0), parameters[3].exp().item()
+    found = lowest(total, 4, tolerance=1e-13)
+    return found[:3].softmax(0), found[3].exp().item()
 
 
 def davidson(scores: Tensor, log_ties: Tensor) -> Tensor:
