@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from step3_rlhf.direct.comparisons import Comparisons, RefLogps
 from step3_rlhf.direct.config import DirectConfig
@@ -105,15 +106,16 @@ def fingerprint(
 @torch.no_grad()
 def score(reference: nn.Module, comparisons: Comparisons, batch_size: int, pad: int) -> Tensor:
     """[tokens] log π_ref of the tokens of all responses, set by set; the ranks share the work."""
-    texts = [
-        (compared.prompt.tolist(), response.tolist())
-        for compared in comparisons.sets
-        for response in compared.responses
-    ]
-    by_length = sorted(range(len(texts)), key=lambda row: sum(map(len, texts[row])))
+    texts, longest = [], []
+    for compared in comparisons.sets:
+        texts += [(compared.prompt.tolist(), response.tolist()) for response in compared.responses]
+        longest += [max(map(len, compared.responses))] * len(compared.responses)
+    # Responses to one prompt stay together, since packing computes their prompt once.
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row][0]) + longest[row])
     scored: list[tuple[int, Tensor]] = []
-    for places in fitting.evaluation_batches(len(texts), batch_size):
-        rows = [by_length[place] for place in places if place != FILLER]
+    batches = fitting.evaluation_batches(len(texts), batch_size)
+    for places in tqdm(batches, desc="reference", disable=ranks.rank() != 0, leave=False):
+        rows = [order[place] for place in places if place != FILLER]
         prompts, responses = zip(*(texts[row] for row in rows or [0]), strict=True)
         batch = pad_sequences(prompts, responses, pad).to(ranks.device())
         logp, _ = reference(batch.input_ids, batch.attention_mask, batch.response_mask)
