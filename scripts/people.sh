@@ -10,13 +10,13 @@
 #   --seed N       seed of the two aligned policies (42); the report is over all seeds in DIR
 #   --prior PRIOR  what SFT learns: people (answers in people's proportions) or uniform
 #   --form FORM    listed (a question is asked with the board's answers, in a random order) or open
-#   --method METHOD  how policies are aligned: rloo (from draws and the reward model's rewards) or
-#                  direct (from people's rankings themselves)
+#   --method METHOD  how policies are aligned: direct (from people's rankings themselves) or rloo
+#                  (from draws and the reward model's rewards)
 #   --only-report  write the report again from what is there
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
-directory=runs/people data="" model="" seed=42 prior=people form=listed method=rloo more=()
+directory=runs/people data="" model="" seed=42 prior=people form=listed method=direct more=()
 
 while (($#)); do
     case "$1" in

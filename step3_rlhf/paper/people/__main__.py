@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--method",
         choices=("direct", "rloo"),
-        default="rloo",
+        default="direct",
         help="whether policies learn from people's rankings, or from draws and their rewards",
     )
     parser.add_argument("--only-report", action="store_true", help="write the report again")

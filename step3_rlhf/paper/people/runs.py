@@ -59,7 +59,7 @@ class Experiment:
     """A file of questions; None is the Hub's data set."""
     prior: Prior = "people"
     form: Form = "listed"
-    method: Method = "rloo"
+    method: Method = "direct"
     seed: int = 42
     """Of the two aligned policies."""
     sizes: Sizes = field(default_factory=Sizes)
