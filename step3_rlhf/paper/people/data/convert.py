@@ -139,10 +139,15 @@ def convert(kept: Kept, prior: Prior, form: Form, sizes: Sizes, seed: int) -> Fi
     drawn_to = [*shared, *parts.of("ppo", "train", sizes.asked)]
     unseen = [(question, words(question)) for question in parts.of("ppo", "test", sizes.measured)]
     # Direct optimization evaluates on prompts of the stage `ppo` and insists on training prompts
-    # of it too: the shared question that lies last is left to that stage, and is not measured.
-    place = {question.id: stage_position(words(question)) for question in shared}
-    *_, before, spare = sorted(shared, key=lambda question: place[question.id])
-    learned_share = (place[before.id] + place[spare.id]) / 2
+    # of it too: the shared prompt that lies last is left to that stage, and its question is not
+    # measured.
+    places = {
+        stage_position(words(question, number=number)): question
+        for question in shared
+        for number in range(sizes.rankings)
+    }
+    *_, before, last = sorted(places)
+    spare, learned_share = places[last], (before + last) / 2
     found, failures = reworded([q for q in shared if q is not spare], sizes.measured)
     seen = [(question, words(question, text)) for question, text in found]
     validation = parts.of("ppo", "validation", sizes.validation)

@@ -287,7 +287,7 @@ def test_every_stage_reads_its_files(tmp_path: Path) -> None:
     assert len(read_response_sets(str(tmp_path / "sets_eval.jsonl"))) > 10
 
 
-def test_direct_optimization_learns_all_rankings_but_one_that_is_not_measured(
+def test_direct_optimization_learns_all_prompts_but_one_whose_question_is_not_measured(
     tmp_path: Path,
 ) -> None:
     files = convert(usable(many(300)), "people", "listed", Sizes(), 42)
@@ -297,8 +297,10 @@ def test_direct_optimization_learns_all_rankings_but_one_that_is_not_measured(
         eval_sources=({"path": str(tmp_path / "rankings_eval.jsonl")},),  # type: ignore[arg-type]
         stage_proportions=files.direct_proportions,
     )
-    (spare,) = read_records(settings, "ppo").train
+    spare = read_records(settings, "ppo").train
     learned = read_records(settings, "reward").train
-    assert len(learned) == len(files.records["rankings"]) - 1
+    assert len(learned) + len(spare) == len(files.records["rankings"])
+    (prompt,) = {record.prompt[0]["content"] for record in spare}
+    assert prompt not in {record.prompt[0]["content"] for record in learned}
     measured = {entry["topic"].partition("/")[2] for entry in files.records["sets_eval"]}
-    assert spare.group not in measured
+    assert spare[0].group not in measured
