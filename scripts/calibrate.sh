@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-launch step2_reward.calibrate "$@"
+launch step2_reward.calibrate.settings "$@"

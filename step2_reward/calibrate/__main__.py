@@ -18,15 +18,13 @@ import torch
 from step2_reward.calibrate.linked import estimand, held_out_log_odds, linked_temperature
 from step2_reward.calibrate.settings import (
     CalibrationConfig,
+    calibration_config,
     calibration_parser,
-    missing_settings,
-    reward_settings,
 )
 from step2_reward.calibration import calibration_figures, draw_reliability
 from step2_reward.main import PreferenceModelling, log_odds
 from step2_reward.ties import require_decided
 from training.cli import errors_end_cleanly, start
-from training.config import apply_overrides, check_config
 from training.data import read_records, tokenize
 from training.errors import UserError
 from training.fitting import held_out_splits, require_evaluation
@@ -124,11 +122,7 @@ def summary(found: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = calibration_parser().parse_intermixed_args(arguments)
     with errors_end_cleanly(options.debug):
-        settings = reward_settings(options.reward_dir)
-        faults = apply_overrides(settings, options.overrides)
-        heading = f"{options.reward_dir} cannot be calibrated:"
-        faults += missing_settings(settings)
-        config = check_config(CalibrationConfig, settings, heading, faults)
+        config = calibration_config(options)
         start(lambda: run(config), config)
 
 

@@ -1,12 +1,14 @@
 """The settings of a calibration, as far as the reward model's directory determines them."""
 
+import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from training.cli import SettingsParser, add_common_options
-from training.config import Count, read_mapping
+from training.cli import SettingsParser, add_common_options, errors_end_cleanly, launch_run
+from training.config import Count, apply_overrides, check_config, read_mapping
 from training.data.settings import DataSettings
 from training.preferences.links import LinkName
 from training.stage_config import RunConfig
@@ -68,5 +70,25 @@ def missing_settings(settings: dict[str, Any]) -> list[str]:
     return ["it is not the output of stage 2", *missing] if missing else []
 
 
-if __name__ == "__main__":  # for --help, which needs nothing else
-    calibration_parser().parse_args()
+def calibration_config(options: Namespace) -> CalibrationConfig:
+    """The settings of a command line, checked.
+
+    Args:
+        options: of `calibration_parser`.
+    """
+    settings = reward_settings(options.reward_dir)
+    faults = apply_overrides(settings, options.overrides) + missing_settings(settings)
+    heading = f"{options.reward_dir} cannot be calibrated:"
+    return check_config(CalibrationConfig, settings, heading, faults)
+
+
+def main() -> None:
+    """Check the command line and the settings, then launch the calibration."""
+    arguments = sys.argv[1:]
+    options = calibration_parser().parse_intermixed_args(arguments)
+    with errors_end_cleanly(options.debug):
+        launch_run(calibration_config(options), "step2_reward.calibrate", arguments)
+
+
+if __name__ == "__main__":  # what scripts/launch.sh starts
+    main()

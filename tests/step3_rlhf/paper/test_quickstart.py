@@ -582,7 +582,7 @@ def test_quickstart_passes_what_the_stages_understand(
             assert call == [*made, "--seed", "5", "--groups", "2"]
             continue
         if phase == "calibration":
-            assert call == ["-m", "step2_reward.calibrate", f"{directory}/reward"]
+            assert call == ["-m", "step2_reward.calibrate.settings", f"{directory}/reward"]
             continue
         module, config, *overrides = call[call.index("--module") + 1 :]
         if module == "step3_rlhf.evaluation":
