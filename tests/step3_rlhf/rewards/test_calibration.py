@@ -1,7 +1,10 @@
 """ "beta": "calibrated", from scripts/calibrate.sh to the config of stage 3."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from step3_rlhf.evaluation.settings import run_settings
 from training.config import check_config
 from training.errors import UserError
 from training.runtime import ranks
+
+ROOT = Path(__file__).resolve().parents[3]
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -41,6 +46,24 @@ def reward_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ranks, "connect", lambda: None)
     monkeypatch.setattr(ranks, "disconnect", lambda: None)
     return shutil.copytree(trained, tmp_path / "reward")
+
+
+@pytest.mark.launcher
+@pytest.mark.long
+def test_the_script_launches_it(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "reward")
+    variables = {
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
+        "NUM_PROCESSES": "2",
+    }
+    command = ["bash", str(ROOT / "scripts" / "calibrate.sh"), str(run)]
+    ended = subprocess.run(
+        command, env=os.environ | variables, timeout=300, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "calibrated at beta = " in ended.stdout
+    assert json.loads((run / "calibration.json").read_text())["split"] == "test"
 
 
 def settings_with(stage_settings, reward: Any, **regularizer: Any) -> dict[str, Any]:
