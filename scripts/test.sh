@@ -2,7 +2,7 @@
 # Set-up, lint, types and tests: bash scripts/test.sh [--fast | --all] [pytest arguments]
 #   --fast   only the tests that start no process and take a few seconds at most
 #   --all    also the slow proofs that CI leaves out (about half an hour)
-#   Without either: what CI runs, in about eleven minutes on two cores.
+#   Without either: what CI runs, in 15 to 20 minutes on two cores.
 # Further arguments go to pytest, for example: bash scripts/test.sh tests/step3_rlhf -k kl
 # Tests are spread over all cores (WORKERS=1 turns that off, for example for --pdb).
 for argument in "$@"; do

@@ -81,7 +81,7 @@ class Step:
 
     name: str
     minutes: float
-    """What it takes on two cores, about; only the proportions matter, for the estimate."""
+    """What it takes on one core, about; only the proportions matter, for the estimate."""
     command: Callable[[], list[str]] | None
     """Made when the step's turn comes, since it may depend on what earlier steps found."""
     here: Callable[[], None] | None = None
@@ -93,18 +93,18 @@ def steps_of(experiment: Experiment) -> list[Step]:
     sft = str(directory / "sft" / "model")
     steps = [
         Step("data", 0.1, None, lambda: write_data(experiment)),
-        Step("sft", 6, lambda: stage(experiment, "step1_sft", experiment.model, "texts", "sft")),
-        Step("reward", 14, lambda: stage(experiment, "step2_reward", sft, "rewards", "reward")),
-        Step("validation", 3, lambda: measuring(experiment, directory / "validation", sft)),
+        Step("sft", 7, lambda: stage(experiment, "step1_sft", experiment.model, "texts", "sft")),
+        Step("reward", 23, lambda: stage(experiment, "step2_reward", sft, "rewards", "reward")),
+        Step("validation", 4, lambda: measuring(experiment, directory / "validation", sft)),
         Step("alpha", 0.1, None, lambda: write_alpha(directory, experiment.method)),
-        Step("sft test", 4, lambda: measuring(experiment, directory / "sft_test", sft)),
+        Step("sft test", 2, lambda: measuring(experiment, directory / "sft_test", sft)),
     ]
     for policy in POLICIES:
         run = experiment.of_seed(policy)
         name = f"{policy}, seed {experiment.seed}"
         steps += [
-            Step(name, 14, partial(aligning, experiment, policy)),
-            Step(f"{name}, test", 4, partial(measuring, experiment, run)),
+            Step(name, 25, partial(aligning, experiment, policy)),
+            Step(f"{name}, test", 2, partial(measuring, experiment, run)),
         ]
     return steps
 
